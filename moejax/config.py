@@ -1,0 +1,121 @@
+"""The edge between a run's ConfigDict and the frozen dataclasses the code works with.
+
+Every room declares its own settings as a frozen dataclass of int, float, bool, str, tuple and nested
+dataclasses, with a default for each field. `as_config_dict` turns one into the ConfigDict a config
+file edits and `--config.a.b=c` overrides; `build` turns the edited ConfigDict back, strictly: an
+unknown key, a wrong type or a value outside its range is a ConfigError before anything is allocated.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+  """A setting that cannot work; its message is one line a user can act on."""
+
+
+def fail(key: str, given: Any, allowed: Any, fix: str) -> typing.NoReturn:
+  """Raises ConfigError naming the key, what was given, what is allowed, and the fix."""
+  raise ConfigError(f'{key}: got {given!r}, allowed: {allowed}. {fix}')
+
+
+def check(ok: bool, key: str, given: Any, allowed: Any, fix: str) -> None:
+  """`fail` unless ok."""
+  if not ok:
+    fail(key, given, allowed, fix)
+
+
+def check_choice(key: str, given: Any, choices: Iterable[Any]) -> None:
+  """`fail`, with the nearest choice, unless given is one of choices."""
+  choices = list(choices)
+  if given in choices:
+    return
+  near = nearest(str(given), [str(c) for c in choices])
+  fix = f'Did you mean {near!r}?' if near else 'Choose one of these.'
+  fail(key, given, ', '.join(map(str, choices)), fix)
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+  """The closest of words to a misspelt word, or None."""
+  found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+  return found[0] if found else None
+
+
+def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
+  """The error for a key that does not exist; `known` are the keys that exist beside it."""
+  parent, _, name = key.rpartition('.')
+  known = sorted(known)
+  near = nearest(name, known)
+  hint = f'did you mean {near!r}? ' if near else ''
+  return ConfigError(f'{key}: no such key; {hint}Known keys{f" in {parent}" if parent else ""}: '
+                     + ', '.join(known))
+
+
+def as_config_dict(settings: Any) -> ConfigDict:
+  """Dataclass instance (nested ones too) -> ConfigDict with every key, for a config file to edit."""
+  def convert(value):
+    if dataclasses.is_dataclass(value):
+      return ConfigDict({f.name: convert(getattr(value, f.name))
+                         for f in dataclasses.fields(value) if f.init})
+    return value
+  return convert(settings)
+
+
+def build(cls: type, values: Mapping[str, Any], where: str = 'config') -> Any:
+  """ConfigDict -> instance of the frozen dataclass `cls`; missing keys take their defaults.
+
+  Args:
+    cls: frozen dataclass. A class attribute `variants() -> {name: dataclass}` with a field
+      `family` makes the value of `family` choose the dataclass.
+    values: mapping of field names to values, nested like cls.
+    where: dotted path of `values`, for messages.
+
+  Returns:
+    The instance; its own __post_init__ checks ranges.
+
+  Raises:
+    ConfigError: unknown key (with the nearest known one) or wrong type.
+  """
+  if not isinstance(values, Mapping | ConfigDict):
+    fail(where, values, 'a group of keys', f'Set keys inside it, as in {where}.key=value.')
+  hints = typing.get_type_hints(cls)
+  known = {f.name for f in dataclasses.fields(cls) if f.init}
+  for key in values:
+    if key not in known:
+      raise unknown_key(f'{where}.{key}', known)
+  kwargs = {k: _convert(hints[k], values[k], f'{where}.{k}') for k in known if k in values}
+  return cls(**kwargs)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+  """value as the annotated type `hint`; raises ConfigError if it is of another type."""
+  options = typing.get_args(hint) if isinstance(hint, typing._UnionGenericAlias | type(int | str)) else ()
+  if options:  # a union of dataclasses, told apart by the value of `family`
+    by_family = {dataclasses.fields(o)[0].default: o for o in options}
+    family = values_get(value, 'family', where)
+    check_choice(f'{where}.family', family, by_family)
+    return build(by_family[family], value, where)
+  if dataclasses.is_dataclass(hint):
+    return build(hint, value, where)
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if hint is tuple or typing.get_origin(hint) is tuple:
+    if isinstance(value, list | tuple):
+      return tuple(value)
+  elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+    return value
+  name = 'tuple' if typing.get_origin(hint) is tuple else getattr(hint, '__name__', str(hint))
+  fail(where, value, f'a value of type {name}',
+       f'A {type(value).__name__} was given; set {where} to a {name}.')
+
+
+def values_get(value: Any, key: str, where: str) -> Any:
+  """value[key], or a ConfigError that names the missing key."""
+  if not isinstance(value, Mapping | ConfigDict) or key not in value:
+    raise ConfigError(f'{where}.{key}: missing, and it decides which other keys {where} has')
+  return value[key]

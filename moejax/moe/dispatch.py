@@ -1,0 +1,97 @@
+"""Dispatch: moves tokens to their experts and the experts' outputs back.
+
+Every function here has one signature and computes the same thing,
+
+  y[g, s] = sum over slots (e, c) of group g that hold token s of weight[g, e, c] * expert_e(x[g, s])
+
+and differs only in how. None sees a logit. `apply(weights, x)` runs all experts on their buffers:
+weights is a dict of arrays with a leading E, x is (E, N, D), one batched matmul for all experts.
+`exchange` moves buffers between devices when experts live on several (see sharding.Exchange).
+
+Dimensions: G groups, S tokens per group, D model, E experts, C slots per expert and group, K choices.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moejax.moe.routing import SlotRouting, TokenRouting
+
+Apply = Callable[[dict, jax.Array], jax.Array]
+
+
+def gather(routing: SlotRouting, x: jax.Array, weights: dict, apply: Apply,
+           exchange: Callable | None = None) -> jax.Array:
+  """Gathers tokens into buffers by index and scatter-adds the weighted outputs back.
+
+  No FLOPs besides the experts' own; memory linear in tokens.
+
+  Args:
+    routing: SlotRouting.
+    x: (G, S, D) tokens.
+    weights: expert weights, each (E, ...).
+    apply: the experts, (weights, (E, N, D)) -> (E, N, D).
+    exchange: wraps `run` to move buffers across devices; None on one device.
+
+  Returns:
+    (G, S, D) in x's dtype; 0 for tokens in no slot.
+  """
+  G, S, D = x.shape
+  _, E, C = routing.index.shape
+  index = routing.index.reshape(G, E * C)
+  buffers = jnp.take_along_axis(x, index[..., None], axis=1)        # (G, E*C, D)
+  buffers = jnp.where(routing.valid.reshape(G, E * C, 1), buffers, 0)
+  out = _run(buffers.reshape(G, E, C, D), weights, apply, exchange)
+  out = out * routing.weight[..., None].astype(out.dtype)           # (G, E, C, D)
+  group = jnp.arange(G)[:, None]
+  return jnp.zeros_like(x).at[group, index].add(out.reshape(G, E * C, D))
+
+
+def einsum(routing: SlotRouting, x: jax.Array, weights: dict, apply: Apply,
+           exchange: Callable | None = None) -> jax.Array:
+  """One-hot dispatch and combine tensors (Shazeer et al. 2018; GShard Algorithm 1).
+
+  Matmuls only, which suits a TPU, at 4*S*E*C*D extra FLOPs per group: quadratic in the group size.
+  Same arguments and result as `gather`.
+  """
+  S = x.shape[1]
+  hot = jax.nn.one_hot(routing.index, S, axis=1, dtype=x.dtype)     # (G, S, E, C)
+  hot = hot * routing.valid[:, None].astype(x.dtype)
+  buffers = jnp.einsum('GSEC,GSD->GECD', hot, x)
+  out = _run(buffers, weights, apply, exchange)
+  combine = hot * routing.weight[:, None].astype(x.dtype)
+  return jnp.einsum('GSEC,GECD->GSD', combine, out)
+
+
+def reference(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict,
+              apply: Apply) -> jax.Array:
+  """The definition, as a Python loop over groups and slots (or choices): what the rest must equal."""
+  y = jnp.zeros_like(x)
+  for g, s, e, weight, valid in _assignments(routing):
+    expert = jax.tree.map(lambda w, e=e: w[e][None], weights)
+    out = apply(expert, x[g, s][None, None])[0, 0]                  # (D,)
+    y = y.at[g, s].add(jnp.where(valid, weight, 0.0).astype(x.dtype) * out)
+  return y
+
+
+BY_NAME = {'gather': gather, 'einsum': einsum}
+
+
+def _run(buffers, weights, apply, exchange):
+  """(G, E, C, D) buffers through their experts, with the expert axis first for the matmuls."""
+  G, E, C, D = buffers.shape
+  run = apply if exchange is None else exchange(apply)
+  out = run(weights, buffers.swapaxes(0, 1).reshape(E, G * C, D))
+  return out.reshape(E, G, C, D).swapaxes(0, 1)
+
+
+def _assignments(routing):
+  """(group, token, expert, weight, valid) of every slot or choice."""
+  named = routing.index if isinstance(routing, SlotRouting) else routing.expert
+  G, A, B = named.shape
+  for g in range(G):
+    for a in range(A):
+      for b in range(B):
+        token, expert = (named[g, a, b], a) if isinstance(routing, SlotRouting) else (a, named[g, a, b])
+        yield g, token, expert, routing.weight[g, a, b], routing.valid[g, a, b]

@@ -1,0 +1,140 @@
+"""The device mesh and who holds what on it.
+
+Four axes, any of which may be 1. Examples are split over data x fsdp x expert; parameters over fsdp
+(gathered where used), expert (stacked experts, tokens travel to them) and model (tensor parallel):
+
+  data    replicas                      fsdp    replicas that also split parameters
+  expert  experts live here             model   heads and hidden units live here
+
+RULES is the one table that places every parameter; optimizer slots follow their parameter.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax import config as config_lib
+from moejax import trees
+
+AXES = ('data', 'fsdp', 'expert', 'model')
+GROUP_AXES = ('data', 'fsdp', 'expert')   # examples, and with them routing groups, are split over these
+
+# First match wins. Dimensions: E experts, D model, F hidden, H*K heads x head size, V vocabulary.
+RULES = (
+    (r'experts/(wi|wi_gate|wi_up)', P('expert', 'fsdp', 'model')),      # (E, D, F)
+    (r'experts/wo', P('expert', 'model', 'fsdp')),                      # (E, F, D)
+    (r'experts/wi_bias', P('expert', 'model')),                         # (E, F)
+    (r'experts/wo_bias', P('expert')),                                  # (E, D)
+    (r'mlp/(wi|wi_gate|wi_up)', P('fsdp', 'model')),                    # (D, F)
+    (r'mlp/wo', P('model', 'fsdp')),                                    # (F, D)
+    (r'attention/(q|k|v)/kernel', P('fsdp', 'model')),                  # (D, H*K)
+    (r'attention/o/kernel', P('model', 'fsdp')),                        # (H*K, D)
+    (r'token_embed/embedding', P('model', 'fsdp')),                     # (V, D)
+    (r'head/kernel', P('fsdp', 'model')),                               # (D, V)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; at most one may be -1, which takes all devices left over."""
+  data: int = -1
+  fsdp: int = 1
+  expert: int = 1
+  model: int = 1
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+  """Mesh of all devices. Raises ConfigError when the axes do not multiply to their number."""
+  devices = jax.devices() if devices is None else devices
+  sizes = [getattr(config, axis) for axis in AXES]
+  given = ' x '.join(f'{a}={s}' for a, s in zip(AXES, sizes))
+  free = sizes.count(-1)
+  fixed = math.prod(s for s in sizes if s != -1)
+  if free > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
+    config_lib.fail('config.mesh', given, f'axes that multiply to the {len(devices)} devices',
+                    'Set one axis to -1 to let it take what the others leave.')
+  sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
+  # Auto axes: the compiler places whatever a rule or a shard_map does not pin down.
+  types = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """PartitionSpec of one parameter or optimizer slot, by its path 'a/b/c'.
+
+  An axis that does not divide its dimension is left out (the dimension is then replicated), except
+  `expert`, where it is an error: half an expert cannot be held.
+  """
+  for pattern, axes in RULES:
+    if re.search(rf'{pattern}(/|$)', path):
+      if len(shape) < len(axes):   # a factored or scalar slot of the leaf: only E is known to be first
+        axes = axes[:1] if len(shape) and axes and axes[0] == 'expert' else ()
+      break
+  else:
+    return P()
+  kept = []
+  for size, axis in zip(shape, axes):
+    if axis is not None and size % mesh.shape[axis]:
+      config_lib.check(axis != 'expert', 'config.mesh.expert', mesh.shape['expert'],
+                       f'a divisor of the {size} experts of {path}',
+                       'Change config.mesh.expert or num_experts.')
+      axis = None
+    kept.append(axis if axis is None or mesh.shape[axis] > 1 else None)
+  return P(*kept)
+
+
+def shardings(tree, mesh: Mesh):
+  """Tree of arrays or ShapeDtypeStructs -> tree of NamedShardings by RULES."""
+  return trees.map_with_path(
+      lambda path, leaf: NamedSharding(mesh, spec(path, tuple(leaf.shape), mesh)), tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows of a batch over all group axes."""
+  return NamedSharding(mesh, P(GROUP_AXES))
+
+
+def mesh_in_use() -> bool:
+  """True while tracing under `jax.set_mesh` with the axes of AXES (False under pmap or none)."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return set(AXES) <= set(mesh.axis_names)
+
+
+def over_groups(fn: Callable) -> Callable:
+  """Runs fn on each device's own routing groups, and its experts wherever they live.
+
+  `fn(groups, weights, *, exchange, total) -> (per_group, sums)`: `groups` is a tree of arrays with a
+  leading G, `weights` one with a leading E. fn computes on local groups; `exchange(apply)` is `apply`
+  with buffers carried to and from the devices that hold the experts; `total` adds over all groups.
+  Without a mesh, fn simply runs. Kept out of the compiler's hands because it would all-gather the
+  operands of top_k and of the gathers over the whole batch.
+  """
+  def run(groups, weights):
+    if not mesh_in_use():
+      return fn(groups, weights, exchange=None, total=lambda x: x)
+    shape = jax.sharding.get_abstract_mesh().shape
+    G = jax.tree.leaves(groups)[0].shape[0]
+    shards = math.prod(shape[a] for a in GROUP_AXES)
+    config_lib.check(G % shards == 0, 'routing groups per step', G,
+                     f'a multiple of data*fsdp*expert = {shards}',
+                     'Make batch_size larger or group_size smaller.')
+    local = lambda g, w: fn(g, w, exchange=exchange if shape['expert'] > 1 else None,
+                            total=lambda x: jax.lax.psum(x, GROUP_AXES))
+    return jax.shard_map(local, in_specs=(P(GROUP_AXES), P('expert')),
+                         out_specs=(P(GROUP_AXES), P()), axis_names=set(GROUP_AXES))(groups, weights)
+  return run
+
+
+def exchange(apply: Callable) -> Callable:
+  """apply(weights, (E, N, D)) where each device holds E/n experts: all-to-all there and back."""
+  def run(weights, x):
+    x = jax.lax.all_to_all(x, 'expert', split_axis=0, concat_axis=1, tiled=True)   # (E/n, n*N, D)
+    x = apply(weights, x)
+    return jax.lax.all_to_all(x, 'expert', split_axis=1, concat_axis=0, tiled=True)
+  return run

@@ -1,0 +1,1 @@
+"""Surgery: tree -> tree, by rules on flat paths; no model, no training."""

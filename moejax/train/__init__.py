@@ -1,0 +1,1 @@
+"""Training: optimizer, the pure step, its parallel forms, and the loop."""

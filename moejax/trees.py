@@ -1,0 +1,73 @@
+"""Nested dicts of arrays, seen as flat tables of 'a/b/c' paths.
+
+Checkpoints, surgery, sharding and optimizer groups all speak of a leaf by its path, so that one
+regular expression means the same leaf everywhere.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Tree = Any  # nested dicts with str keys and array leaves
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+  """Nested dict -> {'a/b/c': leaf}, sorted by path. Raises ValueError on a key that is not a str."""
+  flat = {}
+
+  def visit(node, prefix):
+    if not isinstance(node, Mapping):
+      flat['/'.join(prefix)] = node
+      return
+    for key, child in node.items():
+      if not isinstance(key, str) or '/' in key:
+        raise ValueError(f'tree key {key!r} under {"/".join(prefix)!r}: a str without "/" is needed')
+      visit(child, (*prefix, key))
+
+  visit(tree, ())
+  return dict(sorted(flat.items()))
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict:
+  """{'a/b/c': leaf} -> nested dict; the inverse of flatten."""
+  tree: dict = {}
+  for path, leaf in flat.items():
+    *parents, name = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return tree
+
+
+def map_with_path(fn: Callable, tree: Tree, *rest: Tree) -> dict:
+  """fn('a/b/c', leaf, *leaves of rest) over every leaf; `rest` may have subtrees at the leaves."""
+  def visit(node, others, prefix):
+    if not isinstance(node, Mapping):
+      return fn('/'.join(prefix), node, *others)
+    return {k: visit(v, [o[k] for o in others], (*prefix, k)) for k, v in node.items()}
+  return visit(tree, rest, ())
+
+
+def mask(tree: Tree, patterns: str | Iterable[str]) -> dict:
+  """Tree of bool: True where any regular expression is found in (re.search) the leaf's path."""
+  patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+  return map_with_path(lambda path, _: any(re.search(p, path) for p in patterns), tree)
+
+
+def diff(a: Tree, b: Tree) -> list[str]:
+  """One line per leaf that a and b do not share in path and shape; empty when they agree."""
+  a, b = flatten(a), flatten(b)
+  lines = [f'only in the first: {p} {tuple(a[p].shape)}' for p in a if p not in b]
+  lines += [f'only in the second: {p} {tuple(b[p].shape)}' for p in b if p not in a]
+  lines += [f'shapes differ: {p} {tuple(a[p].shape)} and {tuple(b[p].shape)}'
+            for p in a if p in b and tuple(a[p].shape) != tuple(b[p].shape)]
+  return lines
+
+
+def count(tree: Tree) -> int:
+  """Number of scalars in all leaves."""
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,38 @@
+"""Package metadata of moejax; pinned versions for a reproducible set-up are in constraints.txt."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+setuptools.setup(
+    name='moejax',
+    version='0.1.0',
+    description='Sparse upcycling in JAX: dense checkpoints to Mixture-of-Experts, and evidence.',
+    long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    packages=setuptools.find_packages(include=['moejax*', 'configs*', 'experiments*']),
+    python_requires='>=3.11',
+    install_requires=[
+        'absl-py',
+        'array_record',
+        'flax>=0.12',
+        'grain>=0.2.10',
+        'jax>=0.10',
+        'matplotlib',
+        'ml_collections>=1.1',
+        'numpy',
+        'optax>=0.2.5',
+        'orbax-checkpoint>=0.11',
+        'pillow',
+        'scikit-learn',
+        'tensorboardX',
+        'tensorflow-datasets>=4.9.4',
+        'tqdm',
+    ],
+    extras_require={
+        'test': ['pytest', 'pytest-xdist', 'ruff'],
+        'parity': ['torch==2.13.0', 'transformers'],
+    },
+)
