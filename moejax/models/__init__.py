@@ -1,0 +1,79 @@
+"""Backbones: `build(config)` gives the pure functions of a T5 or a ViT, dense or sparse."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moejax.models.t5 import T5, T5Config
+from moejax.models.vit import ViT, ViTConfig
+
+Config = T5Config | ViTConfig
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A backbone as pure functions of its parameters.
+
+  Attributes:
+    config: what it was built from.
+    init: jax key -> parameters, a nested dict of float32 arrays; may be traced.
+    apply: (params, batch, *, train=False, key=None) -> (logits, aux). With `train`, MoE layers use
+      their training capacity; with a key too, dropout is drawn, for each example by the key and
+      batch['index'] alone. logits are at least float32; aux is {path of an MoE layer: its sums}.
+    shapes: the parameters as ShapeDtypeStructs.
+  """
+  config: Config
+  init: Callable[[jax.Array], dict]
+  apply: Callable[..., tuple[jax.Array, dict]]
+  shapes: dict[str, Any]
+
+  def rows_per_group(self, encoder_length: int = 0, decoder_length: int = 0) -> int:
+    """See `rows_per_group`."""
+    return rows_per_group(self.config, encoder_length, decoder_length)
+
+
+def build(config: Config) -> Model:
+  """Model of a validated T5Config or ViTConfig; allocates nothing."""
+  module = {'t5': T5, 'vit': ViT}[config.family]
+
+  def split(key):
+    return nnx.split(module(config, rngs=nnx.Rngs(params=key)), nnx.Param)
+
+  def init(key):
+    return nnx.to_pure_dict(split(key)[1])
+
+  def apply(params, batch, *, train=False, key=None):
+    keys = None
+    if train and key is not None:
+      keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch['index'])
+    return nnx.merge(graphdef, params)(batch, train=train, keys=keys)
+
+  graphdef, shapes = nnx.eval_shape(split, jax.random.key(0))
+  return Model(config, init, apply, nnx.to_pure_dict(shapes))
+
+
+def rows_per_group(config: Config, encoder_length: int = 0, decoder_length: int = 0) -> int:
+  """Whole examples that a routing group spans; the batch must be a multiple of it.
+
+  Args:
+    config: T5Config or ViTConfig.
+    encoder_length, decoder_length: tokens of an example, for T5.
+
+  Returns:
+    The least number of examples that fills whole groups in every stack; 1 for a dense model.
+
+  Raises:
+    ConfigError: a group_size that is not a multiple of its stack's tokens per example.
+  """
+  if config.family == 'vit':
+    stacks = {'moe': (config.moe, config.sparse_layers(), config.num_tokens)}
+  else:
+    stacks = {
+        'encoder_moe': (config.encoder_moe, config.sparse_layers('encoder'), encoder_length),
+        'decoder_moe': (config.decoder_moe, config.sparse_layers('decoder'), decoder_length)}
+  return math.lcm(*(moe.rows_per_group(length, f'model.{name}')
+                    for name, (moe, sparse, length) in stacks.items() if sparse))

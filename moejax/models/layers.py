@@ -1,0 +1,307 @@
+"""Parts both backbones are built of: norms, MLP, attention, relative bias, patches, dropout.
+
+Parameters are float32 and cast to the compute dtype where they are used. Norms, attention logits and
+softmax are computed in at least float32. Activations are flattened to two dimensions around matmuls:
+XLA on CPU runs (B*L, D) @ (D, F) at nearly twice the speed of the three-dimensional form.
+
+Randomness comes as `keys` (B,), one key per example, or None for none; every place that draws folds
+its own number in. What an example draws thus does not depend on how its batch is laid out.
+
+Dimensions: B batch, L length (queries), M length (keys), N rows, D model, F ffn, H heads, K head
+width, E experts, P patch side, C channels.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Initializer = Callable[..., jax.Array]
+
+ACTIVATIONS = {
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+    'gelu_erf': functools.partial(jax.nn.gelu, approximate=False),
+}
+MASKED = -1e9  # finite, so that a row with every key masked gives a uniform softmax and not NaN
+
+zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+normal = jax.nn.initializers.normal
+fan_in_normal = jax.nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+xavier_uniform = jax.nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
+
+
+def at_least_float32(dtype) -> jnp.dtype:
+  """The dtype in which norms, attention logits and the final logits are computed."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def fold(keys: jax.Array | None, number: int) -> jax.Array | None:
+  """Each example's key with `number` folded in; None stays None."""
+  return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+  """Zeroes entries with probability `rate` and divides the rest by 1 - rate.
+
+  Args:
+    x: (B, ...).
+    rate: in [0, 1).
+    keys: (B,) keys, one per example; None returns x.
+  """
+  if keys is None or rate == 0.0:
+    return x
+  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+  return jnp.where(keep, x / (1.0 - rate), 0)
+
+
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, dtype=None) -> jax.Array:
+  """x (..., D) @ kernel (D, F) + bias (F,) -> (..., F), accumulated and returned in `dtype` or x's."""
+  rows = x.reshape(-1, x.shape[-1])
+  y = jnp.matmul(rows, kernel.astype(x.dtype), preferred_element_type=dtype or x.dtype)
+  if bias is not None:
+    y = y + bias.astype(y.dtype)
+  return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def param(init: Initializer, shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
+  """A float32 parameter."""
+  return nnx.Param(init(rngs.params(), shape, jnp.float32))
+
+
+class Dense(nnx.Module):
+  """Affine map; kernel (D, F), bias (F,) if asked for."""
+
+  def __init__(self, d_in: int, d_out: int, *, bias: bool, init: Initializer, rngs: nnx.Rngs):
+    self.kernel = param(init, (d_in, d_out), rngs)
+    self.has_bias = bias
+    if bias:
+      self.bias = param(zeros, (d_out,), rngs)
+
+  def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
+    return dense(x, self.kernel[...], self.bias[...] if self.has_bias else None, dtype)
+
+
+class Embed(nnx.Module):
+  """Table of vectors; embedding (vocabulary, D). An id outside the table gives NaN, not a neighbour."""
+
+  def __init__(self, size: int, d_model: int, *, init: Initializer, rngs: nnx.Rngs):
+    self.embedding = param(init, (size, d_model), rngs)
+
+  def __call__(self, ids: jax.Array, dtype) -> jax.Array:
+    return jnp.take(self.embedding[...], ids, axis=0, mode='fill').astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * scale: no mean, no bias (Zhang & Sennrich 2019; T5's layer norm)."""
+
+  def __init__(self, d_model: int, *, eps: float, rngs: nnx.Rngs):
+    self.scale = param(ones, (d_model,), rngs)
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    wide = x.astype(at_least_float32(x.dtype))
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+    return (wide * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """(x - mean) / sqrt(variance + eps) * scale + bias (Ba et al. 2016)."""
+
+  def __init__(self, d_model: int, *, eps: float, rngs: nnx.Rngs):
+    self.scale = param(ones, (d_model,), rngs)
+    self.bias = param(zeros, (d_model,), rngs)
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    wide = x.astype(at_least_float32(x.dtype))
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+    return (wide * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+  """Position-wise MLP, or E of them stacked on axis 0: the same class is the dense layer and the experts.
+
+  Gated: (act(x wi_gate) * (x wi_up)) wo (Shazeer 2020); otherwise act(x wi) wo. Every one of the E
+  stacked MLPs is initialised with its own key and the fan-in of one MLP.
+
+  Attributes:
+    dropout_rate: for the hidden activations; whoever calls `apply` draws the mask.
+  """
+
+  def __init__(self, d_model: int, d_ff: int, *, gated: bool, activation: str, bias: bool,
+               init: Initializer, rngs: nnx.Rngs, num_experts: int | None = None,
+               dropout_rate: float = 0.0):
+    shapes = {'wi_gate': (d_model, d_ff), 'wi_up': (d_model, d_ff)} if gated else {
+        'wi': (d_model, d_ff)}
+    shapes['wo'] = (d_ff, d_model)
+    if bias:
+      shapes |= {f'{name}_bias': (shape[1],) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+      init_one = zeros if name.endswith('_bias') else init
+      setattr(self, name, param(_per_expert(init_one, num_experts), shape, rngs))
+    self.names = tuple(shapes)
+    self.gated, self.has_bias, self.activation = gated, bias, activation
+    self.dropout_rate = dropout_rate
+
+  def weights(self) -> dict[str, jax.Array]:
+    """Name -> array: wi_gate, wi_up (or wi), wo; with bias also *_bias. Leading E when stacked."""
+    return {name: getattr(self, name)[...] for name in self.names}
+
+  def apply(self, weights: dict[str, jax.Array], x: jax.Array,
+            drop: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+    """Runs the MLP with the given weights.
+
+    Args:
+      weights: as from `weights()`, or a slice of its expert axis.
+      x: (N, D), or (E, N, D) with stacked weights.
+      drop: applied to the hidden activations, (N, F) or (E, N, F).
+
+    Returns:
+      The shape and dtype of x.
+    """
+    def project(name, h):
+      y = h @ weights[name].astype(h.dtype)
+      if not self.has_bias:
+        return y
+      bias = weights[f'{name}_bias'].astype(h.dtype)                # (F,) or (E, F)
+      return y + (bias if bias.ndim == 1 else bias[:, None])
+
+    act = ACTIVATIONS[self.activation]
+    h = act(project('wi_gate', x)) * project('wi_up', x) if self.gated else act(project('wi', x))
+    return project('wo', drop(h) if drop else h)
+
+  def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+    """The dense layer: x (B, L, D) -> (B, L, D); keys (B,) for dropout, or None."""
+    B, L, D = x.shape
+    drop = lambda h: dropout(h.reshape(B, L, -1), self.dropout_rate, keys).reshape(h.shape)
+    return self.apply(self.weights(), x.reshape(B * L, D), drop).reshape(B, L, D)
+
+
+def _per_expert(init: Initializer, num_experts: int | None) -> Initializer:
+  """init, or its stack of num_experts independent draws."""
+  if num_experts is None:
+    return init
+  return lambda key, shape, dtype: jax.vmap(lambda k: init(k, shape, dtype))(
+      jax.random.split(key, num_experts))
+
+
+class Attention(nnx.Module):
+  """Multi-head attention (Vaswani et al. 2017); q, k, v kernels (D, H*K), o (H*K, D).
+
+  Args:
+    scaled: divide logits by sqrt(K); T5 leaves them and initialises q smaller instead.
+  """
+
+  def __init__(self, d_model: int, num_heads: int, head_dim: int, *, bias: bool, scaled: bool,
+               init: Initializer, q_init: Initializer, dropout_rate: float, rngs: nnx.Rngs):
+    inner = num_heads * head_dim
+    self.q = Dense(d_model, inner, bias=bias, init=q_init, rngs=rngs)
+    self.k = Dense(d_model, inner, bias=bias, init=init, rngs=rngs)
+    self.v = Dense(d_model, inner, bias=bias, init=init, rngs=rngs)
+    self.o = Dense(inner, d_model, bias=bias, init=init, rngs=rngs)
+    self.num_heads = num_heads
+    self.factor = head_dim ** -0.5 if scaled else 1.0
+    self.dropout_rate = dropout_rate
+
+  def __call__(self, x: jax.Array, source: jax.Array, bias: jax.Array | None,
+               mask: jax.Array | None, keys: jax.Array | None) -> jax.Array:
+    """Attends from x to source.
+
+    Args:
+      x: (B, L, D) queries.
+      source: (B, M, D) keys and values; x itself for self-attention.
+      bias: (1, H, L, M) added to the logits, or None.
+      mask: broadcastable to (B, H, L, M) bool, False where not to look; or None.
+      keys: (B,) for dropout on the probabilities, or None.
+
+    Returns:
+      (B, L, D) in x's dtype.
+    """
+    heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)   # (B, L, H, K)
+    q, k, v = heads(self.q(x) * self.factor), heads(self.k(source)), heads(self.v(source))
+    logits = jnp.einsum('BLHK,BMHK->BHLM', q, k, preferred_element_type=at_least_float32(x.dtype))
+    if bias is not None:
+      logits = logits + bias
+    if mask is not None:
+      logits = jnp.where(mask, logits, MASKED)
+    probs = jax.nn.softmax(logits, axis=-1).astype(x.dtype)         # (B, H, L, M)
+    out = jnp.einsum('BHLM,BMHK->BLHK', dropout(probs, self.dropout_rate, keys), v)
+    return self.o(out.reshape(*x.shape[:2], -1))
+
+
+class RelativeBias(nnx.Module):
+  """Bias on attention logits by bucketed distance (Raffel et al. 2020, section 2.1).
+
+  One table (buckets, H) per stack, shared by its layers.
+  """
+
+  def __init__(self, num_buckets: int, max_distance: int, num_heads: int, *, bidirectional: bool,
+               rngs: nnx.Rngs):
+    self.embedding = param(xavier_uniform, (num_buckets, num_heads), rngs)
+    self.num_buckets, self.max_distance = num_buckets, max_distance
+    self.bidirectional = bidirectional
+
+  def __call__(self, L: int, M: int, dtype) -> jax.Array:
+    """(1, H, L, M): entry (i, j) is the bias of key position j seen from query position i."""
+    distance = np.arange(1 - L, M)                                  # key minus query: L+M-1 values
+    buckets = relative_buckets(distance, self.num_buckets, self.max_distance, self.bidirectional)
+    one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=dtype)
+    by_distance = (one_hot @ self.embedding[...].astype(dtype)).T   # (H, L+M-1)
+    return _toeplitz(by_distance, L, M)[None]
+
+
+def relative_buckets(distance: np.ndarray, num_buckets: int, max_distance: int,
+                     bidirectional: bool) -> np.ndarray:
+  """Bucket of each distance (key position minus query position).
+
+  Half of the buckets hold one distance each, the other half grow logarithmically up to max_distance;
+  everything beyond shares the last. Bidirectional stacks split the buckets between both signs;
+  causal ones put every later key into bucket 0.
+
+  Args:
+    distance: int array.
+    num_buckets, max_distance: size of the table, and where the last bucket begins.
+    bidirectional: True in an encoder.
+
+  Returns:
+    int32 array of distance's shape, in [0, num_buckets).
+  """
+  bucket = np.zeros_like(distance)
+  if bidirectional:
+    num_buckets //= 2
+    bucket = num_buckets * (distance > 0)
+    distance = np.abs(distance)
+  else:
+    distance = np.maximum(-distance, 0)
+  exact = num_buckets // 2
+  # float32 with a nudge of one epsilon, as the published models were trained: powers of two would
+  # otherwise fall on either side of their boundary.
+  ratio = np.maximum(distance, 1).astype(np.float32) / exact + np.finfo(np.float32).eps
+  far = exact + (np.log(ratio) / math.log(max_distance / exact) * (num_buckets - exact)).astype(int)
+  far = np.minimum(far, num_buckets - 1)
+  return (bucket + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+def _toeplitz(values: jax.Array, L: int, M: int) -> jax.Array:
+  """values (H, L+M-1) -> (H, L, M) with entry (i, j) = values[j - i + L - 1].
+
+  Repeats the row one entry longer than it is read, so that each row read starts one earlier. A gather
+  would read more simply; its gradient, a scatter of L*M entries, would cost as much as a layer.
+  """
+  H, W = values.shape
+  longer = jnp.pad(values, ((0, 0), (0, 1)))                        # (H, W+1)
+  rows = jnp.broadcast_to(longer[:, None], (H, L, W + 1)).reshape(H, L * (W + 1))
+  return rows[:, :L * W].reshape(H, L, W)[:, :, L - 1:L - 1 + M]
+
+
+def patches(image: jax.Array, P: int) -> jax.Array:
+  """(B, height, width, C) -> (B, patches, P*P*C), patches row by row, pixels likewise."""
+  B, height, width, C = image.shape
+  x = image.reshape(B, height // P, P, width // P, P, C).swapaxes(2, 3)
+  return x.reshape(B, (height // P) * (width // P), P * P * C)

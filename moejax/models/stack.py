@@ -1,0 +1,152 @@
+"""Transformer blocks, dense or sparse, and stacks of them: the trunk of T5's two halves and of ViT.
+
+Dimensions: B batch, L length (queries), M length (cross-attended source), D model, H heads.
+"""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from moejax.models import layers
+from moejax.moe.layer import MoEConfig, MoELayer
+
+# Numbers that the places of a block fold into its keys, so that no two draw alike.
+ATTENTION, CROSS_ATTENTION, MLP_HIDDEN, OUTPUT = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+  """What a block is made of; the same for every block of a stack.
+
+  Attributes:
+    d_model, d_ff, num_heads, head_dim: sizes.
+    norm: layers.RMSNorm or layers.LayerNorm, with norm_eps.
+    bias: biases in attention and MLP.
+    gated, activation: form of the MLP.
+    scaled: attention logits divided by sqrt(head_dim).
+    init, q_init: initialisers of all kernels, and of the queries'.
+    dropout_rate: of sublayer outputs and MLP hidden activations.
+    attention_dropout_rate: of attention probabilities.
+    cross_attention: whether blocks attend to a second sequence.
+  """
+  d_model: int
+  d_ff: int
+  num_heads: int
+  head_dim: int
+  norm: type
+  norm_eps: float
+  bias: bool
+  gated: bool
+  activation: str
+  scaled: bool
+  init: layers.Initializer
+  q_init: layers.Initializer
+  dropout_rate: float
+  attention_dropout_rate: float
+  cross_attention: bool = False
+
+  def make_norm(self, rngs: nnx.Rngs) -> nnx.Module:
+    return self.norm(self.d_model, eps=self.norm_eps, rngs=rngs)
+
+  def make_attention(self, rngs: nnx.Rngs) -> layers.Attention:
+    return layers.Attention(
+        self.d_model, self.num_heads, self.head_dim, bias=self.bias, scaled=self.scaled,
+        init=self.init, q_init=self.q_init, dropout_rate=self.attention_dropout_rate, rngs=rngs)
+
+  def make_mlp(self, num_experts: int | None, rngs: nnx.Rngs) -> layers.MLP:
+    return layers.MLP(
+        self.d_model, self.d_ff, gated=self.gated, activation=self.activation, bias=self.bias,
+        init=self.init, num_experts=num_experts, dropout_rate=self.dropout_rate, rngs=rngs)
+
+
+class Block(nnx.Module):
+  """Pre-norm transformer block: attention, cross-attention if any, then MLP or MoE."""
+
+  def __init__(self, spec: BlockSpec, moe: MoEConfig, num_experts: int, *, rngs: nnx.Rngs):
+    self.attention_norm = spec.make_norm(rngs)
+    self.attention = spec.make_attention(rngs)
+    self.cross = spec.cross_attention
+    if self.cross:
+      self.cross_attention_norm = spec.make_norm(rngs)
+      self.cross_attention = spec.make_attention(rngs)
+    self.mlp_norm = spec.make_norm(rngs)
+    self.sparse = num_experts > 0
+    if self.sparse:
+      experts = spec.make_mlp(num_experts, rngs)
+      self.moe = MoELayer(moe, num_experts, experts, spec.d_model, rngs=rngs)
+    else:
+      self.mlp = spec.make_mlp(None, rngs)
+    self.dropout_rate = spec.dropout_rate
+
+  def __call__(self, x, *, bias, mask, source, source_mask, token_mask, train, keys):
+    """x (B, L, D) -> (x (B, L, D), aux of the MoE layer, or None); arguments as Stack's."""
+    def add(x, y, place):
+      keys_here = layers.fold(layers.fold(keys, OUTPUT), place)
+      return x + layers.dropout(y, self.dropout_rate, keys_here)
+
+    with jax.named_scope('attention'):
+      h = self.attention_norm(x)
+      x = add(x, self.attention(h, h, bias, mask, layers.fold(keys, ATTENTION)), ATTENTION)
+    if self.cross:
+      with jax.named_scope('cross_attention'):
+        h = self.cross_attention_norm(x)
+        h = self.cross_attention(h, source, None, source_mask, layers.fold(keys, CROSS_ATTENTION))
+        x = add(x, h, CROSS_ATTENTION)
+    aux = None
+    with jax.named_scope('moe' if self.sparse else 'mlp'):
+      h = self.mlp_norm(x)
+      if self.sparse:
+        h, aux = self.moe(h, token_mask, train=train, keys=layers.fold(keys, MLP_HIDDEN))
+      else:
+        h = self.mlp(h, layers.fold(keys, MLP_HIDDEN))
+      return add(x, h, MLP_HIDDEN), aux
+
+
+class Stack(nnx.Module):
+  """Blocks 'layers/00', 'layers/01', ... and a final norm.
+
+  Args:
+    sparse: {block number: number of experts}; the other blocks are dense.
+    relative_bias: module giving the attention bias shared by the blocks, or None.
+  """
+
+  def __init__(self, spec: BlockSpec, depth: int, moe: MoEConfig, sparse: dict[int, int],
+               relative_bias: layers.RelativeBias | None = None, *, rngs: nnx.Rngs):
+    self.has_relative_bias = relative_bias is not None
+    if self.has_relative_bias:
+      self.relative_bias = relative_bias
+    self.layers = nnx.Dict({
+        f'{i:02d}': Block(spec, moe, sparse.get(i, 0), rngs=rngs) for i in range(depth)})
+    self.final_norm = spec.make_norm(rngs)
+    self.dropout_rate = spec.dropout_rate
+
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None, token_mask: jax.Array, train: bool,
+               keys: jax.Array | None, source: jax.Array | None = None,
+               source_mask: jax.Array | None = None) -> tuple[jax.Array, dict]:
+    """Runs the blocks.
+
+    Args:
+      x: (B, L, D) embeddings, before dropout.
+      mask: broadcastable to (B, H, L, L) bool, False where not to look; None: everywhere.
+      token_mask: (B, L) bool, False at tokens that routers must treat as padding.
+      train: chooses the routers' capacity factor.
+      keys: (B,) jax keys, one per example; None: no dropout.
+      source: (B, M, D) sequence to cross-attend to.
+      source_mask: (B, 1, 1, M) bool, False at its padding.
+
+    Returns:
+      (B, L, D) after the final norm, and {'layers/01': aux} for each MoE block.
+    """
+    L = x.shape[1]
+    bias = (self.relative_bias(L, L, layers.at_least_float32(x.dtype))
+            if self.has_relative_bias else None)
+    x = layers.dropout(x, self.dropout_rate, layers.fold(keys, 0))
+    auxes = {}
+    for i, (name, block) in enumerate(self.layers.items(), start=1):
+      with jax.named_scope(name):
+        x, aux = block(x, bias=bias, mask=mask, source=source, source_mask=source_mask,
+                       token_mask=token_mask, train=train, keys=layers.fold(keys, i))
+      if aux is not None:
+        auxes[f'layers/{name}'] = aux
+    return self.final_norm(x), auxes

@@ -1,0 +1,161 @@
+"""T5 v1.1: encoder-decoder with relative positions, RMSNorm and gated GELU (Raffel et al. 2020).
+
+v1.1 differs from the paper's T5 in the gated MLP (Shazeer 2020) and the untied head. Attention logits
+are not scaled, nothing has a bias, and dropout comes after the embedding, on attention
+probabilities, on hidden MLP activations, on sublayer outputs and after the final norms.
+
+Dimensions: B batch, L length, D model, H heads, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.config import check, check_choice
+from moejax.models import layers
+from moejax.models.stack import BlockSpec, Stack
+from moejax.moe.layer import MoEConfig
+
+PAD = 0
+NORM_EPS = 1e-6
+DTYPES = ('float32', 'bfloat16', 'float64')
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+  """Sizes of a T5 v1.1; the defaults are the mini size.
+
+  Attributes:
+    vocab_size: V; id 0 is padding.
+    d_model, d_ff: D, and hidden units of the MLP.
+    d_kv, num_heads: width of a head, and H; their product need not be D.
+    encoder_layers, decoder_layers: blocks of each stack.
+    relative_buckets, relative_max_distance: of the relative position bias.
+    dropout_rate: everywhere (see the module's docstring).
+    dtype: compute dtype; parameters are float32.
+    encoder_moe, decoder_moe: MoE blocks of each stack.
+  """
+  family: str = 't5'
+  vocab_size: int = 384
+  d_model: int = 32
+  d_ff: int = 128
+  d_kv: int = 16
+  num_heads: int = 2
+  encoder_layers: int = 2
+  decoder_layers: int = 2
+  relative_buckets: int = 32
+  relative_max_distance: int = 128
+  dropout_rate: float = 0.0
+  dtype: str = 'float32'
+  encoder_moe: MoEConfig = MoEConfig()
+  decoder_moe: MoEConfig = MoEConfig(router='top_k')
+
+  def __post_init__(self):
+    for name in ('vocab_size', 'd_model', 'd_ff', 'd_kv', 'num_heads', 'encoder_layers',
+                 'decoder_layers'):
+      check(getattr(self, name) >= 1, f'model.{name}', getattr(self, name), '>= 1', 'Use 1 or more.')
+    check(self.relative_buckets >= 4 and self.relative_buckets % 4 == 0, 'model.relative_buckets',
+          self.relative_buckets, 'a multiple of 4', 'T5 has 32.')
+    check(self.relative_max_distance > self.relative_buckets // 2, 'model.relative_max_distance',
+          self.relative_max_distance, f'> relative_buckets / 2 = {self.relative_buckets // 2}',
+          'T5 has 128.')
+    check(0 <= self.dropout_rate < 1, 'model.dropout_rate', self.dropout_rate, '[0, 1)',
+          '0 turns dropout off.')
+    check_choice('model.dtype', self.dtype, DTYPES)
+    self.sparse_layers('encoder')
+    if self.sparse_layers('decoder'):
+      check(self.decoder_moe.router != 'expert_choice', 'model.decoder_moe.router', 'expert_choice',
+            'top_k', 'Expert choice lets a token see the tokens after it, so it cannot decode.')
+
+  def sparse_layers(self, stack: str) -> dict[int, int]:
+    """{block number: number of experts} of the 'encoder' or the 'decoder'."""
+    moe, depth = getattr(self, f'{stack}_moe'), getattr(self, f'{stack}_layers')
+    return moe.sparse_layers(depth, f'model.{stack}_moe')
+
+
+def _size(d_model, d_ff, num_heads, depth, d_kv=64, vocab_size=32128) -> dict:
+  return dict(d_model=d_model, d_ff=d_ff, num_heads=num_heads, encoder_layers=depth,
+              decoder_layers=depth, d_kv=d_kv, vocab_size=vocab_size)
+
+
+SIZES = {
+    'tiny': _size(16, 32, 2, 2, d_kv=8, vocab_size=64),
+    'mini': _size(32, 128, 2, 2, d_kv=16, vocab_size=384),
+    'mini_wide': _size(64, 256, 4, 4, d_kv=16, vocab_size=384),
+    'small': _size(512, 1024, 6, 8),
+    'base': _size(768, 2048, 12, 12),
+    'large': _size(1024, 2816, 16, 24),
+    'xl': _size(2048, 5120, 32, 24),
+    'xxl': _size(4096, 10240, 64, 24),
+}
+
+
+def config(size: str, **changes) -> T5Config:
+  """T5Config of a named size, with fields replaced; ConfigError names the sizes there are."""
+  check_choice('model size', size, SIZES)
+  return T5Config(**(SIZES[size] | changes))
+
+
+class T5(nnx.Module):
+  """Parameters token_embed, encoder, decoder, head."""
+
+  def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+    self.dtype = jnp.dtype(config.dtype)
+    self.dropout_rate = config.dropout_rate
+    self.token_embed = layers.Embed(
+        config.vocab_size, config.d_model, init=layers.normal(1.0), rngs=rngs)
+    self.encoder = _stack(config, 'encoder', rngs)
+    self.decoder = _stack(config, 'decoder', rngs)
+    self.head = layers.Dense(config.d_model, config.vocab_size, bias=False,
+                             init=layers.fan_in_normal, rngs=rngs)
+
+  def __call__(self, batch: dict, *, train: bool, keys: jax.Array | None) -> tuple[jax.Array, dict]:
+    """Logits of each target given the input and the targets before it.
+
+    Args:
+      batch: 'encoder_input' (B, L), 'decoder_input' (B, L') int ids, and 'weight' (B, L'), 0 where
+        the target does not count; routers take these positions for padding.
+      train: chooses the routers' capacity factor.
+      keys: (B,) jax keys, one per example; None: no dropout.
+
+    Returns:
+      logits (B, L', V), at least float32, and {'encoder/layers/01': aux of that MoE layer}.
+    """
+    tokens = batch['encoder_input'] != PAD                           # (B, L)
+    source_mask = tokens[:, None, None, :]
+    encoder_keys, decoder_keys = layers.fold(keys, 0), layers.fold(keys, 1)
+    with jax.named_scope('encoder'):
+      x = self.token_embed(batch['encoder_input'], self.dtype)
+      encoded, encoder_aux = self.encoder(
+          x, mask=source_mask, token_mask=tokens, train=train, keys=encoder_keys)
+      encoded = layers.dropout(encoded, self.dropout_rate, layers.fold(keys, 2))
+    with jax.named_scope('decoder'):
+      x = self.token_embed(batch['decoder_input'], self.dtype)
+      causal = jnp.tri(x.shape[1], dtype=bool)                       # (L', L')
+      x, decoder_aux = self.decoder(
+          x, mask=causal, token_mask=batch['weight'] > 0, train=train, keys=decoder_keys,
+          source=encoded, source_mask=source_mask)
+      x = layers.dropout(x, self.dropout_rate, layers.fold(keys, 3))
+    with jax.named_scope('head'):
+      logits = self.head(x, layers.at_least_float32(self.dtype))
+    aux = {f'encoder/{path}': value for path, value in encoder_aux.items()}
+    return logits, aux | {f'decoder/{path}': value for path, value in decoder_aux.items()}
+
+
+def _stack(config: T5Config, name: str, rngs: nnx.Rngs) -> Stack:
+  """The encoder or the decoder of a T5."""
+  decoder = name == 'decoder'
+  spec = BlockSpec(
+      d_model=config.d_model, d_ff=config.d_ff, num_heads=config.num_heads, head_dim=config.d_kv,
+      norm=layers.RMSNorm, norm_eps=NORM_EPS, bias=False, gated=True, activation='gelu_tanh',
+      scaled=False, init=layers.fan_in_normal,
+      # The 1/sqrt(d_kv) that the logits are not scaled by sits in the initial queries.
+      q_init=jax.nn.initializers.variance_scaling(1 / config.d_kv, 'fan_in', 'truncated_normal'),
+      dropout_rate=config.dropout_rate, attention_dropout_rate=config.dropout_rate,
+      cross_attention=decoder)
+  bias = layers.RelativeBias(config.relative_buckets, config.relative_max_distance,
+                             config.num_heads, bidirectional=not decoder, rngs=rngs)
+  return Stack(spec, getattr(config, f'{name}_layers'), getattr(config, f'{name}_moe'),
+               config.sparse_layers(name), bias, rngs=rngs)
