@@ -1,6 +1,6 @@
 """Optimizers with one small state per leaf, and learning rates that read the global step.
 
-Every leaf of the parameters has its own slots and its own count (`.../wi_gate/mu`, `/nu`, `/count`),
+Every leaf of the parameters has its own slots and its own count (`wi_gate/mu`, `/nu`, `/count`),
 so that surgery can carry some leaves' state and start others afresh: a count carried over fresh
 zero slots makes Adam's first update 1/sqrt(1 - b2) * (1 - b1) times too large. Leaves stacked over
 experts are updated by `jax.vmap` over the expert axis: E stacked experts are E separate runs.
@@ -22,6 +22,10 @@ from moejax.config import check, check_choice
 
 Tree = trees.Tree
 EXPERTS = re.compile(r'/experts/')  # leaves with a leading expert axis
+
+
+def _check_above_zero(key: str, value: float) -> None:
+  check(value > 0, key, value, 'above 0', 'Set a positive number.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +135,6 @@ class ScheduleConfig:
     check(self.name != 'cosine' or self.cooldown_steps == 0, 'schedule.cooldown_steps',
           self.cooldown_steps, '0 with cosine',
           'A cosine cools down by itself; set schedule.final_fraction instead.')
-
-
-def _check_above_zero(key: str, value: float) -> None:
-  check(value > 0, key, value, 'above 0', 'Set a positive number.')
 
 
 def schedule(config: ScheduleConfig, learning_rate: float, *, start_step: int,
