@@ -1,0 +1,284 @@
+"""Optimizers against optax, stacked experts against separate runs, schedules by hand."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moejax import trees
+from moejax.config import ConfigError
+from moejax.train import optimizer
+from moejax.train.optimizer import AdafactorConfig, OptimizerConfig, ScheduleConfig
+
+STEPS = 4
+LR = 0.03
+FACTOR_8 = AdafactorConfig(min_dim_size_to_factor=8)
+
+
+update = jax.jit(optimizer.update, static_argnums=0)
+
+
+def random_tree(shapes: dict, seed: int, scale: float = 1.0) -> dict:
+  """{path: shape} -> nested dict of normal float32 values of that scale."""
+  rng = np.random.default_rng(seed)
+  return trees.unflatten({p: jnp.asarray(scale * rng.normal(size=s), jnp.float32)
+                          for p, s in shapes.items()})
+
+
+def run(config: OptimizerConfig, params: dict, grads: list, lr: float = LR) -> tuple[dict, dict]:
+  """params and state after one step for each tree of grads."""
+  state = optimizer.init(config, params)
+  for g in grads:
+    params, state = update(config, g, state, params, lr)
+  return params, state
+
+
+def run_optax(tx, params, grads):
+  step = jax.jit(tx.update)
+  state = tx.init(params)
+  for g in grads:
+    updates, state = step(g, state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+def assert_close(a, b, rtol=1e-6):
+  for (path, x), y in zip(trees.flatten(a).items(), trees.flatten(b).values()):
+    np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-7, err_msg=path)
+
+
+EXPERT_SHAPES = {  # of one expert; with E = 16 plain Adafactor factors (E, D) of the last two
+    'matrix': (12, 20), 'vector': (24,), 'narrow': (4, 32)}
+
+
+@pytest.mark.parametrize('config', [
+    OptimizerConfig(name='adamw', weight_decay=0.1),
+    OptimizerConfig(name='adafactor', weight_decay=0.1, adafactor=FACTOR_8),
+    OptimizerConfig(name='sgd', momentum=0.9)], ids=lambda c: c.name)
+@pytest.mark.parametrize('name', EXPERT_SHAPES)
+def test_stacked_experts_equal_separate_runs(config, name):
+  E, shape = 16, EXPERT_SHAPES[name]
+  path = f'layers/01/moe/experts/{name}'
+  # Experts of very different scales: clipping or scaling over the whole stack would show.
+  size = np.exp(np.linspace(-3, 3, E)).reshape(E, *(1 for _ in shape))
+  stacked = jax.tree.map(lambda x: x * size, random_tree({path: (E, *shape)}, 0))
+  grads = [jax.tree.map(lambda x: x / size, random_tree({path: (E, *shape)}, 1 + t))
+           for t in range(STEPS)]
+  params, state = run(config, stacked, grads)
+  for e in range(E):
+    def one(tree, e=e):  # the same leaf outside any stack
+      return {'layers': {'01': {'mlp': {name: trees.flatten(tree)[path][e]}}}}
+    alone, alone_state = run(config, one(stacked), [one(g) for g in grads])
+    assert_close({'p': trees.flatten(params)[path][e]}, alone)
+    slots = {k.rsplit('/', 1)[1]: v[e] for k, v in trees.flatten(state).items()}
+    assert_close(slots, {k.rsplit('/', 1)[1]: v for k, v in trees.flatten(alone_state).items()})
+    assert slots['count'] == STEPS
+
+
+def test_plain_adafactor_differs_on_stacked_experts():
+  """The contract is needed: plain optax.adafactor takes its statistics over all experts."""
+  path = 'layers/01/moe/experts/narrow'
+  params = random_tree({path: (16, 4, 32)}, 0)
+  grads = [random_tree({path: (16, 4, 32)}, 1)]
+  plain = run_optax(optax.adafactor(LR, min_dim_size_to_factor=8), params, grads)
+  ours, _ = run(OptimizerConfig(name='adafactor', adafactor=FACTOR_8), params, grads)
+  gap = jax.tree.map(lambda a, b, p: float(jnp.abs(a - b).max() / jnp.abs(b - p).max()),
+                     plain, ours, params)
+  assert trees.flatten(gap)[path] > 0.1
+
+
+DENSE_SHAPES = {'layers/00/mlp/wi': (12, 20), 'layers/00/mlp/wi_bias': (20,),
+                'layers/00/mlp_norm/scale': (12,), 'embed/embedding': (7, 12)}
+
+
+def test_adamw_equals_optax():
+  params = random_tree(DENSE_SHAPES, 0)
+  grads = [random_tree(DENSE_SHAPES, 1 + t) for t in range(STEPS)]
+  config = OptimizerConfig(b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.3)
+  decayed = {'layers': {'00': {'mlp': {'wi': True, 'wi_bias': False},
+                               'mlp_norm': {'scale': False}}}, 'embed': {'embedding': True}}
+  tx = optax.adamw(LR, b1=0.8, b2=0.95, eps=1e-6, weight_decay=0.3, mask=decayed)
+  assert_close(run(config, params, grads)[0], run_optax(tx, params, grads))
+
+
+@pytest.mark.parametrize('scaled', [True, False])
+def test_adafactor_equals_optax(scaled):
+  """With T5's settings: decay 0.8, clipping 1, parameter scale, no momentum."""
+  params = random_tree(DENSE_SHAPES, 0)
+  grads = [random_tree(DENSE_SHAPES, 1 + t, scale=10.0 ** t) for t in range(STEPS)]
+  settings = AdafactorConfig(min_dim_size_to_factor=8, multiply_by_parameter_scale=scaled)
+  tx = optax.adafactor(LR, min_dim_size_to_factor=8, multiply_by_parameter_scale=scaled)
+  new, state = run(OptimizerConfig(name='adafactor', adafactor=settings), params, grads)
+  assert_close(new, run_optax(tx, params, grads))
+  assert state['layers']['00']['mlp']['wi']['v_row'].shape == (12,)  # it did factor
+  assert state['layers']['00']['mlp']['wi_bias']['v'].shape == (20,)
+
+
+def test_sgd_by_hand():
+  # p = 1, g = 2 then 4, lr 0.5: 1 - 1 = 0, 0 - 2 = -2; with momentum 0.5 the second direction
+  # is 4 + 0.5 * 2 = 5, so 0 - 2.5.
+  grads = [{'w': jnp.array([2.0])}, {'w': jnp.array([4.0])}]
+  params, state = run(OptimizerConfig(name='sgd'), {'w': jnp.array([1.0])}, grads, lr=0.5)
+  np.testing.assert_allclose(params['w'], [-2.0])
+  assert trees.flatten(state) == {'w/count': 2}
+  params, _ = run(OptimizerConfig(name='sgd', momentum=0.5), {'w': jnp.array([1.0])}, grads, lr=0.5)
+  np.testing.assert_allclose(params['w'], [-2.5])
+
+
+def test_weight_decay_is_decoupled_and_times_lr():
+  # Zero gradients: p = 2 becomes 2 - 0.1 * 0.5 * 2 = 1.9; a bias stays.
+  params = {'wo': jnp.array([2.0]), 'wo_bias': jnp.array([2.0])}
+  zero = jax.tree.map(jnp.zeros_like, params)
+  for name in ('adamw', 'adafactor', 'sgd'):
+    new, _ = run(OptimizerConfig(name=name, weight_decay=0.5), params, [zero], lr=0.1)
+    np.testing.assert_allclose(new['wo'], [1.9], rtol=1e-6)
+    np.testing.assert_allclose(new['wo_bias'], [2.0])
+
+
+def test_state_layout():
+  shapes = {'encoder/layers/01/moe/experts/wi_gate': (3, 4, 5), 'head/kernel': (4, 6)}
+  state = trees.flatten(optimizer.init(OptimizerConfig(), random_tree(shapes, 0)))
+  assert {p: (x.shape, str(x.dtype)) for p, x in state.items()} == {
+      'encoder/layers/01/moe/experts/wi_gate/count': ((3,), 'int32'),
+      'encoder/layers/01/moe/experts/wi_gate/mu': ((3, 4, 5), 'float32'),
+      'encoder/layers/01/moe/experts/wi_gate/nu': ((3, 4, 5), 'float32'),
+      'head/kernel/count': ((), 'int32'),
+      'head/kernel/mu': ((4, 6), 'float32'), 'head/kernel/nu': ((4, 6), 'float32')}
+
+
+def warm_state(config, params, steps):
+  """Optimizer state of params after that many random steps."""
+  return run(config, params, [random_tree(DENSE_SHAPES | ROUTER, 9 + t) for t in range(steps)])[1]
+
+
+ROUTER = {'layers/01/moe/router/kernel': (12, 8)}
+ROUTER_PATH = next(iter(ROUTER))
+
+
+@pytest.mark.parametrize('name', ['adamw', 'adafactor'])
+def test_first_router_update_after_surgery_is_at_most_lr(name):
+  """Fresh slots beside carried ones; Adafactor's bound is on the root mean square."""
+  config = OptimizerConfig(name=name)
+  params = random_tree(DENSE_SHAPES | ROUTER, 0)
+  carried = trees.flatten(warm_state(config, params, 50))
+  fresh = trees.flatten(optimizer.init(config, params))
+  mixed = {p: fresh[p] if p.startswith(ROUTER_PATH) else carried[p] for p in carried}
+  assert mixed['embed/embedding/count'] == 50
+  assert mixed[f'{ROUTER_PATH}/count'] == 0
+  grads = random_tree(DENSE_SHAPES | ROUTER, 5, scale=1e3)
+
+  def first_update(state):
+    new, _ = optimizer.update(config, grads, trees.unflatten(state), params, LR)
+    delta = trees.flatten(new)[ROUTER_PATH] - trees.flatten(params)[ROUTER_PATH]
+    return np.abs(delta).max() if name == 'adamw' else np.sqrt(np.mean(np.square(delta)))
+
+  assert 0.5 * LR < first_update(mixed) <= LR * (1 + 1e-4)
+  if name == 'adamw':  # what goes wrong otherwise: (1 - b1) / sqrt(1 - b2) = 3.16 times lr
+    steps = {f'{ROUTER_PATH}/count': jnp.int32(100_000)}
+    np.testing.assert_allclose(first_update(mixed | steps), 0.1 / 0.001 ** 0.5 * LR, rtol=1e-3)
+
+
+def test_learning_rate_reads_the_step_given_not_a_count():
+  """The state's counts do not move the rate: the same state, other steps, other updates."""
+  config = OptimizerConfig(name='sgd', learning_rate=1.0)
+  rate = optimizer.schedule(ScheduleConfig(warmup_steps=10), 1.0, start_step=0, end_step=100)
+  params, grads = {'w': jnp.zeros(1)}, {'w': jnp.ones(1)}
+  state = optimizer.init(config, params)
+  for step in (1, 5, 7):
+    new, _ = optimizer.update(config, grads, state, params, rate(step))
+    np.testing.assert_allclose(new['w'], [-step / 10], rtol=1e-6)
+
+
+def test_clip_by_global_norm():
+  # sqrt(3^2 + 4^2) = 5, so a bound of 1 divides by 5.
+  grads = {'a': jnp.array([3.0]), 'b': jnp.array([4.0], jnp.bfloat16)}
+  clipped, norm = optimizer.clip_by_global_norm(grads, 1.0)
+  np.testing.assert_allclose(norm, 5.0)
+  np.testing.assert_allclose(clipped['a'], [0.6], rtol=1e-6)
+  assert clipped['b'].dtype == jnp.bfloat16
+  for bound in (0.0, 6.0):  # off, and not reached
+    clipped, norm = optimizer.clip_by_global_norm(grads, bound)
+    np.testing.assert_allclose(clipped['a'], [3.0])
+    np.testing.assert_allclose(norm, 5.0)
+  clipped, _ = optimizer.clip_by_global_norm({'a': jnp.zeros(2)}, 1.0)
+  np.testing.assert_array_equal(clipped['a'], [0.0, 0.0])
+
+
+SCHEDULES = {
+    # peak 2; warm-up 4: 2 * 1/4, flat until 16, then 2 * sqrt(16/64) = 1, 2 * sqrt(16/100) = 0.8
+    'rsqrt': (ScheduleConfig('rsqrt', warmup_steps=4, timescale=16), 0, 1000,
+              {0: 0.0, 1: 0.5, 4: 2.0, 16: 2.0, 64: 1.0, 100: 0.8}),
+    # T5's 1 / sqrt(max(t, 10000)) with peak 2 for 0.01: 2 at 10000, 1 at 40000
+    't5': (ScheduleConfig('rsqrt', warmup_steps=0, timescale=10000), 0, 50000,
+           {0: 2.0, 9999: 2.0, 10000: 2.0, 40000: 1.0}),
+    # the same from 64 to 136, its last 36 steps cooling to 1/2: at 100 still 0.8, at 118
+    # 1/2 + 1/2 * 18/36 = 3/4 of 2 * sqrt(16/118), at 136 and after 1/2 of 2 * sqrt(16/step)
+    'cooldown': (ScheduleConfig('rsqrt', warmup_steps=4, timescale=16, cooldown_steps=36,
+                                cooldown_to=0.5), 64, 136,
+                 {64: 1.0, 100: 0.8, 118: 2 * (16 / 118) ** 0.5 * 3 / 4,
+                  136: (16 / 136) ** 0.5, 999: (16 / 999) ** 0.5}),
+    # to 0: at 15 of 10..20 half, at the end nothing
+    'constant': (ScheduleConfig('constant', warmup_steps=2, cooldown_steps=10), 0, 20,
+                 {1: 1.0, 2: 2.0, 10: 2.0, 15: 1.0, 20: 0.0}),
+    # warm-up 2, then 8 steps of cosine from 2 to 2 * 1/4: half-way (2 + 1/2) / 2 = 5/4
+    'cosine': (ScheduleConfig('cosine', warmup_steps=2, final_fraction=0.25), 0, 10,
+               {0: 0.0, 1: 1.0, 2: 2.0, 6: 1.25, 10: 0.5, 11: 0.5}),
+    # the same, continued from step 100: counted from there
+    'cosine again': (ScheduleConfig('cosine', warmup_steps=2, final_fraction=0.25), 100, 110,
+                     {100: 0.0, 102: 2.0, 106: 1.25, 110: 0.5}),
+}
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_schedule_by_hand(name):
+  config, start, end, table = SCHEDULES[name]
+  rate = optimizer.schedule(config, 2.0, start_step=start, end_step=end)
+  for step, value in table.items():
+    given = rate(jnp.int32(step))
+    assert given.dtype == jnp.float32 and given.shape == ()
+    np.testing.assert_allclose(given, value, rtol=1e-6, err_msg=f'step {step}')
+
+
+@pytest.mark.parametrize('name', ['rsqrt', 'constant'])
+def test_continuing_a_trunk_has_no_jump(name):
+  """Until its own cooldown a continuation follows its trunk's curve, step by step."""
+  config = ScheduleConfig(name, warmup_steps=10, timescale=100, cooldown_steps=40)
+  plain = ScheduleConfig(name, warmup_steps=10, timescale=100)
+  trunk = optimizer.schedule(plain, 1.0, start_step=0, end_step=1000)
+  branch = optimizer.schedule(config, 1.0, start_step=500, end_step=600)
+  steps = jnp.arange(495, 561)
+  np.testing.assert_array_equal(jax.vmap(trunk)(steps), jax.vmap(branch)(steps))
+  rates = np.asarray(jax.vmap(branch)(jnp.arange(500, 601)))
+  assert np.abs(np.diff(rates)).max() < 1.1 * rates[0] / 40  # no jump into the cooldown either
+  assert rates[-1] == 0
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: OptimizerConfig(name='adam'), "optimizer.name: got 'adam'.*adamw"),
+    (lambda: OptimizerConfig(learning_rate=0.0), 'optimizer.learning_rate: got 0.0'),
+    (lambda: OptimizerConfig(b2=1.0), 'optimizer.b2: got 1.0'),
+    (lambda: OptimizerConfig(clip_norm=-1.0), 'optimizer.clip_norm: got -1.0'),
+    (lambda: OptimizerConfig(weight_decay_mask='('), 'weight_decay_mask.*does not compile'),
+    (lambda: AdafactorConfig(decay_rate=0.0), 'optimizer.adafactor.decay_rate'),
+    (lambda: ScheduleConfig(name='linear'), 'schedule.name'),
+    (lambda: ScheduleConfig(timescale=0), 'schedule.timescale'),
+    (lambda: ScheduleConfig(cooldown_to=2.0), 'schedule.cooldown_to'),
+    (lambda: ScheduleConfig('cosine', cooldown_steps=1), 'final_fraction'),
+    (lambda: optimizer.schedule(ScheduleConfig(), 1.0, start_step=5, end_step=5), 'train.steps'),
+    (lambda: optimizer.schedule(ScheduleConfig(cooldown_steps=11), 1.0, start_step=5, end_step=15),
+     'schedule.cooldown_steps: got 11, allowed: at most the 10')])
+def test_errors(make, message):
+  with pytest.raises(ConfigError, match=message):
+    make()
+
+
+def test_default_decay_mask():
+  mask = OptimizerConfig().weight_decay_mask
+  decayed = ['head/kernel', 'token_embed/embedding', 'encoder/layers/01/moe/experts/wi_gate',
+             'encoder/layers/00/mlp/wo', 'encoder/layers/01/moe/router/kernel']
+  kept = ['encoder/layers/00/mlp/wo_bias', 'encoder/layers/01/moe/experts/wi_bias',
+          'encoder/layers/00/mlp_norm/scale', 'encoder/relative_bias/embedding', 'head/bias']
+  assert [bool(re.search(mask, p)) for p in decayed + kept] == [True] * 5 + [False] * 5
