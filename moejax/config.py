@@ -1,18 +1,22 @@
 """The edge between a run's ConfigDict and the frozen dataclasses the code works with.
 
-Every room declares its own settings as a frozen dataclass of int, float, bool, str, tuple and nested
-dataclasses, with a default for each field. `as_config_dict` turns one into the ConfigDict a config
-file edits and `--config.a.b=c` overrides; `build` turns the edited ConfigDict back, strictly: an
-unknown key, a wrong type or a value outside its range is a ConfigError before anything is allocated.
+Every room declares its own settings as a frozen dataclass of int, float, bool, str, tuple and
+nested dataclasses, with a default for each field. `as_config_dict` turns one into the ConfigDict a
+config file edits and `--config.a.b=c` overrides; `build` turns the edited ConfigDict back, and
+strictly: an unknown key, a wrong type or a value out of range is a ConfigError before anything is
+allocated.
 """
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+UNIONS = (typing.Union, types.UnionType)
 
 
 class ConfigError(ValueError):
@@ -57,7 +61,7 @@ def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
 
 
 def as_config_dict(settings: Any) -> ConfigDict:
-  """Dataclass instance (nested ones too) -> ConfigDict with every key, for a config file to edit."""
+  """Dataclass instance (nested ones too) -> ConfigDict of every key, for config files to edit."""
   def convert(value):
     if dataclasses.is_dataclass(value):
       return ConfigDict({f.name: convert(getattr(value, f.name))
@@ -70,8 +74,8 @@ def build(cls: type, values: Mapping[str, Any], where: str = 'config') -> Any:
   """ConfigDict -> instance of the frozen dataclass `cls`; missing keys take their defaults.
 
   Args:
-    cls: frozen dataclass. A class attribute `variants() -> {name: dataclass}` with a field
-      `family` makes the value of `family` choose the dataclass.
+    cls: frozen dataclass. In a field that is a union of dataclasses, the value of `family` (first
+      field of each) chooses among them.
     values: mapping of field names to values, nested like cls.
     where: dotted path of `values`, for messages.
 
@@ -94,10 +98,10 @@ def build(cls: type, values: Mapping[str, Any], where: str = 'config') -> Any:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
   """value as the annotated type `hint`; raises ConfigError if it is of another type."""
-  options = typing.get_args(hint) if isinstance(hint, typing._UnionGenericAlias | type(int | str)) else ()
+  options = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else ()
   if options:  # a union of dataclasses, told apart by the value of `family`
     by_family = {dataclasses.fields(o)[0].default: o for o in options}
-    family = values_get(value, 'family', where)
+    family = _value(value, 'family', where)
     check_choice(f'{where}.family', family, by_family)
     return build(by_family[family], value, where)
   if dataclasses.is_dataclass(hint):
@@ -114,7 +118,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
        f'A {type(value).__name__} was given; set {where} to a {name}.')
 
 
-def values_get(value: Any, key: str, where: str) -> Any:
+def _value(value: Any, key: str, where: str) -> Any:
   """value[key], or a ConfigError that names the missing key."""
   if not isinstance(value, Mapping | ConfigDict) or key not in value:
     raise ConfigError(f'{where}.{key}: missing, and it decides which other keys {where} has')

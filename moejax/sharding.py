@@ -23,7 +23,7 @@ from moejax import config as config_lib
 from moejax import trees
 
 AXES = ('data', 'fsdp', 'expert', 'model')
-GROUP_AXES = ('data', 'fsdp', 'expert')   # examples, and with them routing groups, are split over these
+GROUP_AXES = ('data', 'fsdp', 'expert')   # examples, hence routing groups, are split over these
 
 # First match wins. Dimensions: E experts, D model, F hidden, H*K heads x head size, V vocabulary.
 RULES = (
@@ -73,7 +73,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """
   for pattern, axes in RULES:
     if re.search(rf'{pattern}(/|$)', path):
-      if len(shape) < len(axes):   # a factored or scalar slot of the leaf: only E is known to be first
+      if len(shape) < len(axes):   # a factored or scalar slot: only E is known to be first
         axes = axes[:1] if len(shape) and axes and axes[0] == 'expert' else ()
       break
   else:
@@ -109,11 +109,11 @@ def mesh_in_use() -> bool:
 def over_groups(fn: Callable) -> Callable:
   """Runs fn on each device's own routing groups, and its experts wherever they live.
 
-  `fn(groups, weights, *, exchange, total) -> (per_group, sums)`: `groups` is a tree of arrays with a
-  leading G, `weights` one with a leading E. fn computes on local groups; `exchange(apply)` is `apply`
-  with buffers carried to and from the devices that hold the experts; `total` adds over all groups.
-  Without a mesh, fn simply runs. Kept out of the compiler's hands because it would all-gather the
-  operands of top_k and of the gathers over the whole batch.
+  `fn(groups, weights, *, exchange, total) -> (per_group, sums)`: `groups` is a tree of arrays with
+  a leading G, `weights` one with a leading E. fn computes on local groups; `exchange(apply)` is
+  `apply` with buffers carried to and from the devices that hold the experts; `total` adds over all
+  groups. Without a mesh, fn simply runs. Kept out of the compiler's hands because it would
+  all-gather the operands of top_k and of the gathers over the whole batch.
   """
   def run(groups, weights):
     if not mesh_in_use():
@@ -126,8 +126,9 @@ def over_groups(fn: Callable) -> Callable:
                      'Make batch_size larger or group_size smaller.')
     local = lambda g, w: fn(g, w, exchange=exchange if shape['expert'] > 1 else None,
                             total=lambda x: jax.lax.psum(x, GROUP_AXES))
-    return jax.shard_map(local, in_specs=(P(GROUP_AXES), P('expert')),
-                         out_specs=(P(GROUP_AXES), P()), axis_names=set(GROUP_AXES))(groups, weights)
+    return jax.shard_map(
+        local, in_specs=(P(GROUP_AXES), P('expert')), out_specs=(P(GROUP_AXES), P()),
+        axis_names=set(GROUP_AXES))(groups, weights)
   return run
 
 

@@ -15,7 +15,7 @@ Tree = Any  # nested dicts with str keys and array leaves
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-  """Nested dict -> {'a/b/c': leaf}, sorted by path. Raises ValueError on a key that is not a str."""
+  """Nested dict -> {'a/b/c': leaf}, sorted by path; ValueError on a key that is not a str."""
   flat = {}
 
   def visit(node, prefix):
@@ -24,7 +24,7 @@ def flatten(tree: Tree) -> dict[str, Any]:
       return
     for key, child in node.items():
       if not isinstance(key, str) or '/' in key:
-        raise ValueError(f'tree key {key!r} under {"/".join(prefix)!r}: a str without "/" is needed')
+        raise ValueError(f'tree key {key!r} under {"/".join(prefix)!r}: need a str without "/"')
       visit(child, (*prefix, key))
 
   visit(tree, ())

@@ -35,6 +35,12 @@ class Model:
     """See `rows_per_group`."""
     return rows_per_group(self.config, encoder_length, decoder_length)
 
+  def token_counts(self, batch: dict) -> dict[str, jax.Array]:
+    """Real tokens of each stack in a batch, as its MoE layers count them: {stack: int32 scalar}."""
+    if self.config.family == 'vit':
+      return {'encoder': (batch['weight'] > 0).sum() * self.config.num_tokens}
+    return {'encoder': (batch['encoder_input'] != 0).sum(), 'decoder': (batch['weight'] > 0).sum()}
+
 
 def build(config: Config) -> Model:
   """Model of a validated T5Config or ViTConfig; allocates nothing."""

@@ -17,8 +17,8 @@ def load_balance(probs: jax.Array, routing: TokenRouting, mask: jax.Array) -> ja
 
   f_e is the fraction of the group's assignments that go to expert e (sums to 1 for any K, before
   any drop), p_e the mean probability of e over real tokens. Balanced value 1, worst E. flaxformer's
-  f sums to K, so its loss weight w is K * w here; GShard's f counts first choices only. The gradient
-  flows through p alone.
+  f sums to K, so its loss weight w is K * w here; GShard's f counts first choices only. The
+  gradient flows through p alone.
 
   Args:
     probs: (G, S, E) float32, the softmax the router took its weights from (not softmaxed again).

@@ -2,19 +2,20 @@
 
 Every function here has one signature and computes the same thing,
 
-  y[g, s] = sum over slots (e, c) of group g that hold token s of weight[g, e, c] * expert_e(x[g, s])
+  y[g, s] = sum over slots (e, c) of group g holding token s of weight[g, e, c] * expert_e(x[g, s])
 
 and differs only in how. None sees a logit. `apply(weights, x)` runs all experts on their buffers:
 weights is a dict of arrays with a leading E, x is (E, N, D), one batched matmul for all experts.
-`exchange` moves buffers between devices when experts live on several (see sharding.Exchange).
+`exchange` moves buffers between devices when experts live on several (see sharding.exchange).
 
-Dimensions: G groups, S tokens per group, D model, E experts, C slots per expert and group, K choices.
+Dimensions: G groups, S tokens per group, D model, E experts, C slots per expert and group.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.moe.routing import SlotRouting, TokenRouting
 
@@ -66,7 +67,7 @@ def einsum(routing: SlotRouting, x: jax.Array, weights: dict, apply: Apply,
 
 def reference(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict,
               apply: Apply) -> jax.Array:
-  """The definition, as a Python loop over groups and slots (or choices): what the rest must equal."""
+  """The definition, as a Python loop over slots (or choices): what the rest must equal."""
   y = jnp.zeros_like(x)
   for g, s, e, weight, valid in _assignments(routing):
     expert = jax.tree.map(lambda w, e=e: w[e][None], weights)
@@ -88,10 +89,8 @@ def _run(buffers, weights, apply, exchange):
 
 def _assignments(routing):
   """(group, token, expert, weight, valid) of every slot or choice."""
-  named = routing.index if isinstance(routing, SlotRouting) else routing.expert
-  G, A, B = named.shape
-  for g in range(G):
-    for a in range(A):
-      for b in range(B):
-        token, expert = (named[g, a, b], a) if isinstance(routing, SlotRouting) else (a, named[g, a, b])
-        yield g, token, expert, routing.weight[g, a, b], routing.valid[g, a, b]
+  by_slot = isinstance(routing, SlotRouting)
+  named = routing.index if by_slot else routing.expert
+  for g, a, b in np.ndindex(named.shape):
+    token, expert = (named[g, a, b], a) if by_slot else (a, named[g, a, b])
+    yield g, token, expert, routing.weight[g, a, b], routing.valid[g, a, b]

@@ -23,8 +23,8 @@ class MoEConfig:
   """MoE blocks of one stack.
 
   Attributes:
-    layers: which blocks are sparse: 'none', 'every_2' (the 2nd, 4th, ... as in T5), 'last_6', or block
-      numbers from 0 such as '1,3'.
+    layers: which blocks are sparse: 'none', 'every_2' (the 2nd, 4th, ... as in T5), 'last_6', or
+      block numbers from 0 such as '1,3'.
     num_experts: E in each of these blocks.
     experts_per_layer: E of each sparse block in order, in place of num_experts; empty: all alike.
     router: 'expert_choice' (encoders, ViT; not causal) or 'top_k' (anywhere).
@@ -61,7 +61,7 @@ class MoEConfig:
     check(all(isinstance(e, int) and e >= 1 for e in self.experts_per_layer),
           'moe.experts_per_layer', self.experts_per_layer, 'a tuple of integers >= 1', 'Fix it.')
     for name in ('capacity_factor', 'eval_capacity_factor'):
-      check(getattr(self, name) > 0, f'moe.{name}', getattr(self, name), '> 0', 'Usual: 1.0 to 2.0.')
+      check(getattr(self, name) > 0, f'moe.{name}', getattr(self, name), '> 0', 'Usual: 1 to 2.')
     for name in ('balance_weight', 'z_weight', 'router_init_std', 'group_size'):
       check(getattr(self, name) >= 0, f'moe.{name}', getattr(self, name), '>= 0', '0 turns it off.')
     check(self.min_capacity >= 1, 'moe.min_capacity', self.min_capacity, '>= 1', 'Use 1 or more.')
@@ -77,10 +77,11 @@ class MoEConfig:
             '0 for expert_choice', 'Expert choice is balanced by construction.')
 
   def sparse_layers(self, depth: int, key: str = 'moe') -> dict[int, int]:
-    """{block number: E} of a stack of `depth` blocks; ConfigError on a block that does not exist."""
+    """{block number: E} of a stack of `depth` blocks; ConfigError on a block not in it."""
     found = re.fullmatch(r'none|(every|last)_(\d+)|\d+(?:,\d+)*', self.layers.replace(' ', ''))
     if not found:
-      fail(f'{key}.layers', self.layers, "'none', 'every_2', 'last_6' or '1,3'", 'Blocks count from 0.')
+      fail(f'{key}.layers', self.layers, "'none', 'every_2', 'last_6' or '1,3'",
+           'Blocks count from 0.')
     kind, n = found.group(1), int(found.group(2) or 0)
     if self.layers == 'none':
       chosen = []
@@ -98,7 +99,7 @@ class MoEConfig:
     return dict(sorted(zip(chosen, experts)))
 
   def rows_per_group(self, length: int, key: str = 'moe') -> int:
-    """Whole sequences of `length` tokens in a routing group; ConfigError if group_size has no whole."""
+    """Sequences of `length` tokens in a routing group; ConfigError unless a whole number."""
     if not self.group_size:
       return 1
     check(self.group_size % length == 0, f'{key}.group_size', self.group_size,
@@ -155,12 +156,13 @@ class MoELayer(nnx.Module):
     B, L, D = x.shape
     rows = self.config.rows_per_group(L)
     check(B % rows == 0, 'batch size (per microbatch)', B,
-          f'a multiple of the {rows} sequences of a routing group', 'Change batch_size or group_size.')
+          f'a multiple of the {rows} sequences of a routing group',
+          'Change batch_size or group_size.')
     x = x.reshape(B // rows, rows * L, D)                             # (G, S, D)
     mask = mask.reshape(B // rows, rows * L)
     groups = {'x': x, 'logits': self.router(x), 'mask': mask}
     if keys is not None:
-      groups['keys'] = keys[::rows]   # a group's dropout follows its first example, wherever it runs
+      groups['keys'] = keys[::rows]   # a group's dropout follows its first example
 
     def run(groups, weights, *, exchange, total):
       slots, aux = self._route(groups['logits'], groups['mask'], train)
@@ -191,7 +193,7 @@ class MoELayer(nnx.Module):
     return slots, aux | balance.telemetry(slots, probs, mask, k=config.k)
 
   def _apply(self, keys, C: int, exchanged: bool) -> Callable:
-    """The experts as (weights, (E, N, D)) -> (E, N, D), with dropout masks drawn per group and expert."""
+    """The experts as (weights, (E, N, D)) -> (E, N, D), dropout drawn per group and expert."""
     if keys is None:
       return self.experts.apply
     first = 0

@@ -1,7 +1,7 @@
 """Routers: pure functions from logits to a routing.
 
-A router says which token meets which expert and with what weight; it knows nothing of how tokens are
-moved (that is dispatch). There are two ways to say it:
+A router says which token meets which expert and with what weight; it knows nothing of how tokens
+are moved (that is dispatch). There are two ways to say it:
 
 - SlotRouting: each expert has a buffer of C slots and names the token in each slot.
 - TokenRouting: each token names its K experts.
@@ -62,16 +62,16 @@ def expert_choice(logits: jax.Array, mask: jax.Array, capacity: int, *,
                   renormalize: bool = False) -> SlotRouting:
   """Each expert picks its top tokens (Zhou et al. 2022, eq. 1-2).
 
-  Perfectly balanced, so there is no auxiliary loss; but a token's experts depend on the tokens after
-  it, so it is not causal and has no place in a decoder.
+  Perfectly balanced, so there is no auxiliary loss; but a token's experts depend on the tokens
+  after it, so it is not causal and has no place in a decoder.
 
   Args:
     logits: (G, S, E) router logits.
     mask: (G, S) bool, False at padding: never chosen before a real token, never valid.
     capacity: C, slots per expert and group, 1 <= C <= S.
-    renormalize: divide a token's weights by their sum, so that an upcycled model keeps its parent's
-      function (Komatsuzaki et al. 2023, B.7). A token nobody chose stays at 0; a token with a single
-      expert has weight 1 and gives its router no gradient.
+    renormalize: divide a token's weights by their sum, so that an upcycled model keeps its
+      parent's function (Komatsuzaki et al. 2023, B.7). A token nobody chose stays at 0; a token
+      with a single expert has weight 1 and gives its router no gradient.
 
   Returns:
     SlotRouting with C = capacity.
@@ -111,8 +111,8 @@ def top_k(logits: jax.Array, mask: jax.Array, k: int, *, renormalize: bool = Fal
 def place(routing: TokenRouting, num_experts: int, capacity: int) -> SlotRouting:
   """Fills each expert's C slots in order of priority; assignments past the last slot are dropped.
 
-  All first choices come before any second choice, each in sequence order (GShard, Switch, flaxformer).
-  When slots run out, a token's second choice is thus lost to a later token's first choice: under a
+  All first choices come before any second choice, each in sequence order (GShard, flaxformer). When
+  slots run out, a token's second choice is thus lost to a later token's first choice: under a
   binding capacity the layer is causal only within one order of choice. With C = S nothing is lost
   and it is causal.
 
@@ -126,8 +126,8 @@ def place(routing: TokenRouting, num_experts: int, capacity: int) -> SlotRouting
   """
   G, S, K = routing.expert.shape
   E, C = num_experts, capacity
-  by_choice = lambda a: a.swapaxes(1, 2).reshape(G, K * S)          # all first choices, then second
-  expert = by_choice(jnp.where(routing.valid, routing.expert, E))   # padding queues behind the last
+  by_choice = lambda a: a.swapaxes(1, 2).reshape(G, K * S)          # first choices first
+  expert = by_choice(jnp.where(routing.valid, routing.expert, E))   # padding queues last
   # A stable sort by expert keeps the priority within each expert, so its queue is one run.
   expert, order = jax.lax.sort_key_val(
       expert, jnp.broadcast_to(jnp.arange(K * S, dtype=jnp.int32), (G, K * S)), is_stable=True)

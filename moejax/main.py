@@ -1,0 +1,81 @@
+"""Trains one run: python -m moejax.main --config=FILE[:arg] --workdir=DIR [--config.a.b=value ...]
+
+FILE defines get_config(arg) and returns an ml_collections ConfigDict; any key of it can be
+overridden on the command line. The same command resumes a run that was stopped, and says so if it
+is finished. Everything the run leaves stands in DIR: see moejax/train/workdir.py.
+"""
+
+import os
+import sys
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from moejax.config import ConfigError, unknown_key
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'Run config: FILE.py or FILE.py:arg.')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; made if missing.')
+COMPILATION_CACHE = flags.DEFINE_string(
+    'compilation_cache', '~/.cache/moejax/xla', 'Where compiled programs are kept; empty: nowhere.')
+USAGE = 'python -m moejax.main --config=configs/vit_glyphs.py --workdir=runs/vit'
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """absl's parser, with every mistake as one line and exit code 1."""
+  try:
+    rest = _parse(argv)
+  except ConfigError as error:
+    sys.exit(f'moejax: {error}')
+  return rest
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.Error as error:
+    raise ConfigError(f'command line: {error}. --help lists the flags') from error
+  except (AttributeError, KeyError) as error:   # an override of a key the config does not have
+    raise _misspelt(argv) or ConfigError(f'command line: {error}') from error
+  for name in ('config', 'workdir'):
+    if flags.FLAGS[name].value is None:
+      raise ConfigError(f'--{name}: missing. Usage: {USAGE}')
+  if len(rest) > 1:
+    raise ConfigError(f'command line: {rest[1]!r} is no flag; flags begin with --. Usage: {USAGE}')
+  return rest
+
+
+def _misspelt(argv: list[str]) -> ConfigError | None:
+  """The error for the first --config.a.b=value whose key is not in the config."""
+  for arg in argv:
+    node, *path = arg.lstrip('-').split('=')[0].split('.')
+    if node != 'config' or not path:
+      continue
+    node = CONFIG.value
+    for depth, name in enumerate(path):
+      if not isinstance(node, ConfigDict) or name not in node:
+        return unknown_key('.'.join(['config', *path[:depth + 1]]), node)
+      node = node[name]
+  return None
+
+
+def main(argv: list[str]) -> int:
+  """Runs; returns the exit code."""
+  del argv
+  try:
+    config = CONFIG.value.copy_and_resolve_references()
+  except Exception as error:   # whatever the config file raised when it was loaded
+    sys.exit(f'moejax: --config: {error}')
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  import jax  # only now, so that a wrong flag is answered at once
+
+  from moejax.train import loop, settings
+  if COMPILATION_CACHE.value:
+    jax.config.update('jax_compilation_cache_dir', os.path.expanduser(COMPILATION_CACHE.value))
+  try:
+    return loop.run(settings.resolve(config), WORKDIR.value)
+  except ConfigError as error:
+    sys.exit(f'moejax: {error}')
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,143 @@
+"""The train loop: run(config, workdir) trains, evaluates, checkpoints, logs, and resumes.
+
+Steps are global: a run that continues a parent starts at the parent's step. At every step that is
+due, in this order: log the window of train metrics, evaluate, checkpoint. All lines up to a step
+are thus on disk before its checkpoint; resuming there cuts off exactly what will be written again.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from moejax import data, evaluate, models
+from moejax.checkpoints import native
+from moejax.train import initialize, metrics, optimizer, parallel, settings
+from moejax.train.plan import Plan, check_fit, facts, first_step
+from moejax.train.progress import Log, stop_signals
+from moejax.train.step import TrainState, make_train_step
+from moejax.train.workdir import Workdir, provenance
+
+
+def run(config: settings.RunConfig, path: str) -> int:
+  """Trains to the end, or resumes and does.
+
+  Args:
+    config: the resolved run.
+    path: its workdir.
+
+  Returns:
+    Exit code: 0, or 130 or 143 if stopped by a signal, after saving.
+
+  Raises:
+    ConfigError: whatever cannot work, before a step is taken.
+  """
+  workdir = Workdir(path)
+  workdir.check(config)
+  plan = Plan.make(config, first_step(config, pathlib.Path(path)))
+  program = Program(config, plan)
+  workdir.claim(config)
+  writer = native.Writer(path, config.keep_checkpoints, {plan.trunk, plan.end})
+  done = writer.latest_step()
+  if done == plan.end:
+    print(f'{path}: finished at step {done}. ' + metrics.last_evaluation(workdir.path))
+    return 0
+
+  workdir.write('run.json', provenance(**facts(config, plan, program.model, program.dataset)))
+  with Log(workdir, plan.first, done, plan.end) as log, stop_signals() as stop:
+    if done is None:
+      state = program.begin(workdir, log)
+    else:
+      state = TrainState(**writer.restore(done, program.shapes.as_dict()))
+      log.say(f'{path}: resumed at step {done} of {plan.end}')
+    done = int(state.step)
+    workdir.status('compiling', done)
+    for batch in program.dataset.train_batches(done, plan.end):
+      state, marker = program.train_step(state, program.devices.put(batch))
+      done += 1
+      log.tick(done, marker)
+      if plan.log_due(done):
+        window = log.train(done, state.window)
+        state = dataclasses.replace(state, window=jax.tree.map(jnp.zeros_like, state.window))
+      if plan.eval_due(done):
+        program.evaluate(done, state.params, log, window)
+      if plan.save_due(done) or stop.signal:
+        with log.pause('saving', done):
+          writer.save(done, state.as_dict(), {})
+      if stop.signal:
+        break
+    with log.pause('saving', done):
+      writer.close()
+    workdir.status('stopped' if stop.signal else 'finished', done)
+    log.say(f'{path}: {"stopped" if stop.signal else "finished"} at step {done} of {plan.end}. '
+            + metrics.last_evaluation(workdir.path))
+  return stop.exit_code
+
+
+class Program:
+  """The parts of a run put together: data, model, devices, and the two compiled functions."""
+
+  def __init__(self, config: settings.RunConfig, plan: Plan):
+    self.config, self.plan = config, plan
+    self.devices = parallel.make(config.parallel, config.mesh)
+    self.dataset = data.build(config.data, seed=config.seed, host=jax.process_index(),
+                              hosts=jax.process_count())
+    self.model = models.build(config.model)
+    rows = check_fit(config, self.dataset, self.model, self.devices.shards)
+    learning_rate = optimizer.schedule(config.schedule, config.optimizer.learning_rate,
+                                       start_step=plan.first, end_step=plan.end)
+    make = lambda reduce: make_train_step(
+        self.model, config.optimizer, learning_rate, microbatches=config.microbatches,
+        rows_per_group=rows, reduce=reduce)
+    shapes = initialize.state_shapes(config, self.model, self.devices)
+    window = jax.eval_shape(make(lambda x: x), shapes, self.dataset.train_batch(0))[0].window
+    small = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.devices.replicated())
+    self.shapes = dataclasses.replace(shapes, window=jax.tree.map(small, window))
+    self.train_step = self.devices.compile(make(self.devices.reduce), self.shapes)
+    self.eval_step = self._eval_step(self.model)
+
+  def _eval_step(self, model):
+    return self.devices.compile(evaluate.make_eval_step(model.apply, self.devices.reduce))
+
+  def begin(self, workdir: Workdir, log: Log) -> TrainState:
+    """The first state, evaluated; after surgery the receipt is written, with the step-0 gap."""
+    with log.pause('initializing', self.plan.first):
+      parent = initialize.open_parent(self.config.init)
+      state, receipt = initialize.first_state(self.config, self.model, self.devices, parent)
+    values = self.evaluate(self.plan.first, state.params, log, {})
+    if receipt:
+      measured = self._step0_gap(parent, values, log)
+      receipt = receipt.with_measured(**measured)
+      workdir.write('receipt.json', receipt.to_json())
+      workdir.write('receipt.txt', receipt.to_text())
+    window = jax.tree.map(
+        lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), self.shapes.window)
+    return dataclasses.replace(state, window=window)
+
+  def _step0_gap(self, parent: initialize.Parent, child: dict, log: Log) -> dict:
+    """The parent's validation loss beside this run's at its first step, and what routing lost."""
+    model = models.build(settings.from_dict(parent.config).model)
+    with log.pause('evaluating', self.plan.first):
+      params = initialize.parent_params(parent, model, self.devices)
+      batches = map(self.devices.put, self.dataset.eval_batches('validation'))
+      sums = evaluate.total(self._eval_step(model), params, batches)
+    loss = metrics.summarize(sums)['loss']
+    lost = {k: v for k, v in child.items() if k.endswith(('/dropped', '/unchosen'))}
+    return {'parent_loss': loss, 'loss': child['loss'], 'step0_gap': child['loss'] - loss, **lost}
+
+  def evaluate(self, step: int, params: dict, log: Log, window: dict) -> dict:
+    """Evaluates on 'validation', at the last step also on config.eval_splits; the former's values.
+
+    window: train metrics of this step; their router gradient norms go with every evaluation.
+    """
+    splits = ['validation', *(self.config.eval_splits if step == self.plan.end else ())]
+    results = {}
+    with log.pause('evaluating', step):
+      for split in splits:
+        batches = map(self.devices.put, self.dataset.eval_batches(split))
+        values = metrics.summarize(evaluate.total(self.eval_step, params, batches))
+        values |= {k: v for k, v in window.items() if k.endswith('/router_grad_norm')}
+        log.report(step, split, values)
+        results[split] = values
+    return results['validation']

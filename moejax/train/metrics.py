@@ -1,0 +1,98 @@
+"""From sums to the numbers people read, and the files they stand in.
+
+`metrics.jsonl` holds what a rerun must reproduce bit for bit, so no time is in it; `timing.jsonl`
+holds the seconds. Both are cut back to the restored step on resume.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moejax import trees
+
+
+def summarize(sums: Mapping[str, Any]) -> dict[str, float]:
+  """Sums of a train window or an eval pass -> named means.
+
+  Args:
+    sums: nested; 'loss', 'correct', 'weight'; train windows also 'steps', 'objective', 'aux_loss',
+      'grad_norm' (each summed over steps); 'layers' nests one dict per MoE layer (see MoELayer), in
+      train windows with 'router_grad_norm' summed over steps.
+
+  Returns:
+    'loss' is the task's alone, without auxiliary losses. Per MoE layer, under 'moe/<layer>/':
+    load_max_over_mean, dropped (fraction of assignments asked for), unchosen and single (fractions
+    of real tokens), entropy (nats), dead_experts (number without any token), z, balance (top_k),
+    router_grad_norm.
+  """
+  flat = {k: np.asarray(v, np.float64) for k, v in trees.flatten(sums).items()}
+  out = {'loss': flat['loss'] / flat['weight'], 'accuracy': flat['correct'] / flat['weight']}
+  steps = flat.get('steps')
+  for name in ('objective', 'aux_loss', 'grad_norm'):
+    if name in flat:
+      out[name] = flat[name] / steps
+  for path in flat:
+    if not path.endswith('/tokens'):
+      continue
+    layer = path.removesuffix('tokens')
+    name = 'moe/' + layer.removeprefix('layers/').replace('/layers/', '/')
+    tokens, load = max(flat[path], 1.0), flat[layer + 'load']
+    out |= {
+        name + 'load_max_over_mean': load.max() / max(load.mean(), 1e-9),
+        name + 'dead_experts': (load == 0).sum(),
+        name + 'dropped': flat[layer + 'dropped'] / max(flat[layer + 'assigned'], 1.0),
+        name + 'unchosen': flat[layer + 'unchosen'] / tokens,
+        name + 'single': flat[layer + 'single'] / tokens,
+        name + 'entropy': flat[layer + 'entropy'] / tokens,
+        name + 'z': flat[layer + 'z'] / tokens,
+    }
+    if layer + 'balance' in flat:
+      out[name + 'balance'] = flat[layer + 'balance'] / tokens
+    if layer + 'router_grad_norm' in flat:
+      out[name + 'router_grad_norm'] = flat[layer + 'router_grad_norm'] / steps
+  return {k: float(v) for k, v in out.items()}
+
+
+class JsonLines:
+  """A file of one JSON object a line, each with a 'step'; durable line by line."""
+
+  def __init__(self, path: os.PathLike | str, resume_at: int):
+    """Opens for appending after dropping lines past step `resume_at` (and any torn last line)."""
+    self.path = pathlib.Path(path)
+    kept = [line for line in read_lines(self.path) if line['step'] <= resume_at]
+    temporary = self.path.with_suffix('.tmp')
+    temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    temporary.replace(self.path)
+    self._file = self.path.open('a')
+
+  def write(self, step: int, **values) -> None:
+    """Appends one line and forces it to disk before returning."""
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def read_lines(path: os.PathLike | str) -> list[dict]:
+  """The objects of a JSON-lines file; [] if there is none; a torn last line is left out."""
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  lines = path.read_text().split('\n')
+  return [json.loads(line) for line in lines[:-1] if line]   # what follows the last \n is torn
+
+
+def last_evaluation(workdir: os.PathLike | str) -> str:
+  """'validation loss 1.2345, accuracy 0.6789; test ...' of a run's last step, for people."""
+  last = {}
+  for line in read_lines(pathlib.Path(workdir) / 'metrics.jsonl'):
+    last |= {k.split('/')[0]: line for k in line if k.endswith('/loss')}
+  return '; '.join(f'{split} loss {line[f"{split}/loss"]:.4f}, '
+                   f'accuracy {line[f"{split}/accuracy"]:.4f}'
+                   for split, line in last.items() if split != 'train')

@@ -1,0 +1,106 @@
+"""Two ways to run the same pure step on many devices.
+
+'mesh': arrays are global, split over the axes of moejax.sharding; the compiler and the MoE layer's
+shard_map place the communication. 'pmap': one program per device over its share of the batch, sums
+added with psum; data-parallel only, state replicated.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax import sharding
+from moejax.config import check, check_choice
+
+NAMES = ('mesh', 'pmap')
+PMAP_AXIS = 'batch'
+
+
+def make(name: str, config: sharding.MeshConfig, devices=None):
+  """MeshParallel or PmapParallel over `devices` (default: all). ConfigError on what cannot be."""
+  check_choice('config.parallel', name, NAMES)
+  if name == 'mesh':
+    return MeshParallel(config, devices)
+  for axis in ('fsdp', 'expert', 'model'):
+    check(getattr(config, axis) == 1, f'config.mesh.{axis}', getattr(config, axis),
+          "1 with parallel='pmap', which is data-parallel only", "Use parallel='mesh'.")
+  devices = jax.devices() if devices is None else devices
+  check(config.data in (-1, len(devices)), 'config.mesh.data', config.data,
+        f'-1 or the number of devices, {len(devices)}', 'Set it to -1.')
+  return PmapParallel(devices)
+
+
+class MeshParallel:
+  """jit over a mesh."""
+
+  def __init__(self, config: sharding.MeshConfig, devices=None):
+    self.mesh = sharding.make_mesh(config, devices)
+    self.shards = int(np.prod([self.mesh.shape[a] for a in sharding.GROUP_AXES]))
+    self.reduce = lambda tree: tree
+
+  def shardings(self, tree):
+    """Shardings of a tree of parameters or optimizer slots (or shapes thereof)."""
+    return sharding.shardings(tree, self.mesh)
+
+  def replicated(self) -> NamedSharding:
+    return NamedSharding(self.mesh, P())
+
+  def put(self, batch: dict) -> dict:
+    """This process's rows of a batch -> global arrays."""
+    rows = sharding.batch_sharding(self.mesh)
+    return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+
+  def init(self, fn: Callable, *args):
+    """fn(*args) -> tree of parameters, computed directly into their shardings."""
+    with jax.set_mesh(self.mesh):
+      out = self.shardings(jax.eval_shape(fn, *args))
+      return jax.jit(fn, out_shardings=out)(*args)
+
+  def compile(self, fn: Callable, state=None) -> Callable:
+    """Compiles eval_step(params, batch), or train_step(state, batch) if `state`, arrays or shapes
+    with shardings, is given: it is then donated and keeps its shardings."""
+    if state is None:
+      return self._in_mesh(jax.jit(fn))
+    out = (jax.tree.map(lambda x: x.sharding, state), self.replicated())
+    return self._in_mesh(jax.jit(fn, donate_argnums=0, out_shardings=out))
+
+  def _in_mesh(self, jitted):
+    def run(*args):
+      with jax.set_mesh(self.mesh):
+        return jitted(*args)
+    return run
+
+
+class PmapParallel:
+  """pmap over all devices; every leaf of the state is replicated."""
+
+  def __init__(self, devices):
+    self.devices = list(devices)
+    self.mesh = Mesh(np.asarray(self.devices), (PMAP_AXIS,))
+    self.shards = len(self.devices)
+    self.reduce = lambda tree: jax.lax.psum(tree, PMAP_AXIS)
+
+  def shardings(self, tree):
+    """Shardings of a tree of parameters or optimizer slots: replicated."""
+    return jax.tree.map(lambda _: self.replicated(), tree)
+
+  def replicated(self) -> NamedSharding:
+    return NamedSharding(self.mesh, P())
+
+  def put(self, batch: dict) -> dict:
+    """This process's rows of a batch -> (local devices, rows per device, ...)."""
+    local = sum(d.process_index == jax.process_index() for d in self.devices)
+    return {k: v.reshape(local, -1, *v.shape[1:]) for k, v in batch.items()}
+
+  def init(self, fn: Callable, *args):
+    """fn(*args) -> tree of parameters, on every device."""
+    return jax.jit(fn, out_shardings=self.replicated())(*args)
+
+  def compile(self, fn: Callable, state=None) -> Callable:
+    """Compiles eval_step(params, batch), or train_step(state, batch) if `state` is given: it is
+    then donated."""
+    return jax.pmap(fn, axis_name=PMAP_AXIS, in_axes=(None, 0), out_axes=None,
+                    devices=self.devices, donate_argnums=() if state is None else (0,))

@@ -1,0 +1,108 @@
+"""What a run is going to do, known before anything is allocated: its steps, its fit, its cost."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from moejax import flops, trees
+from moejax.config import check, fail
+from moejax.train import initialize
+from moejax.train.settings import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """When what is due, in global steps.
+
+  Attributes:
+    first: steps that parents trained before this run.
+    trunk: where the cooldown begins; what other runs branch from.
+    end: the run's last step.
+  """
+  first: int
+  trunk: int
+  end: int
+  log_every: int
+  eval_every: int
+  checkpoint_every: int
+
+  @classmethod
+  def make(cls, config: RunConfig, first: int) -> 'Plan':
+    end = first + config.steps
+    return cls(first, end - config.schedule.cooldown_steps, end, config.log_every,
+               config.eval_every, config.checkpoint_every)
+
+  def eval_due(self, step: int) -> bool:
+    return step % self.eval_every == 0 or step == self.end
+
+  def log_due(self, step: int) -> bool:
+    """At every multiple of log_every and wherever an evaluation needs the window's numbers."""
+    return step % self.log_every == 0 or step == self.end
+
+  def save_due(self, step: int) -> bool:
+    return step % self.checkpoint_every == 0 or step in (self.trunk, self.end)
+
+
+def first_step(config: RunConfig, workdir: pathlib.Path) -> int:
+  """Global step at which the run of this workdir starts; needs the parent only the first time."""
+  if (workdir / 'run.json').exists():
+    return json.loads((workdir / 'run.json').read_text())['first_step']
+  parent = initialize.open_parent(config.init)
+  return parent.reader.step if parent else 0
+
+
+def check_fit(config: RunConfig, dataset, model, shards: int) -> int:
+  """Checks that data, model and devices fit together.
+
+  Args:
+    config: the run.
+    dataset: data.Dataset.
+    model: models.Model.
+    shards: devices over which the examples of a batch are split.
+
+  Returns:
+    Examples per routing group.
+
+  Raises:
+    ConfigError: names the key that does not fit.
+  """
+  if (dataset.kind == 'classification') != (config.model.family == 'vit'):
+    fail('config.data.source', config.data.source, f'a source for {config.model.family!r}',
+         'ViT learns from images (glyphs, digits), T5 from text (stdlib_text).')
+  if dataset.kind == 'classification':
+    _check_at_least('num_classes', config.model.num_classes, dataset.num_classes)
+    given = (config.model.image_size, config.model.image_size, config.model.channels)
+    check(given == tuple(dataset.image_shape), 'config.model.image_size and channels', given,
+          f'the images of {config.data.source}, {tuple(dataset.image_shape)}',
+          'Change the model or data.image.')
+  else:
+    _check_at_least('vocab_size', config.model.vocab_size, dataset.vocab_size)
+  rows = model.rows_per_group(dataset.encoder_length, dataset.decoder_length)
+  for key, size, parts in (('batch_size', config.data.batch_size, config.microbatches),
+                           ('eval_batch_size', config.data.eval_batch_size, 1)):
+    whole = rows * shards * parts
+    check(size % whole == 0, f'config.data.{key}', size,
+          f'a multiple of {whole} = {rows} examples per routing group x {shards} devices'
+          + (f' x {parts} microbatches' if parts > 1 else ''),
+          f'Nearest: {max(1, round(size / whole)) * whole}.')
+  return rows
+
+
+def _check_at_least(key: str, given: int, needed: int) -> None:
+  check(given >= needed, f'config.model.{key}', given, f'at least {needed}, the data\'s',
+        f'Set config.model.{key}={needed}.')
+
+
+def facts(config: RunConfig, plan: Plan, model, dataset) -> dict[str, Any]:
+  """What run.json says about the run's size: steps, data, parameters, FLOPs."""
+  total, active = flops.parameters(model.shapes, config.model)
+  lengths = {'encoder_length': dataset.encoder_length, 'decoder_length': dataset.decoder_length}
+  return {
+      'first_step': plan.first, 'trunk_step': plan.trunk, 'end_step': plan.end,
+      'data_fingerprint': dataset.fingerprint,
+      'parameters': total, 'parameters_active_per_token': active,
+      'train_flops_per_step': flops.train_step_flops(
+          config.model, config.data.batch_size, **lengths),
+      'leaves': len(trees.flatten(model.shapes)),
+  }

@@ -1,0 +1,136 @@
+"""What a run says while it runs (bar, metrics.jsonl, TensorBoard, timing), and how it stops."""
+
+import collections
+import contextlib
+import signal
+import sys
+import time
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from moejax.train import metrics
+from moejax.train.workdir import Workdir
+
+AHEAD = 2   # steps handed to the devices before waiting for the oldest
+
+
+class Log:
+  """Everything a run reports; files are written by process 0 only.
+
+  Args:
+    workdir: of the run.
+    first, done, end: global steps: of the run's start, done so far (None: no checkpoint yet), and
+      of its end. What an earlier attempt wrote past `done` is cut off.
+  """
+
+  def __init__(self, workdir: Workdir, first: int, done: int | None, end: int):
+    self.workdir = workdir
+    self.metrics = self.timing = self.board = None
+    if workdir.writes:
+      keep = -1 if done is None else done
+      self.metrics = metrics.JsonLines(workdir.path / 'metrics.jsonl', keep)
+      self.timing = metrics.JsonLines(workdir.path / 'timing.jsonl', keep)
+      self.board = SummaryWriter(str(workdir.path / 'tensorboard'), purge_step=max(keep, 0))
+    self.terminal = sys.stderr.isatty()
+    self.bar = tqdm(total=end - first, initial=(done or first) - first, unit='step',
+                    disable=not (self.terminal and workdir.writes), dynamic_ncols=True)
+    self._in_flight = collections.deque()
+    self._clock, self._timed = None, 0
+
+  def __enter__(self) -> 'Log':
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self.bar.close()
+    for part in (self.metrics, self.timing, self.board):
+      if part is not None:
+        part.close()
+
+  def tick(self, step: int, marker: jax.Array) -> None:
+    """Step number `step` was handed to the devices; waits so that at most AHEAD are in flight.
+
+    marker: any output of the step that is not donated to the next.
+    """
+    self._in_flight.append(marker)
+    if len(self._in_flight) > AHEAD:
+      jax.block_until_ready(self._in_flight.popleft())
+    if self._clock is None:   # the first step holds compilation; time from its end
+      jax.block_until_ready(marker)
+      self.workdir.status('training', step)
+      self._clock, self._timed = time.perf_counter(), -1
+    self._timed += 1
+    self.bar.update(1)
+
+  def train(self, step: int, window: dict) -> dict[str, float]:
+    """Reports the sums of train metrics since the last time; returns them as means."""
+    values = metrics.summarize(jax.device_get(window))
+    self._time(step)
+    self.report(step, 'train', values)
+    return values
+
+  def report(self, step: int, split: str, values: dict[str, float]) -> None:
+    """One line of metrics: `split` is 'train', or what was evaluated."""
+    if not self.workdir.writes:
+      return
+    named = {f'{split}/{k}': v for k, v in values.items()}
+    self.metrics.write(step, **named)
+    for name, value in named.items():
+      self.board.add_scalar(name, value, step)
+    main = f'{split} loss {values["loss"]:.4f} accuracy {values["accuracy"]:.4f}'
+    if self.terminal:
+      self.bar.set_postfix_str(main)
+    else:
+      print(f'step {step}: {main}', file=sys.stderr, flush=True)
+
+  def _time(self, step: int) -> None:
+    """A line of timing.jsonl: seconds of the steps since the last one, without evaluations."""
+    now = time.perf_counter()
+    if self._timed > 0 and self.timing:
+      self.timing.write(step, steps=self._timed, seconds=round(now - self._clock, 6))
+    self._clock, self._timed = now, 0
+
+  @contextlib.contextmanager
+  def pause(self, phase: str, step: int):
+    """Status `phase` for the length of a with block whose time is not the train steps'."""
+    started = time.perf_counter()
+    self.workdir.status(phase, step)
+    yield
+    self.workdir.status('training', step)
+    if self._clock is not None:
+      self._clock += time.perf_counter() - started
+
+  def say(self, text: str) -> None:
+    """A line for people, above the progress bar."""
+    if self.workdir.writes:
+      self.bar.write(text, file=sys.stderr)
+
+
+class Stop:
+  """Set by SIGINT or SIGTERM; a second signal ends the process at once."""
+  signal: int | None = None
+
+  @property
+  def exit_code(self) -> int:
+    return 128 + self.signal if self.signal else 0
+
+
+@contextlib.contextmanager
+def stop_signals():
+  """Ctrl-C and SIGTERM set the Stop that is yielded instead of raising."""
+  stop, old = Stop(), {}
+
+  def receive(number, _frame):
+    stop.signal = number
+    print('\nstopping: saving a checkpoint first (again to stop without)', file=sys.stderr)
+    for s in old:
+      signal.signal(s, old[s])
+
+  for s in (signal.SIGINT, signal.SIGTERM):
+    old[s] = signal.signal(s, receive)
+  try:
+    yield stop
+  finally:
+    for s, handler in old.items():
+      signal.signal(s, handler)

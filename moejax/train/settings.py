@@ -1,0 +1,104 @@
+"""The schema of a run: every key a config file may set, with its default and its range.
+
+    config = settings.default('vit')        # ConfigDict with every key, for get_config to edit
+    run = settings.resolve(config)          # frozen RunConfig; ConfigError on a typo or a bad value
+"""
+
+import dataclasses
+import json
+
+from ml_collections import ConfigDict
+
+from moejax import config as config_lib
+from moejax.config import check
+from moejax.data import DataConfig
+from moejax.models.t5 import T5Config
+from moejax.models.vit import ViTConfig
+from moejax.sharding import MeshConfig
+from moejax.train import parallel
+from moejax.train.initialize import InitConfig
+from moejax.train.optimizer import OptimizerConfig, ScheduleConfig
+
+MODELS = {'t5': T5Config, 'vit': ViTConfig}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """One run.
+
+  Attributes:
+    seed: of parameters, data order and noise.
+    steps: train steps of this run; those of a parent come on top in the global step.
+    model, data, optimizer, schedule, init, mesh: see their own classes.
+    parallel: 'mesh' (jit over mesh axes) or 'pmap' (data-parallel).
+    microbatches: gradient accumulation, parts per batch.
+    log_every: steps between lines of train metrics.
+    eval_every: steps between evaluations on the validation split; a multiple of log_every.
+    eval_splits: evaluated at the last step besides 'validation'.
+    checkpoint_every: steps between checkpoints; a multiple of log_every.
+    keep_checkpoints: how many of the latest stay; the trunk's last always does.
+  """
+  seed: int = 0
+  steps: int = 1000
+  model: T5Config | ViTConfig = dataclasses.field(default_factory=ViTConfig)
+  data: DataConfig = DataConfig()
+  init: InitConfig = InitConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  schedule: ScheduleConfig = ScheduleConfig()
+  mesh: MeshConfig = MeshConfig()
+  parallel: str = 'mesh'
+  microbatches: int = 1
+  log_every: int = 50
+  eval_every: int = 500
+  eval_splits: tuple = ('test',)
+  checkpoint_every: int = 500
+  keep_checkpoints: int = 2
+
+  def __post_init__(self):
+    config_lib.check_choice('config.parallel', self.parallel, parallel.NAMES)
+    for name in ('steps', 'microbatches', 'log_every', 'eval_every', 'checkpoint_every',
+                 'keep_checkpoints'):
+      value = getattr(self, name)
+      check(value >= 1, f'config.{name}', value, '>= 1', 'Use 1 or more.')
+    for name in ('eval_every', 'checkpoint_every'):
+      value = getattr(self, name)
+      check(value % self.log_every == 0, f'config.{name}', value,
+            f'a multiple of log_every = {self.log_every}',
+            'Metrics are averaged over log_every steps and must not straddle it.')
+    check(self.schedule.cooldown_steps <= self.steps, 'config.schedule.cooldown_steps',
+          self.schedule.cooldown_steps, f'at most steps = {self.steps}', 'Shorten the cooldown.')
+    check(self.data.batch_size % self.microbatches == 0, 'config.microbatches', self.microbatches,
+          f'a divisor of data.batch_size = {self.data.batch_size}', 'Change one of them.')
+
+
+def default(family: str) -> ConfigDict:
+  """ConfigDict of every key at its default, for model family 't5' or 'vit'."""
+  config_lib.check_choice('config.model.family', family, MODELS)
+  return config_lib.as_config_dict(RunConfig(model=MODELS[family]()))
+
+
+def resolve(config: ConfigDict) -> RunConfig:
+  """ConfigDict -> validated RunConfig. Raises ConfigError."""
+  return config_lib.build(RunConfig, config)
+
+
+def to_json(config: RunConfig) -> str:
+  """Every key of a resolved run, sorted, as it stands in the workdir's config.json."""
+  return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + '\n'
+
+
+def from_dict(values: dict) -> RunConfig:
+  """Inverse of to_json, from the parsed JSON. Raises ConfigError."""
+  return config_lib.build(RunConfig, values)
+
+
+def differing_keys(a: str, b: str) -> list[str]:
+  """'key: value in a -> value in b' for two config.json texts."""
+  def flat(node, prefix=''):
+    if isinstance(node, dict):
+      return {k: v for name, child in node.items()
+              for k, v in flat(child, f'{prefix}{name}.').items()}
+    return {prefix[:-1]: node}
+  a, b = flat(json.loads(a)), flat(json.loads(b))
+  return [f'{k}: {a.get(k, "(absent)")!r} -> {b.get(k, "(absent)")!r}'
+          for k in sorted(a | b) if a.get(k) != b.get(k)]

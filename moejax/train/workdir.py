@@ -1,0 +1,97 @@
+"""A run's directory: what stands in it and who may write there.
+
+  config.json     every key of the resolved config; a workdir belongs to one config
+  run.json        command, package versions, data fingerprint, parameters, FLOPs, steps
+  status.json     phase and step right now, for whoever waits
+  metrics.jsonl   one line per log and per evaluation; the same bit for bit on a rerun
+  timing.jsonl    seconds of train steps and of evaluations
+  receipt.json/.txt   what surgery did to every leaf, and the step-0 gap
+  checkpoints/    Orbax, by step          tensorboard/
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+import jax
+
+from moejax.config import ConfigError, fail
+from moejax.train import settings
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections',
+            'numpy', 'tensorflow-datasets', 'moejax')
+
+
+class Workdir:
+  """Paths and small files of one run; only process 0 writes."""
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path)
+    self.writes = jax.process_index() == 0
+
+  def check(self, config: settings.RunConfig) -> None:
+    """Raises ConfigError, with the differing keys, if a run of another config is here."""
+    there = self.path / 'config.json'
+    if there.exists() and there.read_text() != settings.to_json(config):
+      lines = '\n  '.join(settings.differing_keys(there.read_text(), settings.to_json(config)))
+      raise ConfigError(f'workdir: {self.path} holds a run of another config; give a new --workdir '
+                        f'or undo these changes (there -> now):\n  {lines}')
+
+  def claim(self, config: settings.RunConfig) -> None:
+    """Makes the directory and writes config.json. Raises ConfigError if it cannot be written."""
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      self.write('config.json', settings.to_json(config))
+    except OSError as error:
+      fail('workdir', str(self.path), 'a directory that can be written',
+           f'{type(error).__name__}: {error.strerror}. Choose another --workdir.')
+
+  def write(self, name: str, content: str | dict) -> None:
+    """Writes a file atomically; a dict as JSON."""
+    if not self.writes:
+      return
+    text = content if isinstance(content, str) else json.dumps(content, indent=2) + '\n'
+    temporary = self.path / (name + '.tmp')
+    temporary.write_text(text)
+    temporary.replace(self.path / name)
+
+  def status(self, phase: str, step: int) -> None:
+    """Says what the run is doing: compiling, training, evaluating, saving, stopped or finished."""
+    self.write('status.json', {'phase': phase, 'step': step, 'pid': os.getpid()})
+
+  def read(self, name: str) -> dict:
+    """A JSON file of this directory. Raises ConfigError if it is missing."""
+    path = self.path / name
+    if not path.exists():
+      fail('workdir', str(self.path), f'the directory of a run, with {name} in it',
+           'Check the path, or run that config first.')
+    return json.loads(path.read_text())
+
+
+def versions() -> dict[str, str]:
+  """Versions of Python and of the packages a result depends on."""
+  found = {'python': platform.python_version(), 'platform': platform.platform()}
+  for name in PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = '(not installed)'
+  return found
+
+
+def command() -> str:
+  """The command line of this process."""
+  spec = getattr(sys.modules['__main__'], '__spec__', None)
+  start = ['python', '-m', spec.name] if spec else ['python', sys.argv[0]]
+  return ' '.join(start + sys.argv[1:])
+
+
+def provenance(**facts: Any) -> dict:
+  """Content of run.json: how this run came about, and `facts` about it."""
+  devices = jax.devices()
+  return {'command': command(), 'versions': versions(),
+          'devices': f'{len(devices)} x {devices[0].device_kind}', **facts}
