@@ -1,8 +1,8 @@
 """Parts both backbones are built of: norms, MLP, attention, relative bias, patches, dropout.
 
-Parameters are float32 and cast to the compute dtype where they are used. Norms, attention logits and
-softmax are computed in at least float32. Activations are flattened to two dimensions around matmuls:
-XLA on CPU runs (B*L, D) @ (D, F) at nearly twice the speed of the three-dimensional form.
+Parameters are float32 and cast to the compute dtype where they are used. Norms, attention logits
+and softmax are computed in at least float32. Activations are flattened to two dimensions around
+matmuls: XLA on CPU runs (B*L, D) @ (D, F) at nearly twice the speed of the three-dimensional form.
 
 Randomness comes as `keys` (B,), one key per example, or None for none; every place that draws folds
 its own number in. What an example draws thus does not depend on how its batch is laid out.
@@ -60,7 +60,7 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
 
 
 def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, dtype=None) -> jax.Array:
-  """x (..., D) @ kernel (D, F) + bias (F,) -> (..., F), accumulated and returned in `dtype` or x's."""
+  """x (..., D) @ kernel (D, F) + bias (F,) -> (..., F), summed and returned in `dtype` or x's."""
   rows = x.reshape(-1, x.shape[-1])
   y = jnp.matmul(rows, kernel.astype(x.dtype), preferred_element_type=dtype or x.dtype)
   if bias is not None:
@@ -87,7 +87,7 @@ class Dense(nnx.Module):
 
 
 class Embed(nnx.Module):
-  """Table of vectors; embedding (vocabulary, D). An id outside the table gives NaN, not a neighbour."""
+  """Table of vectors, embedding (V, D). An id outside the table gives NaN, not a neighbour."""
 
   def __init__(self, size: int, d_model: int, *, init: Initializer, rngs: nnx.Rngs):
     self.embedding = param(init, (size, d_model), rngs)
@@ -125,7 +125,7 @@ class LayerNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-  """Position-wise MLP, or E of them stacked on axis 0: the same class is the dense layer and the experts.
+  """Position-wise MLP; or E of them stacked on axis 0, which are the experts of an MoE layer.
 
   Gated: (act(x wi_gate) * (x wi_up)) wo (Shazeer 2020); otherwise act(x wi) wo. Every one of the E
   stacked MLPs is initialised with its own key and the fan-in of one MLP.
@@ -260,9 +260,9 @@ def relative_buckets(distance: np.ndarray, num_buckets: int, max_distance: int,
                      bidirectional: bool) -> np.ndarray:
   """Bucket of each distance (key position minus query position).
 
-  Half of the buckets hold one distance each, the other half grow logarithmically up to max_distance;
-  everything beyond shares the last. Bidirectional stacks split the buckets between both signs;
-  causal ones put every later key into bucket 0.
+  Half of the buckets hold one distance each, the other half grow logarithmically up to
+  max_distance; everything beyond shares the last. Bidirectional stacks split the buckets between
+  both signs; causal ones put every later key into bucket 0.
 
   Args:
     distance: int array.
@@ -291,8 +291,8 @@ def relative_buckets(distance: np.ndarray, num_buckets: int, max_distance: int,
 def _toeplitz(values: jax.Array, L: int, M: int) -> jax.Array:
   """values (H, L+M-1) -> (H, L, M) with entry (i, j) = values[j - i + L - 1].
 
-  Repeats the row one entry longer than it is read, so that each row read starts one earlier. A gather
-  would read more simply; its gradient, a scatter of L*M entries, would cost as much as a layer.
+  Repeats the row one entry longer than it is read, so that each row read starts one earlier. A
+  gather would read more simply; its gradient, a scatter of L*M entries, is slow.
   """
   H, W = values.shape
   longer = jnp.pad(values, ((0, 0), (0, 1)))                        # (H, W+1)

@@ -1,7 +1,7 @@
 """T5 v1.1: encoder-decoder with relative positions, RMSNorm and gated GELU (Raffel et al. 2020).
 
-v1.1 differs from the paper's T5 in the gated MLP (Shazeer 2020) and the untied head. Attention logits
-are not scaled, nothing has a bias, and dropout comes after the embedding, on attention
+v1.1 differs from the paper's T5 in the gated MLP (Shazeer 2020) and the untied head. Attention
+logits are not scaled, nothing has a bias, and dropout comes after the embedding, on attention
 probabilities, on hidden MLP activations, on sublayer outputs and after the final norms.
 
 Dimensions: B batch, L length, D model, H heads, V vocabulary.
@@ -55,7 +55,7 @@ class T5Config:
   def __post_init__(self):
     for name in ('vocab_size', 'd_model', 'd_ff', 'd_kv', 'num_heads', 'encoder_layers',
                  'decoder_layers'):
-      check(getattr(self, name) >= 1, f'model.{name}', getattr(self, name), '>= 1', 'Use 1 or more.')
+      check(getattr(self, name) >= 1, f'model.{name}', getattr(self, name), '>= 1', 'Raise it.')
     check(self.relative_buckets >= 4 and self.relative_buckets % 4 == 0, 'model.relative_buckets',
           self.relative_buckets, 'a multiple of 4', 'T5 has 32.')
     check(self.relative_max_distance > self.relative_buckets // 2, 'model.relative_max_distance',

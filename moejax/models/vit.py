@@ -25,7 +25,8 @@ class ViTConfig:
   Attributes:
     image_size, channels, patch_size: square images, cut into square patches.
     num_classes: width of the head.
-    d_model, d_ff, num_heads, num_layers: D, hidden units of the MLP, heads of width D / heads, blocks.
+    d_model, d_ff, num_heads, num_layers: D, hidden units of the MLP, heads (each D / num_heads
+      wide), blocks.
     head: 'gap' averages the tokens, 'cls' reads an extra first token.
     activation: 'gelu_tanh' (big_vision, vmoe) or 'gelu_erf' (Hugging Face).
     norm_eps: of every LayerNorm; 1e-6 in big_vision and vmoe, 1e-12 in Hugging Face.
@@ -52,9 +53,9 @@ class ViTConfig:
   def __post_init__(self):
     for name in ('image_size', 'channels', 'patch_size', 'num_classes', 'd_model', 'd_ff',
                  'num_heads', 'num_layers'):
-      check(getattr(self, name) >= 1, f'model.{name}', getattr(self, name), '>= 1', 'Use 1 or more.')
+      check(getattr(self, name) >= 1, f'model.{name}', getattr(self, name), '>= 1', 'Raise it.')
     check(self.image_size % self.patch_size == 0, 'model.patch_size', self.patch_size,
-          f'a divisor of model.image_size = {self.image_size}', 'Images are cut into whole patches.')
+          f'a divisor of model.image_size = {self.image_size}', 'Patches must fill the image.')
     check(self.d_model % self.num_heads == 0, 'model.num_heads', self.num_heads,
           f'a divisor of model.d_model = {self.d_model}', 'Heads share the width equally.')
     check_choice('model.head', self.head, HEADS)
