@@ -1,0 +1,114 @@
+"""The data room's settings: what is read, how it is shaped, how it is batched."""
+
+import dataclasses
+
+from moejax.config import check, check_choice
+
+AUGMENTS = ('none', 'mild', 'flip_crop')
+EMBEDDED = ('glyphs', 'digits', 'stdlib_text')
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+  """Images become (size, size, channels) float32, (pixel / 255 - mean) / std.
+
+  augment: 'none'; 'mild' (rotation, scale, shear, shift, contrast, noise: see image.MILD), for
+    glyphs and digits; 'flip_crop' (horizontal flip, crop after padding size/8), for photographs,
+    applied to the training split only. 'mild' applies to every split, with fixed draws outside
+    training: held-out glyphs are as distorted as the ones trained on.
+  classes: this many classes by a fixed random permutation (so 512 are among the 1,024); 0 = all.
+  channels: 1 or 3; 0 = the source's own.
+  """
+  size: int = 24
+  channels: int = 0
+  classes: int = 0
+  augment: str = 'mild'
+  mean: float = 0.0
+  std: float = 1.0
+
+  def __post_init__(self):
+    check(self.size >= 4, 'data.image.size', self.size, 'at least 4 pixels', 'Try 24.')
+    check_choice('data.image.channels', self.channels, (0, 1, 3))
+    check(self.classes == 0 or self.classes >= 2, 'data.image.classes', self.classes,
+          '0 (all) or at least 2', 'Use 0 for every class of the source.')
+    check_choice('data.image.augment', self.augment, AUGMENTS)
+    check(self.std > 0, 'data.image.std', self.std, 'above 0', 'Use 1.0 to leave pixels in [0, 1].')
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+  """T5's span corruption (Raffel et al. 2020, section 3.1.4) of windows of text.
+
+  window: tokens cut from the text per example; 0 = as many as fill encoder_length after
+    corruption (the t5 library's rule: 127 tokens for 113, 568 for 512).
+  vocabulary: 'bytes' or the path of a SentencePiece model.
+  """
+  encoder_length: int = 113
+  decoder_length: int = 22
+  window: int = 0
+  noise_density: float = 0.14
+  mean_span_length: float = 6.0
+  vocabulary: str = 'bytes'
+
+  def __post_init__(self):
+    for key in ('encoder_length', 'decoder_length'):
+      check(getattr(self, key) >= 4, f'data.text.{key}', getattr(self, key),
+            'at least 4 tokens', 'Try 113 and 22.')
+    check(self.window == 0 or self.window >= 2, 'data.text.window', self.window,
+          '0 (fill encoder_length) or at least 2 tokens', 'Use 0.')
+    check(0 < self.noise_density < 1, 'data.text.noise_density', self.noise_density,
+          'between 0 and 1, both excluded', 'T5 uses 0.15.')
+    check(self.mean_span_length >= 1, 'data.text.mean_span_length', self.mean_span_length,
+          'at least 1 token', 'T5 uses 3.0.')
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsConfig:
+  """Which TFDS split (TFDS slicing syntax, as 'train[:95%]') serves as which; '' = by rule.
+
+  The rule: `test`, for reporting, is the dataset's own test split if it is labelled, else its own
+  validation split. `validation`, for choosing, is the dataset's own if that is still free, else
+  the last 5 % of train, which `train` then leaves out.
+  """
+  train: str = ''
+  validation: str = ''
+  test: str = ''
+
+  def __post_init__(self):
+    given = [bool(self.train), bool(self.validation), bool(self.test)]
+    check(all(given) or not any(given), 'data.tfds', (self.train, self.validation, self.test),
+          'all three of train, validation and test, or none',
+          'Name all three, so that no example is in two of them by accident.')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What a run reads.
+
+  source: 'glyphs', 'digits', 'stdlib_text' or 'tfds:NAME' ('tfds:cifar10', 'tfds:c4/en').
+  batch_size, eval_batch_size: global examples per step; both divide by the number of hosts.
+  eval_examples: evaluate the first n of each split's fixed order; 0 = the whole split.
+  cache_dir: '' = $MOEJAX_CACHE or ~/.cache/moejax.
+  data_dir: TFDS data_dir; '' = TFDS's own default.
+  threads: background threads that make batches ahead of the train step.
+  """
+  source: str = 'glyphs'
+  batch_size: int = 64
+  eval_batch_size: int = 256
+  eval_examples: int = 0
+  cache_dir: str = ''
+  data_dir: str = ''
+  threads: int = 2
+  image: ImageConfig = ImageConfig()
+  text: TextConfig = TextConfig()
+  tfds: TfdsConfig = TfdsConfig()
+
+  def __post_init__(self):
+    if not (self.source.startswith('tfds:') and self.source != 'tfds:'):
+      check_choice('data.source', self.source, (*EMBEDDED, 'tfds:NAME'))
+      check(self.source != 'tfds:NAME', 'data.source', self.source, 'a TFDS name after "tfds:"',
+            'For example tfds:cifar10.')
+    for key in ('batch_size', 'eval_batch_size', 'threads'):
+      check(getattr(self, key) >= 1, f'data.{key}', getattr(self, key), 'at least 1', 'Raise it.')
+    check(self.eval_examples >= 0, 'data.eval_examples', self.eval_examples,
+          '0 (the whole split) or more', 'Use 0.')

@@ -1,0 +1,179 @@
+"""Names to sources: the embedded ones, and anything in TFDS, read without TensorFlow."""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from moejax.config import ConfigError, check, check_choice
+from moejax.data import embedded
+from moejax.data.base import Source
+from moejax.data.image import ImageProcessor
+from moejax.data.settings import EMBEDDED, DataConfig
+from moejax.data.text import TextProcessor
+
+# A new embedded source is a function (config, window_bytes) -> Source, here and in EMBEDDED.
+REGISTRY: dict[str, Callable[[DataConfig, int], Source]] = {
+    'glyphs': embedded.glyphs, 'digits': embedded.digits, 'stdlib_text': embedded.stdlib_text}
+TEXT_SOURCES = ('stdlib_text',)
+SAMPLED = 16   # examples per TFDS split that go into its digest
+
+
+def build(config: DataConfig) -> tuple[Source, ImageProcessor | TextProcessor]:
+  """The source that config.source names, and what turns its examples into batches."""
+  if config.source in REGISTRY:
+    text = TextProcessor(config.text) if config.source in TEXT_SOURCES else None
+    source = REGISTRY[config.source](config, text.window_bytes if text else 0)
+  else:
+    check(config.source.startswith('tfds:'), 'data.source', config.source,
+          f'{", ".join(EMBEDDED)} or tfds:NAME', 'Choose one of these.')
+    source = tfds_source(config)
+    text = TextProcessor(config.text) if source.kind == 'seq2seq' else None
+  return source, text or ImageProcessor(config.image, source.channels, source.same_shape)
+
+
+class TfdsExamples:
+  """A TFDS split with random access, reduced to the features a task needs."""
+
+  def __init__(self, data: Sequence, read: Callable[[dict], dict[str, Any]]):
+    self._data, self._read = data, read
+
+  def __len__(self) -> int:
+    return len(self._data)
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    return self._read(self._data[int(i)])
+
+
+def _read_image(example: dict) -> dict[str, Any]:
+  image = np.asarray(example['image'])
+  return {'image': image if image.dtype == np.uint8 else _to_uint8(image),
+          'label': int(example['label'])}
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+  """16-bit or float images -> the top 8 bits, or [0, 1] scaled."""
+  if np.issubdtype(image.dtype, np.floating):
+    return np.clip(np.round(image * 255), 0, 255).astype(np.uint8)
+  return (image.astype(np.uint32) >> (8 * (image.dtype.itemsize - 1))).astype(np.uint8)
+
+
+def _read_text(example: dict) -> dict[str, Any]:
+  text = example['text']
+  return {'text': text if isinstance(text, bytes) else str(text).encode()}
+
+
+def tfds_source(config: DataConfig) -> Source:
+  """A prepared TFDS dataset: image + label, or text, from array_record files.
+
+  Raises:
+    ConfigError: the package or the folder is missing, the name is unknown, the files are tfrecord,
+      a split does not exist, or the features are of another kind of task.
+  """
+  builder = _builder(config)
+  features = builder.info.features
+  if {'image', 'label'} <= set(features) and hasattr(features['label'], 'num_classes'):
+    kind, read = 'classification', _read_image
+    check(config.image.classes == 0, 'data.image.classes', config.image.classes,
+          '0 for a TFDS source', 'Remove it.')
+  elif 'text' in features:
+    kind, read = 'seq2seq', _read_text
+  else:
+    raise ConfigError(f'data.source: {config.source} has features {", ".join(sorted(features))}; '
+                      'moejax reads datasets with image and label, or with text. Choose another.')
+  splits = {name: TfdsExamples(_open(builder, config, split), read)
+            for name, split in _choose_splits(builder, config, kind).items()}
+  image = kind == 'classification'
+  # The file's own number of channels may be unknown (None): colour then.
+  channels = (features['image'].shape[-1] or 3) if image else 0
+  return Source(kind=kind, splits=splits, digest=_digest(builder, splits),
+                num_classes=features['label'].num_classes if image else 0,
+                channels=1 if channels == 1 else 3 if image else 0)
+
+
+def _builder(config: DataConfig) -> Any:
+  """The TFDS builder of config.source, its data known to be array_record."""
+  name, folder = config.source.removeprefix('tfds:'), config.data_dir
+  check(not folder or os.path.isdir(os.path.expanduser(folder)) or '://' in folder,
+        'data.data_dir', folder, 'an existing folder of prepared TFDS datasets',
+        f'Prepare it: tfds build {name} --file_format=array_record --data_dir={folder}')
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as error:
+    raise ConfigError(f'data.source: got {config.source!r}, which needs a package that is missing: '
+                      'pip install tensorflow-datasets array_record') from error
+  try:
+    builder = tfds.builder(name, data_dir=os.path.expanduser(folder) or None)
+  except tfds.core.registered.DatasetNotFoundError as error:
+    reason = str(error).strip().splitlines()[0]
+    raise ConfigError(f'data.source: TFDS knows no {name!r} and {folder or "its default data_dir"} '
+                      f'holds none ({reason}). Check the name and data.data_dir.') from error
+  path = pathlib.Path(os.fspath(builder.data_path))
+  file_format = builder.info.file_format
+  if path.is_dir() and file_format and file_format.value != 'array_record':
+    raise ConfigError(
+        f'data.data_dir: {path} holds {file_format.value} files, which have no random access; '
+        'array_record is needed. Convert: python -m tensorflow_datasets.scripts.convert_format '
+        f'--dataset_dir={path} --out_file_format=array_record --out_dir=DIR (this needs '
+        f'TensorFlow), or prepare anew: tfds build {name} --file_format=array_record')
+  return builder
+
+
+def _open(builder: Any, config: DataConfig, split: str) -> Sequence:
+  """Random access to one TFDS split, or a ConfigError that says what to prepare."""
+  try:
+    return builder.as_data_source(split=split)
+  except (AssertionError, FileNotFoundError, NotImplementedError) as error:
+    name = config.source.removeprefix('tfds:')
+    raise ConfigError(
+        f'data.data_dir: no prepared copy of {name} at {builder.data_path}. Prepare it: tfds build '
+        f'{name} --file_format=array_record, or set data.data_dir to where it is.') from error
+  except ValueError as error:
+    raise ConfigError(f'data.tfds: split {split!r} of {config.source}: {error}. '
+                      f'Splits: {", ".join(builder.info.splits)}.') from error
+
+
+def _choose_splits(builder: Any, config: DataConfig, kind: str) -> dict[str, str]:
+  """moejax's three splits -> TFDS split strings, by the rule of TfdsConfig."""
+  given = {k: getattr(config.tfds, k) for k in ('train', 'validation', 'test')}
+  if all(given.values()):
+    return given
+  # Without files there are no split names to choose from; opening 'train' says what is missing.
+  own = set(builder.info.splits) or {'train'}
+  check_choice('data.source split', 'train', own)
+  test = 'test' if 'test' in own and _labelled(builder, config, kind) else 'validation'
+  check(test in own, 'data.tfds', sorted(own), 'a labelled test or a validation split',
+        "Name the splits: data.tfds.train='train[:90%]', validation='train[90%:95%]', "
+        "test='train[95%:]'.")
+  if 'validation' in own and test != 'validation':
+    return {'train': 'train', 'validation': 'validation', 'test': test}
+  return {'train': 'train[:95%]', 'validation': 'train[95%:]', 'test': test}
+
+
+def _labelled(builder: Any, config: DataConfig, kind: str) -> bool:
+  """Whether the dataset's own test split has labels (a withheld label is -1 in TFDS)."""
+  return kind != 'classification' or int(_open(builder, config, 'test')[0]['label']) >= 0
+
+
+def _digest(builder: Any, splits: dict[str, TfdsExamples]) -> str:
+  """SHA-256 hex of a TFDS dataset too large to read whole.
+
+  Its metadata (dataset_info.json carries name, version and shard lengths), the names and sizes of
+  its files, and SAMPLED evenly spaced examples of each split.
+  """
+  sha = hashlib.sha256(f'{builder.info.full_name}\n'.encode())
+  path = pathlib.Path(os.fspath(builder.data_path))
+  for file in sorted(path.iterdir()) if path.is_dir() else []:
+    sha.update(f'{file.name} {file.stat().st_size}\n'.encode())
+    if file.suffix == '.json':
+      sha.update(file.read_bytes())
+  for name, examples in sorted(splits.items()):
+    sha.update(f'{name} {len(examples)}\n'.encode())
+    for i in np.linspace(0, len(examples) - 1, min(SAMPLED, len(examples))).astype(int):
+      for key, value in sorted(examples[i].items()):
+        value = np.asarray(value) if not isinstance(value, bytes) else value
+        sha.update(f'{key} {getattr(value, "shape", len(value))}'.encode() + bytes(value))
+  return sha.hexdigest()
