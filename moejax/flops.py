@@ -1,0 +1,114 @@
+"""Analytic FLOPs and parameter counts of a T5 or ViT, dense or sparse.
+
+Counted: the 2*N*D*F of every matmul: attention projections, logits and values, MLPs, patch
+embedding, head, routers, and experts at full capacity, so empty slots cost what full ones do. The
+einsum dispatch adds its two one-hot matmuls; the gather dispatch moves data and counts 0. Not
+counted: norms, softmax, activations, embedding look-ups, top-k, the optimizer. A training step is
+three times the forward pass: a matmul's gradient is one matmul for its input, one for its weight.
+
+The configs are duck-typed (T5Config, ViTConfig): this file imports no model.
+
+Dimensions: B batch, L length, M attended length, D model, F ffn, H heads, K head width, E experts,
+S tokens per group, C slots per expert and group.
+"""
+
+import re
+
+from moejax import trees
+from moejax.moe.routing import capacity
+
+
+def parameters(shapes: dict, config) -> tuple[int, int]:
+  """Parameters in all, and those that act on a token.
+
+  Args:
+    shapes: tree of arrays or ShapeDtypeStructs, as `Model.shapes`.
+    config: T5Config or ViTConfig.
+
+  Returns:
+    (total, active): active takes of each layer's E experts those a token meets: k with token
+    choice, capacity_factor on average (at most E) with expert choice. Embeddings count in full.
+  """
+  total = active = 0
+  for path, leaf in trees.flatten(shapes).items():
+    size = trees.count({path: leaf})
+    total += size
+    found = re.match(r'(\w+)/layers/\d+/moe/experts/', path)
+    if found:
+      moe, E = _moe(config, found.group(1)), leaf.shape[0]
+      met = moe.k if moe.router == 'top_k' else moe.capacity_factor
+      size = round(size * min(met, E) / E)
+    active += size
+  return total, active
+
+
+def forward_flops(config, batch_size: int, encoder_length: int = 0, decoder_length: int = 0,
+                  train: bool = True) -> int:
+  """FLOPs of the forward pass of a batch.
+
+  Args:
+    config: T5Config or ViTConfig.
+    batch_size: B, examples.
+    encoder_length, decoder_length: tokens of an example, padding included, for T5; ViT has its own.
+    train: capacity factor of training or of evaluation.
+  """
+  B = batch_size
+  if config.family == 'vit':
+    P, L = config.patch_size, config.num_tokens
+    patches = (config.image_size // P) ** 2
+    return (_matmul(B * patches, P * P * config.channels, config.d_model)
+            + _stack(config, 'encoder', B, L, None, train)
+            + _matmul(B, config.d_model, config.num_classes))
+  return (_stack(config, 'encoder', B, encoder_length, None, train)
+          + _stack(config, 'decoder', B, decoder_length, encoder_length, train)
+          + _matmul(B * decoder_length, config.d_model, config.vocab_size))
+
+
+def train_step_flops(config, batch_size: int, encoder_length: int = 0,
+                     decoder_length: int = 0) -> int:
+  """FLOPs of forward and backward pass, without the optimizer: three times `forward_flops`."""
+  return 3 * forward_flops(config, batch_size, encoder_length, decoder_length)
+
+
+def _matmul(rows: int, d_in: int, d_out: int) -> int:
+  """(rows, d_in) @ (d_in, d_out)."""
+  return 2 * rows * d_in * d_out
+
+
+def _moe(config, stack: str):
+  """MoE settings of 'encoder' or 'decoder'; a ViT has one stack, its encoder."""
+  return config.moe if config.family == 'vit' else getattr(config, f'{stack}_moe')
+
+
+def _stack(config, stack: str, B: int, L: int, source_length: int | None, train: bool) -> int:
+  """All blocks of a stack over B sequences of L tokens, cross-attending to source_length if any."""
+  if config.family == 'vit':
+    depth, sparse = config.num_layers, config.sparse_layers()
+    inner, matrices = config.d_model, 2
+  else:
+    depth, sparse = getattr(config, f'{stack}_layers'), config.sparse_layers(stack)
+    inner, matrices = config.num_heads * config.d_kv, 3             # gated: two in, one out
+  D, F = config.d_model, config.d_ff
+  mlp = lambda rows: matrices * _matmul(rows, D, F)
+  total = depth * _attention(B, L, L, D, inner)
+  if source_length is not None:
+    total += depth * _attention(B, L, source_length, D, inner)
+  total += (depth - len(sparse)) * mlp(B * L)
+  return total + sum(_moe_layer(_moe(config, stack), E, B, L, D, mlp, train)
+                     for E in sparse.values())
+
+
+def _attention(B: int, L: int, M: int, D: int, inner: int) -> int:
+  """From L queries to M keys: q and o, k and v, logits and values; inner = H*K."""
+  projections = 2 * _matmul(B * L, D, inner) + 2 * _matmul(B * M, D, inner)
+  return projections + 2 * B * _matmul(L, inner, M)
+
+
+def _moe_layer(moe, E: int, B: int, L: int, D: int, mlp, train: bool) -> int:
+  """Router, experts at full capacity, and the dispatch if it is a matmul."""
+  S = moe.group_size or L
+  groups = B * L // S
+  factor = moe.capacity_factor if train else moe.eval_capacity_factor
+  slots = E * capacity(S, E, factor, moe.min_capacity)
+  dispatch = 2 * groups * _matmul(S, slots, D) if moe.dispatch == 'einsum' else 0
+  return _matmul(B * L, D, E) + mlp(groups * slots) + dispatch
