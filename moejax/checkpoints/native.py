@@ -1,0 +1,253 @@
+"""moejax's own checkpoints: Orbax, one directory per step under WORKDIR/checkpoints.
+
+A step directory holds `state` (a nested dict of arrays) and `extra` (JSON). Orbax writes it under a
+temporary name and renames it when complete; on top of that a directory counts as finished only if
+its metadata carries the commit time, so neither a killed save nor a half-copied directory is ever
+listed or restored.
+"""
+
+import gc
+import json
+import os
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from moejax import trees
+from moejax.config import ConfigError, check, fail
+
+Tree = trees.Tree
+SUBDIR = 'checkpoints'
+_COMMIT_FILE = '_CHECKPOINT_METADATA'
+_GARBAGE = 2**27  # bytes read between collections, see Reader.read
+
+
+class Writer:
+  """Saves states by step, asynchronously, and restores them.
+
+  Args:
+    workdir: checkpoints go to workdir/checkpoints, made if missing.
+    keep: how many of the last steps to keep.
+    keep_steps: steps kept forever (the trunk that later runs branch from).
+
+  Raises:
+    ConfigError: keep below 1, or a directory that cannot be written.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, keep: int, keep_steps: Collection[int] = ()):
+    check(keep >= 1, 'checkpoint.keep', keep, '1 or more',
+          'The last checkpoint is needed to resume.')
+    self.directory = _absolute(workdir) / SUBDIR
+    policy = checkpoint_managers.AnyPreservationPolicy([
+        checkpoint_managers.LatestN(n=keep),
+        checkpoint_managers.CustomSteps(steps=sorted(keep_steps))])
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy, cleanup_tmp_directories=True)
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      _set_unfinished_aside(self.directory)
+      self._manager = ocp.CheckpointManager(self.directory, options=options)
+    except OSError as error:
+      fail('workdir', str(workdir), 'a directory that can be written',
+           f'{type(error).__name__}: {error}. Choose another workdir.')
+
+  def save(self, step: int, state: Tree, extra: dict[str, Any]) -> bool:
+    """Starts saving; returns once state's arrays may be donated or overwritten.
+
+    Args:
+      step: number of updates the state has seen; names the checkpoint.
+      state: nested dict of jax or numpy arrays; keys without '.' or '/'.
+      extra: what else to keep, as JSON.
+
+    Returns:
+      False if this step is already saved (a state is a function of its step), else True.
+
+    Raises:
+      ValueError: a key or leaf that would not come back as it is.
+      Exception: an earlier asynchronous save failed.
+    """
+    self._manager.check_for_errors()
+    if step in self._manager.all_steps():
+      return False
+    trees.flatten(state)  # every key a str without '/'
+    state = trees.map_with_path(_savable, state)
+    json.dumps(extra)  # a TypeError here rather than in the background
+    self._manager.save(step, force=True, args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra)))
+    return True
+
+  def wait(self) -> None:
+    """Blocks until every started save is finished; raises the error of one that failed."""
+    self._manager.wait_until_finished()
+    self._manager.check_for_errors()
+
+  def close(self) -> None:
+    """Waits, raises like `wait`, and releases the manager's threads."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def latest_step(self) -> int | None:
+    """The last step whose save is finished, or None."""
+    steps = finished_steps(self.directory)
+    return steps[-1] if steps else None
+
+  def restore(self, step: int, like: Tree) -> Tree:
+    """`Reader.restore` of one of this writer's finished steps."""
+    return Reader(self.directory, step).restore(like)
+
+
+class Reader:
+  """Reads a finished checkpoint leaf by leaf, or whole.
+
+  Args:
+    directory: a run's workdir, its checkpoints directory, or one step's directory.
+    step: which step; None takes the last finished one.
+
+  Attributes:
+    step: the step being read.
+    shapes: {path: ShapeDtypeStruct} of the state's leaves.
+    extra: the JSON dict saved beside the state.
+
+  Raises:
+    ConfigError: no such directory, no finished checkpoint in it, or not this step.
+  """
+
+  def __init__(self, directory: str | os.PathLike, step: int | None = None):
+    root = _absolute(directory)
+    if root.name.isdigit() and (root / 'state').exists():
+      check(step in (None, int(root.name)), 'checkpoint.step', step, root.name,
+            f'{root} is the directory of that one step.')
+      root, step = root.parent, int(root.name)
+    elif (root / SUBDIR).exists():
+      root = root / SUBDIR
+    if not root.exists():
+      fail('checkpoint', str(directory), "an existing run's workdir",
+           'No such directory; run the parent first, or correct the path.')
+    steps = finished_steps(root)
+    if not steps:
+      fail('checkpoint', str(directory), 'a directory with a finished checkpoint',
+           f'None is finished in {root}; let the parent run reach a save.')
+    self.step = steps[-1] if step is None else int(step)
+    if self.step not in steps:
+      fail('checkpoint.step', step, ', '.join(map(str, steps)),
+           f'These are the finished steps in {root}.')
+    self._directory = root / str(self.step) / 'state'
+    self._handler = ocp.PyTreeCheckpointHandler()
+    self._garbage = 0
+    metadata = trees.flatten(self._handler.metadata(self._directory).tree)
+    self.shapes = {path: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype)
+                   for path, m in metadata.items()}
+
+  @property
+  def extra(self) -> dict[str, Any]:
+    """The JSON dict saved beside the state."""
+    return ocp.JsonCheckpointHandler().restore(self._directory.parent / 'extra')
+
+  def read(self, path: str) -> np.ndarray:
+    """One leaf, whole, in host memory; no other leaf is read. Raises ConfigError if unknown."""
+    if path not in self.shapes:
+      raise ConfigError(f'{path}: no such leaf in {self._directory}; see Reader.shapes')
+    # Orbax holds what it read in reference cycles, which large arrays alone never make Python
+    # collect: without this, reading leaf by leaf would end up with the whole tree in memory.
+    if self._garbage > _GARBAGE:
+      gc.collect()
+      self._garbage = 0
+    array = trees.flatten(self._read({path: self.shapes[path]}))[path]
+    self._garbage += array.nbytes
+    return array
+
+  def restore(self, like: Tree) -> Tree:
+    """The whole state.
+
+    Args:
+      like: nested dict of arrays or ShapeDtypeStructs, the same leaves as were saved. Leaves with
+        a sharding come back as jax arrays with it, the others as numpy arrays.
+
+    Returns:
+      Nested dict like `like`.
+
+    Raises:
+      ConfigError: paths, shapes or dtypes differ; lists every difference.
+    """
+    wanted = trees.flatten(like)
+    lines = trees.diff(trees.unflatten(self.shapes), like)
+    lines += [f'dtypes differ: {p} {self.shapes[p].dtype} and {wanted[p].dtype}' for p in wanted
+              if p in self.shapes and self.shapes[p].dtype != wanted[p].dtype]
+    if lines:
+      raise ConfigError(f'the checkpoint {self._directory} (first) does not hold what this run '
+                        'needs (second):\n  ' + '\n  '.join(lines))
+    read = trees.flatten(self._read(wanted))
+    return trees.map_with_path(lambda path, _: read[path], like)
+
+  def _read(self, wanted: dict[str, Any]) -> Tree:
+    """Reads the leaves at the paths of wanted and nothing else."""
+    item = {p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for p, leaf in wanted.items()}
+    how = {p: _restore_args(leaf) for p, leaf in wanted.items()}
+    args = ocp.args.PyTreeRestore(trees.unflatten(item), restore_args=trees.unflatten(how),
+                                  partial_restore=True)
+    return self._handler.restore(self._directory, args=args)
+
+
+def finished_steps(directory: str | os.PathLike) -> list[int]:
+  """Steps under a checkpoints directory whose save was committed, in order."""
+  directory = epath.Path(directory)
+  if not directory.exists():
+    return []
+  return sorted(int(d.name) for d in directory.iterdir() if d.name.isdigit() and _finished(d))
+
+
+def _absolute(path: str | os.PathLike) -> epath.Path:
+  """path made absolute, which Orbax demands; gs:// and its like as they are."""
+  return epath.Path(path if '://' in str(path) else os.path.abspath(path))
+
+
+def _finished(directory: epath.Path) -> bool:
+  """Whether the save of this step's directory was committed."""
+  try:
+    metadata = json.loads((directory / _COMMIT_FILE).read_text())
+  except (OSError, ValueError):
+    return False
+  return (bool(metadata.get('commit_timestamp_nsecs'))
+          and (directory / 'state' / '_METADATA').exists() and (directory / 'extra').exists())
+
+
+def _set_unfinished_aside(directory: epath.Path) -> None:
+  """Renames step directories that are not finished, which would make Orbax refuse their steps."""
+  if jax.process_index() != 0:
+    return
+  for d in directory.iterdir():
+    if d.name.isdigit() and not _finished(d):
+      aside = d.parent / f'{d.name}.unfinished'
+      if aside.exists():
+        aside.rmtree()
+      d.rename(aside)
+
+
+def _savable(path: str, leaf: Any) -> jax.Array | np.ndarray:
+  """The leaf, if it will come back under its path as the same array."""
+  if any('.' in key or not key for key in path.split('/')):
+    raise ValueError(f'{path!r}: a checkpoint key must not be empty or hold "."')
+  if isinstance(leaf, np.generic):
+    return np.asarray(leaf)
+  if isinstance(leaf, np.ndarray):
+    return leaf.copy()  # Orbax reads numpy arrays in the background
+  if not isinstance(leaf, jax.Array):
+    raise ValueError(f'{path}: a {type(leaf).__name__} cannot be saved; make it an array')
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    raise ValueError(f'{path}: save jax.random.key_data(key), not a key')
+  return leaf
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+  """How Orbax should hand back one leaf: where `leaf` says, else as numpy."""
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+  return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
