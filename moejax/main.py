@@ -8,7 +8,7 @@ is finished. Everything the run leaves stands in DIR: see moejax/train/workdir.p
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from moejax.config import ConfigError, unknown_key
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     config = CONFIG.value.copy_and_resolve_references()
   except Exception as error:   # whatever the config file raised when it was loaded
     sys.exit(f'moejax: --config: {error}')
+  logging.set_verbosity(logging.WARNING)   # libraries' notes on themselves
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   import jax  # only now, so that a wrong flag is answered at once
 

@@ -100,10 +100,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(GROUP_AXES))
 
 
-def mesh_in_use() -> bool:
-  """True while tracing under `jax.set_mesh` with the axes of AXES (False under pmap or none)."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return set(AXES) <= set(mesh.axis_names)
+def axis_sizes() -> dict[str, int]:
+  """Devices along each axis of the mesh set by `jax.set_mesh`; all 1 under pmap or without one."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return {axis: shape.get(axis, 1) for axis in AXES}
 
 
 def over_groups(fn: Callable) -> Callable:
@@ -116,11 +116,11 @@ def over_groups(fn: Callable) -> Callable:
   all-gather the operands of top_k and of the gathers over the whole batch.
   """
   def run(groups, weights):
-    if not mesh_in_use():
-      return fn(groups, weights, exchange=None, total=lambda x: x)
-    shape = jax.sharding.get_abstract_mesh().shape
-    G = jax.tree.leaves(groups)[0].shape[0]
+    shape = axis_sizes()
     shards = math.prod(shape[a] for a in GROUP_AXES)
+    if shards == 1:
+      return fn(groups, weights, exchange=None, total=lambda x: x)
+    G = jax.tree.leaves(groups)[0].shape[0]
     config_lib.check(G % shards == 0, 'routing groups per step', G,
                      f'a multiple of data*fsdp*expert = {shards}',
                      'Make batch_size larger or group_size smaller.')

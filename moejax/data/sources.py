@@ -105,12 +105,15 @@ def _builder(config: DataConfig) -> Any:
   except ImportError as error:
     raise ConfigError(f'data.source: got {config.source!r}, which needs a package that is missing: '
                       'pip install tensorflow-datasets array_record') from error
-  try:
-    builder = tfds.builder(name, data_dir=os.path.expanduser(folder) or None)
-  except tfds.core.registered.DatasetNotFoundError as error:
-    reason = str(error).strip().splitlines()[0]
-    raise ConfigError(f'data.source: TFDS knows no {name!r} and {folder or "its default data_dir"} '
-                      f'holds none ({reason}). Check the name and data.data_dir.') from error
+  not_found = tfds.core.registered.DatasetNotFoundError
+  data_dir = os.path.expanduser(folder) or None
+  try:   # what lies on disk needs no builder code, and some of that code needs TensorFlow
+    builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+  except not_found:
+    try:
+      builder = tfds.builder(name, data_dir=data_dir)
+    except (not_found, ImportError) as error:
+      raise _not_prepared(name, folder or "TFDS's default data_dir") from error
   path = pathlib.Path(os.fspath(builder.data_path))
   file_format = builder.info.file_format
   if path.is_dir() and file_format and file_format.value != 'array_record':
@@ -122,15 +125,18 @@ def _builder(config: DataConfig) -> Any:
   return builder
 
 
+def _not_prepared(name: str, place: Any) -> ConfigError:
+  return ConfigError(
+      f'data.data_dir: no prepared copy of {name!r} in {place}. Check the name (data.source) and the '
+      f'folder, or prepare it: tfds build {name} --file_format=array_record --data_dir=DIR')
+
+
 def _open(builder: Any, config: DataConfig, split: str) -> Sequence:
-  """Random access to one TFDS split, or a ConfigError that says what to prepare."""
+  """Random access to one TFDS split, or a ConfigError that says what is missing."""
   try:
     return builder.as_data_source(split=split)
-  except (AssertionError, FileNotFoundError, NotImplementedError) as error:
-    name = config.source.removeprefix('tfds:')
-    raise ConfigError(
-        f'data.data_dir: no prepared copy of {name} at {builder.data_path}. Prepare it: tfds build '
-        f'{name} --file_format=array_record, or set data.data_dir to where it is.') from error
+  except (AssertionError, FileNotFoundError) as error:
+    raise _not_prepared(config.source.removeprefix('tfds:'), builder.data_path) from error
   except ValueError as error:
     raise ConfigError(f'data.tfds: split {split!r} of {config.source}: {error}. '
                       f'Splits: {", ".join(builder.info.splits)}.') from error
@@ -141,8 +147,9 @@ def _choose_splits(builder: Any, config: DataConfig, kind: str) -> dict[str, str
   given = {k: getattr(config.tfds, k) for k in ('train', 'validation', 'test')}
   if all(given.values()):
     return given
-  # Without files there are no split names to choose from; opening 'train' says what is missing.
-  own = set(builder.info.splits) or {'train'}
+  own = set(builder.info.splits)
+  if not own:   # a builder without files knows no splits
+    raise _not_prepared(config.source.removeprefix('tfds:'), builder.data_path)
   check_choice('data.source split', 'train', own)
   test = 'test' if 'test' in own and _labelled(builder, config, kind) else 'validation'
   check(test in own, 'data.tfds', sorted(own), 'a labelled test or a validation split',

@@ -131,8 +131,8 @@ def place(routing: TokenRouting, num_experts: int, capacity: int) -> SlotRouting
   # A stable sort by expert keeps the priority within each expert, so its queue is one run.
   expert, order = jax.lax.sort_key_val(
       expert, jnp.broadcast_to(jnp.arange(K * S, dtype=jnp.int32), (G, K * S)), is_stable=True)
-  edge = jax.vmap(lambda run: jnp.searchsorted(run, jnp.arange(E + 1)))(expert)   # (G, E+1)
-  start, count = edge[:, :-1, None], jnp.diff(edge)[:, :, None]     # (G, E, 1)
+  count = (expert[:, None] == jnp.arange(E)[:, None]).sum(-1, keepdims=True)      # (G, E, 1)
+  start = jnp.cumsum(count, axis=1) - count
   slot = jnp.arange(C)                                              # (C,)
   valid = slot < count                                              # (G, E, C)
   queue = jnp.minimum(start + slot, K * S - 1).reshape(G, E * C)

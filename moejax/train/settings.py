@@ -1,7 +1,7 @@
 """The schema of a run: every key a config file may set, with its default and its range.
 
-    config = settings.default('vit')        # ConfigDict with every key, for get_config to edit
-    run = settings.resolve(config)          # frozen RunConfig; ConfigError on a typo or a bad value
+    config = settings.default(vit.config('mini'))   # ConfigDict of every key, for a file to edit
+    run = settings.resolve(config)                  # frozen RunConfig, or a ConfigError
 """
 
 import dataclasses
@@ -18,8 +18,6 @@ from moejax.sharding import MeshConfig
 from moejax.train import parallel
 from moejax.train.initialize import InitConfig
 from moejax.train.optimizer import OptimizerConfig, ScheduleConfig
-
-MODELS = {'t5': T5Config, 'vit': ViTConfig}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +69,9 @@ class RunConfig:
           f'a divisor of data.batch_size = {self.data.batch_size}', 'Change one of them.')
 
 
-def default(family: str) -> ConfigDict:
-  """ConfigDict of every key at its default, for model family 't5' or 'vit'."""
-  config_lib.check_choice('config.model.family', family, MODELS)
-  return config_lib.as_config_dict(RunConfig(model=MODELS[family]()))
+def default(model: T5Config | ViTConfig) -> ConfigDict:
+  """ConfigDict of every key of a run that trains `model`, at its default, for a file to edit."""
+  return config_lib.as_config_dict(RunConfig(model=model))
 
 
 def resolve(config: ConfigDict) -> RunConfig:
