@@ -34,8 +34,8 @@ def upcycle_rules(source_paths: Collection[str], target_paths: Collection[str],
     in both is copied.
 
   Raises:
-    ConfigError: an MoE layer of the target has neither an MLP nor experts in the source, or
-      optimizer state is to be carried and there is none.
+    ConfigError: an MoE layer of the target has neither an MLP nor experts in the source, no layer
+      is new, or optimizer state is to be carried and there is none.
   """
   source_paths, target_paths = set(source_paths), set(target_paths)
   table, rest = _optimizer_rules(source_paths, target_paths, optimizer)
@@ -53,11 +53,11 @@ def upcycle_rules(source_paths: Collection[str], target_paths: Collection[str],
     table.append(rules.tile(rf'({re.escape(layer)})/mlp/(.+)', r'\1/moe/experts/\2'))
     if any(p.startswith(f'{layer}/moe/router/') for p in target_paths):
       table.append(rules.fresh(rf'{re.escape(layer)}/moe/router/.+'))
-  if not upcycled and not any('/moe/experts/' in p for p in source_paths):
+  if not upcycled:
     raise ConfigError('surgery: upcycling was asked for, but no layer of the wanted model is a new '
                       'MoE layer; set moe_layers, or continue the parent as it is.')
   skipped = '|'.join(f'{re.escape(layer)}/mlp/' for layer in upcycled)
-  return [*table, rules.copy(f'(?!{skipped}){rest}' if skipped else rest)]
+  return [*table, rules.copy(f'(?!{skipped}){rest}')]
 
 
 def continue_rules(source_paths: Collection[str], target_paths: Collection[str],

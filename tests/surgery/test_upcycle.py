@@ -1,0 +1,214 @@
+"""Upcycling tables on hand-made states of both backbones, with optimizer state of both kinds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import trees
+from moejax.config import ConfigError
+from moejax.surgery import rules, upcycle
+from moejax.train import optimizer
+from moejax.train.optimizer import AdafactorConfig, OptimizerConfig
+
+D, F, E = 4, 6, 3
+T5 = {'wi_gate': (D, F), 'wi_up': (D, F), 'wo': (F, D)}
+VIT = {'wi': (D, F), 'wi_bias': (F,), 'wo': (F, D), 'wo_bias': (D,)}
+ADAMW = OptimizerConfig()
+ADAFACTOR = OptimizerConfig(name='adafactor', adafactor=AdafactorConfig(min_dim_size_to_factor=4))
+
+
+update = jax.jit(optimizer.update, static_argnums=0)
+
+
+def make_params(mlp: dict, moe: dict, stacks=('encoder',), depth=4, E=E, seed=0) -> dict:
+  """Random parameters; moe: {stack: layers that are MoE}."""
+  rng = np.random.default_rng(seed)
+  shapes = {'embed/embedding': (7, D)}
+  for stack in stacks:
+    for layer in range(depth):
+      path = f'{stack}/layers/{layer:02d}'
+      shapes[f'{path}/attention/q/kernel'] = (D, D)
+      if layer in moe.get(stack, ()):
+        shapes |= {f'{path}/moe/experts/{n}': (E, *s) for n, s in mlp.items()}
+        shapes[f'{path}/moe/router/kernel'] = (D, E)
+      else:
+        shapes |= {f'{path}/mlp/{n}': s for n, s in mlp.items()}
+  return trees.unflatten({p: jnp.asarray(rng.normal(size=s), jnp.float32)
+                          for p, s in shapes.items()})
+
+
+def make_state(params: dict, config: OptimizerConfig, steps: int = 3) -> dict:
+  """A state as after that many steps, flat: random slots (positive, as nu must be), counts."""
+  rng = np.random.default_rng(steps)
+  opt_state = jax.tree.map(
+      lambda x: jnp.full_like(x, steps) if x.dtype == jnp.int32
+      else jnp.asarray(rng.uniform(0.1, 1, x.shape), x.dtype), optimizer.init(config, params))
+  return trees.flatten({'step': jnp.int32(steps), 'params': params, 'opt_state': opt_state})
+
+
+def surgery(table, source, target):
+  values = upcycle.fresh_values(target, lambda path: np.full(target[path].shape, 7, np.float32))
+  return rules.apply(table, source, target, lambda p: np.asarray(source[p]), values)
+
+
+@pytest.mark.parametrize('config', [ADAMW, ADAFACTOR], ids=['adamw', 'adafactor'])
+@pytest.mark.parametrize('mlp', [T5, VIT], ids=['t5', 'vit'])
+def test_carry(mlp, config):
+  stacks, moe = ('encoder', 'decoder'), {'encoder': (1, 3), 'decoder': (3,)}
+  source = make_state(make_params(mlp, {}, stacks), config)
+  target = make_state(make_params(mlp, moe, stacks), config, steps=0)
+  made, entries = surgery(upcycle.upcycle_rules(source, target, 'carry'), source, target)
+  assert sorted(made) == sorted(target)
+  for path, leaf in made.items():
+    assert leaf.shape == target[path].shape and leaf.dtype == target[path].dtype
+    if '/moe/experts/' in path:
+      for e in range(E):
+        np.testing.assert_array_equal(leaf[e], source[path.replace('/moe/experts/', '/mlp/')])
+    elif '/moe/router/' in path:
+      np.testing.assert_array_equal(leaf, 0 if path.startswith('opt_state/') else 7)
+    else:
+      np.testing.assert_array_equal(leaf, source[path])
+  fates = {(e.target.split('/')[0], e.fate) for e in entries}
+  assert fates == {(top, fate) for top in ('params', 'opt_state')
+                   for fate in ('copied', 'tiled', 'fresh')} | {('step', 'copied')}
+  name = next(iter(mlp))
+  counts = f'opt_state/encoder/layers/01/moe/experts/{name}/count'
+  np.testing.assert_array_equal(made[counts], [3] * E)
+  assert made['opt_state/encoder/layers/01/moe/router/kernel/count'] == 0
+
+
+@pytest.mark.parametrize('config', [ADAMW, ADAFACTOR], ids=['adamw', 'adafactor'])
+def test_carried_state_continues_each_expert_as_the_parent(config):
+  """Updated with the parent's gradient, every expert stays a copy of the updated parent."""
+  source = make_state(make_params(T5, {}), config)
+  target = make_state(make_params(T5, {'encoder': (1,)}), config, steps=0)
+  made, _ = surgery(upcycle.upcycle_rules(source, target, 'carry'), source, target)
+  parent = trees.unflatten({p: jnp.asarray(v) for p, v in source.items()})
+  child = trees.unflatten({p: jnp.asarray(v) for p, v in made.items()})
+  grad = {p: jnp.asarray(np.random.default_rng(1).normal(size=v.shape), jnp.float32)
+          for p, v in trees.flatten(parent['params']).items()}
+  grads = trees.map_with_path(
+      lambda p, v: jnp.zeros_like(v) if '/router/' in p
+      else jnp.broadcast_to(grad[p.replace('/moe/experts/', '/mlp/')], v.shape), child['params'])
+  new, _ = update(config, grads, child['opt_state'], child['params'], 0.1)
+  old, _ = update(config, trees.unflatten(grad), parent['opt_state'], parent['params'],
+                            0.1)
+  new, old = trees.flatten(new), trees.flatten(old)
+  for name in T5:
+    for e in range(E):
+      np.testing.assert_allclose(new[f'encoder/layers/01/moe/experts/{name}'][e],
+                                 old[f'encoder/layers/01/mlp/{name}'], rtol=1e-6)
+
+
+def test_reset():
+  source = make_state(make_params(VIT, {}), ADAMW)
+  target = make_state(make_params(VIT, {'encoder': (2, 3)}), ADAFACTOR, steps=0)
+  made, entries = surgery(upcycle.upcycle_rules(source, target, 'reset'), source, target)
+  for path in target:
+    if path.startswith('opt_state/'):
+      np.testing.assert_array_equal(made[path], 0)
+  np.testing.assert_array_equal(made['params/encoder/layers/03/moe/experts/wo'][1],
+                                source['params/encoder/layers/03/mlp/wo'])
+  assert made['step'] == 3
+  dropped = [e.sources[0] for e in entries if e.fate == 'dropped']
+  assert dropped == sorted(p for p in source if p.startswith('opt_state/'))
+
+
+def test_layers_that_are_already_moe_are_copied():
+  source = make_state(make_params(T5, {'encoder': (1,)}), ADAMW)
+  target = make_state(make_params(T5, {'encoder': (1, 3)}, seed=1), ADAMW, steps=0)
+  made, entries = surgery(upcycle.upcycle_rules(source, target, 'carry'), source, target)
+  fate = {e.target: e.fate for e in entries}
+  for path in target:
+    if '/layers/01/moe/' in path:
+      assert fate[path] == 'copied'
+      np.testing.assert_array_equal(made[path], source[path])
+    if '/layers/03/moe/' in path:
+      assert fate[path] == ('tiled' if '/experts/' in path else 'fresh')
+
+
+def test_parameters_alone():
+  """Trees without optimizer state, and paths without a prefix."""
+  source = trees.flatten(make_params(VIT, {}))
+  target = trees.flatten(make_params(VIT, {'encoder': (0, 1, 2, 3)}))
+  made, _ = surgery(upcycle.upcycle_rules(source, target, 'reset'), source, target)
+  np.testing.assert_array_equal(made['encoder/layers/00/moe/experts/wi_bias'][2],
+                                source['encoder/layers/00/mlp/wi_bias'])
+
+
+def test_only_the_named_layers_are_touched():
+  """Layer 1 does not stand for 11, nor a later layer overwrite an earlier one."""
+  source = trees.flatten(make_params(T5, {}, depth=12))
+  target = trees.flatten(make_params(T5, {'encoder': (1, 2)}, depth=12))
+  made, _ = surgery(upcycle.upcycle_rules(source, target, 'carry'), source, target)
+  for layer in range(12):
+    for name in T5:
+      path = f'encoder/layers/{layer:02d}'
+      copied = f'{path}/moe/experts/{name}' if layer in (1, 2) else f'{path}/mlp/{name}'
+      leaf = made[copied][0] if layer in (1, 2) else made[copied]
+      np.testing.assert_array_equal(leaf, source[f'{path}/mlp/{name}'])
+
+
+def test_misnamed_layer():
+  source = trees.flatten(make_params(T5, {}))
+  source = {p.replace('/layers/01/', '/layers/1/'): v for p, v in source.items()}
+  target = trees.flatten(make_params(T5, {'encoder': (1,)}))
+  with pytest.raises(ConfigError, match='encoder/layers/01: the parent has neither.*'
+                                        'Its layers: encoder/layers/00, encoder/layers/02'):
+    upcycle.upcycle_rules(source, target, 'carry')
+
+
+def test_misnamed_matrix():
+  source = trees.flatten(make_params(T5, {}))
+  source['encoder/layers/01/mlp/w_up'] = source.pop('encoder/layers/01/mlp/wi_up')
+  target = trees.flatten(make_params(T5, {'encoder': (1,)}))
+  with pytest.raises(ConfigError) as error:
+    surgery(upcycle.upcycle_rules(source, target, 'carry'), source, target)
+  assert 'encoder/layers/01/mlp/w_up -> encoder/layers/01/moe/experts/w_up' in str(error.value)
+  assert 'encoder/layers/01/moe/experts/wi_up (3, 4, 6)' in str(error.value)
+
+
+def test_misfits():
+  dense, moe = make_params(T5, {}), make_params(T5, {'encoder': (1,)})
+  wide = make_params(T5 | {'wo': (F + 1, D)}, {'encoder': (1,)})
+  deep = make_params(T5, {'encoder': (1,)}, depth=5)
+  more = make_params(T5, {'encoder': (1, 2)}, E=E + 1)
+  for source, target, message in ((dense, wide, r'tile .*wo \(6, 4\).* -> .*wo \(3, 7, 4\)'),
+                                  (dense, deep, r'nothing makes(.|\n)*encoder/layers/04/mlp/wo'),
+                                  (moe, more, r'copy .*experts/wo \(3, 6, 4\).*\(4, 6, 4\)')):
+    source, target = trees.flatten(source), trees.flatten(target)
+    with pytest.raises(ConfigError, match=message):
+      surgery(upcycle.upcycle_rules(source, target, 'carry'), source, target)
+
+
+def test_nothing_to_upcycle():
+  for moe in ({}, {'encoder': (1,)}):
+    paths = trees.flatten(make_params(T5, moe))
+    with pytest.raises(ConfigError, match='no layer of the wanted model is a new MoE layer'):
+      upcycle.upcycle_rules(paths, paths, 'carry')
+
+
+def test_optimizer_choice():
+  dense, moe = make_params(T5, {}), make_params(T5, {'encoder': (1,)})
+  bare = trees.flatten({'params': dense})
+  with pytest.raises(ConfigError, match="surgery.optimizer: got 'keep'.*carry, reset"):
+    upcycle.upcycle_rules(bare, bare, 'keep')
+  with pytest.raises(ConfigError, match="no optimizer state; set surgery.optimizer to 'reset'"):
+    upcycle.upcycle_rules(bare, make_state(moe, ADAMW), 'carry')
+  target = make_state(moe, ADAMW, steps=0)
+  del target['step']
+  made, _ = surgery(upcycle.upcycle_rules(bare, target, 'reset'), bare, target)
+  assert sorted(made) == sorted(target)
+
+
+@pytest.mark.parametrize('choice', ['carry', 'reset'])
+def test_continue(choice):
+  source = make_state(make_params(T5, {'encoder': (1,)}), ADAMW)
+  target = make_state(make_params(T5, {'encoder': (1,)}), ADAMW, steps=0)
+  made, entries = surgery(upcycle.continue_rules(source, target, choice), source, target)
+  for path, leaf in made.items():
+    reset = choice == 'reset' and path.startswith('opt_state/')
+    np.testing.assert_array_equal(leaf, 0 if reset else source[path])
+  fates = {e.fate for e in entries}
+  assert fates == ({'copied'} if choice == 'carry' else {'copied', 'fresh', 'dropped'})
