@@ -40,17 +40,19 @@ def affine_warp(images: np.ndarray, affine: np.ndarray, size: int) -> np.ndarray
   row = (sin * zoom) * x + (cos + sin * shear) * zoom * y
   col = (cos * zoom) * x + (cos * shear - sin) * zoom * y          # (B, S, S)
   # The border of zeros around the source is where every point outside lands.
-  row = np.clip(row * (H / size) + (H + 1) / 2, 0, H + 0.999)
-  col = np.clip(col * (W / size) + (W + 1) / 2, 0, W + 0.999)
-  padded = np.zeros((B, H + 2, W + 2, C), np.float32)
-  padded[:, 1:-1, 1:-1] = images
-  table = padded.reshape(-1, C)                                    # (B * (H+2) * (W+2), C)
+  row = np.clip(row * (H / size) + (H + 1) / 2, 0, H + 1)
+  col = np.clip(col * (W / size) + (W + 1) / 2, 0, W + 1)
+  # One row before and two after, so that a point at H + 1 has its four neighbours too.
+  padded = np.zeros((B, H + 3, W + 3, C), np.float32)
+  padded[:, 1:-2, 1:-2] = images
+  table = padded.reshape(-1, C)                                    # (B * (H+3) * (W+3), C)
   top, left = row.astype(np.int32), col.astype(np.int32)
   # float32 throughout: numpy would make float64 of float32 - int32.
   fy = (row - top.astype(np.float32))[..., None]                   # (B, S, S, 1)
   fx = (col - left.astype(np.float32))[..., None]
-  base = top * (W + 2) + left + (np.arange(B, dtype=np.int32) * ((H + 2) * (W + 2)))[:, None, None]
-  corner = [np.take(table, base + step, axis=0) for step in (0, 1, W + 2, W + 3)]
+  first = np.arange(B, dtype=np.int32) * ((H + 3) * (W + 3))
+  base = first[:, None, None] + top * (W + 3) + left
+  corner = [np.take(table, base + step, axis=0) for step in (0, 1, W + 3, W + 4)]
   upper = corner[0] + fx * (corner[1] - corner[0])
   lower = corner[2] + fx * (corner[3] - corner[2])
   return (upper + fy * (lower - upper)) * np.float32(1 / 255)
@@ -153,8 +155,9 @@ class ImageProcessor:
       pixels = affine_warp(images, np.zeros((B, 5), np.float32), size)
     else:
       pixels = images.astype(np.float32) * np.float32(1 / 255)
-    pixels = np.broadcast_to(pixels, (B, *self.image_shape))
+    if pixels.shape[-1] < self.channels:
+      pixels = np.repeat(pixels, self.channels, axis=-1)
     if (self.config.mean, self.config.std) != (0.0, 1.0):
       pixels = (pixels - np.float32(self.config.mean)) * np.float32(1 / self.config.std)
-    return {'image': np.ascontiguousarray(pixels), 'label': batch['label'],
+    return {'image': pixels, 'label': batch['label'],
             'weight': np.ones(B, np.float32)}

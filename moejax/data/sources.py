@@ -127,8 +127,8 @@ def _builder(config: DataConfig) -> Any:
 
 def _not_prepared(name: str, place: Any) -> ConfigError:
   return ConfigError(
-      f'data.data_dir: no prepared copy of {name!r} in {place}. Check the name (data.source) and the '
-      f'folder, or prepare it: tfds build {name} --file_format=array_record --data_dir=DIR')
+      f'data.data_dir: no prepared copy of {name!r} in {place}. Check the name (data.source) and '
+      f'the folder, or prepare it: tfds build {name} --file_format=array_record --data_dir=DIR')
 
 
 def _open(builder: Any, config: DataConfig, split: str) -> Sequence:
@@ -181,6 +181,6 @@ def _digest(builder: Any, splits: dict[str, TfdsExamples]) -> str:
     sha.update(f'{name} {len(examples)}\n'.encode())
     for i in np.linspace(0, len(examples) - 1, min(SAMPLED, len(examples))).astype(int):
       for key, value in sorted(examples[i].items()):
-        value = np.asarray(value) if not isinstance(value, bytes) else value
-        sha.update(f'{key} {getattr(value, "shape", len(value))}'.encode() + bytes(value))
+        value = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.asarray(value)
+        sha.update(f'{key} {value.dtype.str} {value.shape}'.encode() + value.tobytes())
   return sha.hexdigest()

@@ -1,0 +1,266 @@
+"""The data contract: step n's batch is a pure function of (config, seed, n), on any hosts."""
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from moejax import data
+from moejax.config import ConfigError
+from moejax.data import pipeline, sources
+from moejax.data.base import Source
+
+DIGITS = data.DataConfig(source='digits', batch_size=16, eval_batch_size=64)
+TEXT = data.DataConfig(source='stdlib_text', batch_size=8, eval_batch_size=32, eval_examples=70)
+
+
+class Numbered:
+  """n examples whose label is their number; remembers which were read."""
+
+  def __init__(self, n):
+    self.n, self.read = n, []
+
+  def __len__(self):
+    return self.n
+
+  def __getitem__(self, i):
+    self.read.append(int(i))
+    return {'image': np.full((4, 4, 1), i, np.uint8), 'label': i}
+
+
+@pytest.fixture
+def numbered(monkeypatch):
+  """A 'digits' of 40 / 13 / 7 numbered examples."""
+  splits = {'train': Numbered(40), 'validation': Numbered(13), 'test': Numbered(7)}
+  source = Source('classification', splits, 'digest', 40, 1, True)
+  monkeypatch.setitem(sources.REGISTRY, 'digits', lambda config, window_bytes: source)
+  return splits
+
+
+def numbered_config(**kwargs):
+  return data.DataConfig(source='digits', image=data.ImageConfig(size=4, augment='none'),
+                         **{'batch_size': 8, 'eval_batch_size': 4, **kwargs})
+
+
+def assert_same(a, b):
+  assert a.keys() == b.keys()
+  for key in a:
+    assert a[key].dtype == b[key].dtype
+    np.testing.assert_array_equal(a[key], b[key])
+
+
+def joined(batches):
+  return {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+
+
+@pytest.mark.parametrize('config', [DIGITS, TEXT], ids=['digits', 'text'])
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_hosts_share_one_global_batch(config, hosts):
+  whole = data.build(config, seed=3)
+  parts = [data.build(config, seed=3, host=h, hosts=hosts) for h in range(hosts)]
+  for step in (0, 1, 250):   # 250 is past the first epoch of digits
+    batch = joined([p.train_batch(step) for p in parts])
+    assert_same(batch, whole.train_batch(step))
+    assert batch['index'].tolist() == list(range(config.batch_size))
+  for batch, *rows in zip(whole.eval_batches('test'), *(p.eval_batches('test') for p in parts),
+                          strict=True):
+    assert_same(joined(rows), batch)
+
+
+@pytest.mark.parametrize('config', [DIGITS, TEXT], ids=['digits', 'text'])
+def test_prefetched_batches_equal_single_ones(config):
+  dataset = data.build(config, seed=0)
+  batches = list(dataset.train_batches(5, 25))
+  assert len(batches) == 20
+  again = data.build(config, seed=0)
+  for step, batch in enumerate(batches, start=5):
+    assert_same(batch, again.train_batch(step))
+  assert_same(next(dataset.train_batches(24, 10**9)), batches[-1])
+
+
+def test_batches_depend_on_seed_and_step():
+  a, b = data.build(DIGITS, seed=0), data.build(DIGITS, seed=1)
+  assert (a.train_batch(0)['image'] != b.train_batch(0)['image']).any()
+  assert (a.train_batch(0)['image'] != a.train_batch(1)['image']).any()
+
+
+def test_starting_late_reads_nothing_earlier(numbered):
+  dataset = data.build(numbered_config(), seed=0)
+  want = [label for step in (3, 4) for label in dataset.train_batch(step)['label']]
+  numbered['train'].read.clear()
+  got = [label for batch in dataset.train_batches(3, 5) for label in batch['label']]
+  assert got == want and sorted(numbered['train'].read) == sorted(want)
+
+
+def test_every_epoch_is_a_new_permutation(numbered):
+  dataset = data.build(numbered_config(), seed=0)
+  labels = np.concatenate([b['label'] for b in dataset.train_batches(0, 15)]).reshape(3, 40)
+  np.testing.assert_array_equal(np.sort(labels, axis=1), np.tile(np.arange(40), (3, 1)))
+  assert len({tuple(row) for row in labels.tolist()}) == 3
+  assert list(range(40)) not in labels.tolist()
+
+
+def test_batches_run_across_epochs_and_small_splits(numbered):
+  dataset = data.build(numbered_config(batch_size=96), seed=0)   # 2.4 epochs in one batch
+  counts = np.bincount(np.concatenate([b['label'] for b in dataset.train_batches(0, 5)]))
+  assert counts.tolist() == [12] * 40
+
+
+def test_distortions_are_drawn_anew_each_epoch():
+  dataset = data.build(dataclasses.replace(DIGITS, batch_size=1297), seed=0)
+  a, b = dataset.train_batch(0), dataset.train_batch(1)
+  same_order = [np.lexsort((x['label'], x['image'].sum((1, 2, 3)))) for x in (a, b)]
+  assert np.bincount(a['label']).tolist() == np.bincount(b['label']).tolist()
+  assert (a['image'][same_order[0]] != b['image'][same_order[1]]).any(axis=(1, 2, 3)).mean() > 0.99
+
+
+def test_evaluation_covers_a_split_once_and_fills_up_with_zeros(numbered):
+  dataset = data.build(numbered_config(), seed=0)
+  batches = list(dataset.eval_batches('validation'))
+  assert [b['image'].shape for b in batches] == [(4, 4, 4, 1)] * 4
+  assert dataset.examples == {'train': 40, 'validation': 13, 'test': 7}
+  whole = joined(batches)
+  assert sorted(whole['label'][:13].tolist()) == list(range(13))
+  assert whole['weight'].tolist() == [1.0] * 13 + [0.0] * 3
+  assert not whole['image'][13:].any() and not whole['label'][13:].any()
+  assert whole['index'].tolist() == [0, 1, 2, 3] * 4
+  assert len(list(dataset.eval_batches('train'))) == 10
+
+
+def test_a_host_may_hold_filler_alone(numbered):
+  parts = [data.build(numbered_config(eval_batch_size=16), seed=0, host=h, hosts=4)
+           for h in range(4)]
+  batches = [next(p.eval_batches('test')) for p in parts]
+  assert [int(b['weight'].sum()) for b in batches] == [4, 3, 0, 0]
+  assert not batches[3]['image'].any() and batches[3]['index'].tolist() == [12, 13, 14, 15]
+
+
+@pytest.mark.parametrize('config', [DIGITS, TEXT], ids=['digits', 'text'])
+def test_evaluation_does_not_depend_on_seed_or_batch_size(config):
+  a = list(data.build(config, seed=0).eval_batches())
+  b = list(data.build(dataclasses.replace(config, eval_batch_size=8), seed=9).eval_batches())
+  n = data.build(config, seed=0).examples['validation']
+  a, b = joined(a), joined(b)
+  a.pop('index'), b.pop('index')
+  assert_same({k: v[:n] for k, v in a.items()}, {k: v[:n] for k, v in b.items()})
+  weight = a['weight'].reshape(len(a['weight']), -1).any(1)
+  assert weight[:n].all() and not weight[n:].any()
+
+
+def test_eval_examples_takes_the_first_of_the_order(numbered):
+  whole = joined(list(data.build(numbered_config(), seed=0).eval_batches()))
+  few = data.build(numbered_config(eval_examples=6), seed=0)
+  assert few.examples == {'train': 40, 'validation': 6, 'test': 6}
+  few = joined(list(few.eval_batches()))
+  assert few['weight'].sum() == 6
+  np.testing.assert_array_equal(few['label'][:6], whole['label'][:6])
+
+
+def test_an_abandoned_iterator_stops_its_threads():
+  batches = data.build(DIGITS, seed=0).train_batches(0, 10**9)
+  before = set(threading.enumerate())
+  next(batches)
+  made = set(threading.enumerate()) - before
+  assert made
+  batches.close()
+  for thread in made:
+    thread.join(timeout=10)
+  assert not any(thread.is_alive() for thread in made)
+
+
+def test_an_error_in_a_thread_reaches_the_caller(numbered, monkeypatch):
+  dataset = data.build(numbered_config(), seed=0)
+  monkeypatch.setattr(Numbered, '__getitem__', lambda self, i: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    next(dataset.train_batches(0, 5))
+
+
+def test_fingerprint_follows_the_data_and_what_shapes_it():
+  base = data.build(DIGITS, seed=0).fingerprint
+  assert len(base) == 64
+  for same in ({'batch_size': 32}, {'eval_batch_size': 8}, {'threads': 1},
+               {'text': data.TextConfig(decoder_length=99)}):
+    assert data.build(dataclasses.replace(DIGITS, **same), seed=5).fingerprint == base
+  others = [{'eval_examples': 9}, {'image': data.ImageConfig(size=8)},
+            {'image': data.ImageConfig(classes=5)}, {'image': data.ImageConfig(augment='none')}]
+  prints = [data.build(dataclasses.replace(DIGITS, **o), seed=0).fingerprint for o in others]
+  assert len({base, *prints}) == 5
+
+
+def test_fingerprint_follows_every_pixel(monkeypatch):
+  base = data.build(DIGITS, seed=0).fingerprint
+  build = sources.REGISTRY['digits']
+
+  def changed(config, window_bytes):
+    from moejax.data import embedded
+    source = build(config, window_bytes)
+    source.splits['train'].images[7, 3, 3] ^= 1
+    return embedded._image_source(source.splits, source.num_classes)
+  monkeypatch.setitem(sources.REGISTRY, 'digits', changed)
+  assert data.build(DIGITS, seed=0).fingerprint != base
+
+
+def test_batch_format():
+  image = data.build(DIGITS, seed=0)
+  assert (image.kind, image.num_classes, image.image_shape) == ('classification', 10, (24, 24, 1))
+  assert (image.vocab_size, image.encoder_length, image.decoder_length) == (0, 0, 0)
+  got = {k: (v.shape, v.dtype.name) for k, v in image.train_batch(0).items()}
+  assert got == {'image': ((16, 24, 24, 1), 'float32'), 'label': ((16,), 'int32'),
+                 'weight': ((16,), 'float32'), 'index': ((16,), 'int32')}
+  text = data.build(TEXT, seed=0)
+  assert (text.kind, text.vocab_size, text.encoder_length) == ('seq2seq', 384, 113)
+  assert (text.decoder_length, text.num_classes, text.image_shape) == (22, 0, ())
+  got = {k: (v.shape, v.dtype.name) for k, v in text.train_batch(0).items()}
+  assert got == {'encoder_input': ((8, 113), 'int32'), 'decoder_input': ((8, 22), 'int32'),
+                 'target': ((8, 22), 'int32'), 'weight': ((8, 22), 'float32'),
+                 'index': ((8,), 'int32')}
+
+
+@pytest.mark.parametrize('config', [
+    data.DataConfig(source='glyphs', batch_size=64),
+    data.DataConfig(source='stdlib_text', batch_size=16)], ids=['glyphs', 'text'])
+def test_a_batch_costs_far_less_than_a_train_step(config):
+  # 5 and 2 ms of one core where a step takes 20 or more; the bound leaves room for slow machines.
+  dataset = data.build(config, seed=0)
+  assert data.throughput(dataset, 5) > 0 and data.throughput(dataset, 5, threads=True) > 0
+  costs = []
+  for trial in range(5):
+    start = time.thread_time()
+    for step in range(10):
+      dataset.train_batch(10 * trial + step)
+    costs.append((time.thread_time() - start) / 10)
+  assert min(costs) < 0.020
+
+
+@pytest.mark.parametrize('make, words', [
+    (lambda: data.DataConfig(source='glyph'), ('data.source', "'glyph'", "Did you mean 'glyphs'?")),
+    (lambda: data.DataConfig(source='tfds:'), ('data.source', 'tfds:NAME')),
+    (lambda: data.DataConfig(batch_size=0), ('data.batch_size', '0', 'at least 1')),
+    (lambda: data.DataConfig(eval_examples=-1), ('data.eval_examples', '-1')),
+    (lambda: data.ImageConfig(augment='mid'), ('data.image.augment', "Did you mean 'mild'?")),
+    (lambda: data.ImageConfig(channels=2), ('data.image.channels', '2')),
+    (lambda: data.ImageConfig(std=0.0), ('data.image.std', '0.0')),
+    (lambda: data.TextConfig(noise_density=1.0), ('data.text.noise_density', '1.0')),
+    (lambda: data.TextConfig(mean_span_length=0.5), ('data.text.mean_span_length', '0.5')),
+    (lambda: data.TfdsConfig(train='train'), ('data.tfds', 'all three')),
+    (lambda: data.build(DIGITS, seed=0, host=0, hosts=3),
+     ('data.batch_size', '16', 'multiple of the 3 hosts', 'Use 15')),
+    (lambda: data.build(dataclasses.replace(DIGITS, batch_size=24, eval_batch_size=64), seed=0,
+                        hosts=3), ('data.eval_batch_size', '64', 'Use 63')),
+    (lambda: data.build(DIGITS, seed=0, host=2, hosts=2), ('host', '2', '0 to 1')),
+    (lambda: data.build(DIGITS, seed=-1), ('seed', '-1')),
+    (lambda: list(data.build(DIGITS, seed=0).eval_batches('valid')),
+     ('split', "Did you mean 'validation'?")),
+    (lambda: data.build(data.DataConfig(source='digits', image=data.ImageConfig(classes=11)),
+                        seed=0), ('data.image.classes', '11', 'at most 10')),
+])
+def test_errors_name_the_key_and_the_fix(make, words):
+  with pytest.raises(ConfigError) as error:
+    make()
+  assert all(word in str(error.value) for word in words), error.value
+
+
+def test_shaping_list_names_real_settings():
+  assert set(pipeline.NOT_SHAPING) < {f.name for f in dataclasses.fields(data.DataConfig)}
