@@ -71,7 +71,6 @@ class Writer:
       ValueError: a key or leaf that would not come back as it is.
       Exception: an earlier asynchronous save failed.
     """
-    self._manager.check_for_errors()
     if step in self._manager.all_steps():
       return False
     trees.flatten(state)  # every key a str without '/'
@@ -236,9 +235,7 @@ def _savable(path: str, leaf: Any) -> jax.Array | np.ndarray:
     raise ValueError(f'{path!r}: a checkpoint key must not be empty or hold "."')
   if isinstance(leaf, np.generic):
     return np.asarray(leaf)
-  if isinstance(leaf, np.ndarray):
-    return leaf.copy()  # Orbax reads numpy arrays in the background
-  if not isinstance(leaf, jax.Array):
+  if not isinstance(leaf, np.ndarray | jax.Array):
     raise ValueError(f'{path}: a {type(leaf).__name__} cannot be saved; make it an array')
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     raise ValueError(f'{path}: save jax.random.key_data(key), not a key')

@@ -137,6 +137,9 @@ STRICT = {
         ['rules that match nothing (1):', "fresh 'b'"]),
     'only part of the path matches': (
         [rules.copy('a')], {'xa': W}, {'xa': W}, ['rules that match nothing', 'xa (2, 3)']),
+    'only its beginning matches': (
+        [rules.copy('a'), rules.fresh('b')], {'ax': W}, {'ax': W, 'bx': W},
+        ['rules that match nothing (2):', 'bx (2, 3)']),
     'shape of a copy': (
         [rules.copy('a')], {'a': W}, {'a': V},
         ['do not fit (1):', 'copy a (2, 3) float32 -> a (3,) float32']),

@@ -81,8 +81,8 @@ def test_carry(mlp, config):
 @pytest.mark.parametrize('config', [ADAMW, ADAFACTOR], ids=['adamw', 'adafactor'])
 def test_carried_state_continues_each_expert_as_the_parent(config):
   """Updated with the parent's gradient, every expert stays a copy of the updated parent."""
-  source = make_state(make_params(T5, {}), config)
-  target = make_state(make_params(T5, {'encoder': (1,)}), config, steps=0)
+  source = make_state(make_params(T5, {}, depth=2), config)
+  target = make_state(make_params(T5, {'encoder': (1,)}, depth=2), config, steps=0)
   made, _ = surgery(upcycle.upcycle_rules(source, target, 'carry'), source, target)
   parent = trees.unflatten({p: jnp.asarray(v) for p, v in source.items()})
   child = trees.unflatten({p: jnp.asarray(v) for p, v in made.items()})
