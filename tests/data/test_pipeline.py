@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moejax import data
-from moejax.config import ConfigError
+from moejax.config import ConfigError, as_config_dict
+from moejax.config import build as build_config
 from moejax.data import pipeline, sources
 from moejax.data.base import Source
 
@@ -126,6 +127,7 @@ def test_evaluation_covers_a_split_once_and_fills_up_with_zeros(numbered):
   assert whole['weight'].tolist() == [1.0] * 13 + [0.0] * 3
   assert not whole['image'][13:].any() and not whole['label'][13:].any()
   assert whole['index'].tolist() == [0, 1, 2, 3] * 4
+  assert whole['label'][:13].tolist() != list(range(13))   # the first n are not the first classes
   assert len(list(dataset.eval_batches('train'))) == 10
 
 
@@ -260,6 +262,16 @@ def test_errors_name_the_key_and_the_fix(make, words):
   with pytest.raises(ConfigError) as error:
     make()
   assert all(word in str(error.value) for word in words), error.value
+
+
+def test_settings_survive_the_config_file():
+  values = as_config_dict(TEXT)
+  assert build_config(data.DataConfig, values, 'config.data') == TEXT
+  values.text.noise_density = 0.2
+  changed = build_config(data.DataConfig, values, 'config.data')
+  assert changed.text == data.TextConfig(noise_density=0.2)
+  with pytest.raises(ConfigError, match="config.data.text.noise_densty.*did you mean 'noise_den"):
+    build_config(data.DataConfig, {'text': {'noise_densty': 0.2}}, 'config.data')
 
 
 def test_shaping_list_names_real_settings():
