@@ -70,7 +70,13 @@ def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, dtype=
 
 def param(init: Initializer, shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
   """A float32 parameter."""
-  return nnx.Param(init(rngs.params(), shape, jnp.float32))
+  return nnx.Param(_draw(init, rngs.params(), shape))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _draw(init, key, shape):
+  """Jitted so that alike parameters are traced once: deep models would take long to build."""
+  return init(key, shape, jnp.float32)
 
 
 class Dense(nnx.Module):
@@ -183,6 +189,7 @@ class MLP(nnx.Module):
     return self.apply(self.weights(), x.reshape(B * L, D), drop).reshape(B, L, D)
 
 
+@functools.cache
 def _per_expert(init: Initializer, num_experts: int | None) -> Initializer:
   """init, or its stack of num_experts independent draws."""
   if num_experts is None:

@@ -1,0 +1,109 @@
+"""build(): published sizes, the shape of the tree, routing groups, configs."""
+
+import dataclasses
+import typing
+
+import jax
+import numpy as np
+import pytest
+
+from moejax import config as config_lib
+from moejax import models, trees
+from moejax.models import t5, vit
+from moejax.moe.layer import MoEConfig
+
+# transformers' google/t5-v1_1-* and timm's vit_*_patch*_224, counted.
+T5_PARAMETERS = {'small': 76_961_152, 'base': 247_577_856, 'large': 783_150_080,
+                 'xl': 2_849_757_184, 'xxl': 11_135_332_352}
+VIT_PARAMETERS = {'S/32': 22_878_952, 'S/16': 22_050_664, 'B/32': 88_224_232, 'B/16': 86_567_656,
+                  'L/32': 306_535_400, 'L/16': 304_326_632, 'H/14': 632_045_800}
+MOE = MoEConfig(layers='1', num_experts=4, router='top_k')
+
+
+@pytest.mark.parametrize('size', t5.SIZES)
+def test_t5_sizes(size):
+  count = trees.count(models.build(t5.config(size)).shapes)
+  assert count == T5_PARAMETERS.get(size, count) and (size in T5_PARAMETERS or count < 1e6)
+
+
+@pytest.mark.parametrize('size', vit.SIZES)
+def test_vit_sizes(size):
+  count = trees.count(models.build(vit.config(size, head='cls')).shapes)
+  assert count == VIT_PARAMETERS.get(size, count) and (size in VIT_PARAMETERS or count < 1e5)
+
+
+def test_paths_of_a_sparse_t5():
+  shapes = models.build(t5.config('tiny', encoder_moe=MOE, decoder_moe=MOE)).shapes
+  flat = {p: s.shape for p, s in trees.flatten(shapes).items()}
+  assert {p: s for p, s in flat.items() if not p.startswith('decoder/layers')} == {
+      'token_embed/embedding': (64, 16), 'head/kernel': (16, 64),
+      'encoder/relative_bias/embedding': (32, 2), 'decoder/relative_bias/embedding': (32, 2),
+      'encoder/final_norm/scale': (16,), 'decoder/final_norm/scale': (16,),
+      **{f'encoder/layers/{i}/attention/{n}/kernel': (16, 16) for i in ('00', '01') for n in 'qkvo'},
+      **{f'encoder/layers/{i}/{n}/scale': (16,)
+         for i in ('00', '01') for n in ('attention_norm', 'mlp_norm')},
+      'encoder/layers/00/mlp/wi_gate': (16, 32), 'encoder/layers/00/mlp/wi_up': (16, 32),
+      'encoder/layers/00/mlp/wo': (32, 16),
+      'encoder/layers/01/moe/router/kernel': (16, 4),
+      'encoder/layers/01/moe/experts/wi_gate': (4, 16, 32),
+      'encoder/layers/01/moe/experts/wi_up': (4, 16, 32),
+      'encoder/layers/01/moe/experts/wo': (4, 32, 16)}
+  assert flat['decoder/layers/01/cross_attention/k/kernel'] == (16, 16)
+  assert flat['decoder/layers/00/cross_attention_norm/scale'] == (16,)
+
+
+@pytest.mark.parametrize('config', [
+    t5.config('tiny', encoder_moe=MOE), vit.config('tiny', head='cls', moe=MOE)], ids=['t5', 'vit'])
+def test_init_is_a_plain_float32_tree_of_the_promised_shapes(config):
+  model = models.build(config)
+  params = jax.jit(model.init)(jax.random.key(0))
+  assert trees.diff(params, model.shapes) == []
+  assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+  nodes = [params]
+  for node in nodes:
+    assert type(node) is dict
+    nodes += [child for child in node.values() if not isinstance(child, jax.Array)]
+  again, other = (trees.flatten(model.init(jax.random.key(i))) for i in (0, 1))
+  drawn = {}
+  for path, leaf in trees.flatten(params).items():
+    np.testing.assert_allclose(leaf, again[path], rtol=1e-5, atol=1e-6)
+    if np.std(leaf) > 0:
+      assert np.abs(leaf - other[path]).max() > 1e-3
+      drawn.setdefault(leaf.shape, []).append(np.asarray(leaf))
+  for leaves in drawn.values():                                     # no two leaves share a key
+    assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(leaves) for b in leaves[:i])
+
+
+def test_rows_per_group():
+  group = lambda size: dataclasses.replace(MOE, group_size=size)
+  dense = t5.config('tiny')
+  assert models.rows_per_group(dense, 12, 5) == 1
+  assert models.rows_per_group(dataclasses.replace(dense, encoder_moe=MOE), 12, 5) == 1
+  both = dataclasses.replace(dense, encoder_moe=group(48), decoder_moe=group(30))
+  assert models.rows_per_group(both, 12, 5) == 12                   # lcm of 4 and 6
+  assert models.build(both).rows_per_group(24, 10) == 6             # of 2 and 3
+  assert models.rows_per_group(dataclasses.replace(both, decoder_moe=dataclasses.replace(
+      group(30), layers='none')), 12, 5) == 4
+  with pytest.raises(config_lib.ConfigError, match=r'model\.decoder_moe\.group_size: got 30'):
+    models.rows_per_group(both, 12, 7)
+  assert models.rows_per_group(vit.config('tiny', moe=group(8))) == 2
+  with pytest.raises(config_lib.ConfigError, match=r'model\.moe\.group_size: got 8.*5 tokens'):
+    models.rows_per_group(vit.config('tiny', head='cls', moe=group(8)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Stands for a run's config, where the model's family chooses its dataclass."""
+  model: t5.T5Config | vit.ViTConfig = t5.T5Config()
+
+
+@pytest.mark.parametrize('model', [
+    t5.config('tiny', encoder_moe=MOE, dropout_rate=0.1), vit.config('tiny', moe=MOE)],
+    ids=['t5', 'vit'])
+def test_configs_survive_the_edge(model):
+  assert typing.get_args(typing.get_type_hints(Run)['model'])       # a union, not a name
+  edited = config_lib.as_config_dict(Run(model))
+  assert config_lib.build(Run, edited) == Run(model)
+  edited.model.num_head = 3
+  with pytest.raises(config_lib.ConfigError, match="did you mean 'num_heads'"):
+    config_lib.build(Run, edited)

@@ -1,0 +1,180 @@
+"""Layers against their formulas, written out plainly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax.models import layers
+
+KEY = jax.random.key(0)
+RNGS = lambda: nnx.Rngs(params=KEY)
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def make_mlp(d_model=64, d_ff=256, gated=True, bias=False, num_experts=None):
+  return layers.MLP(d_model, d_ff, gated=gated, activation='gelu_tanh', bias=bias,
+                    init=layers.fan_in_normal, num_experts=num_experts, rngs=RNGS())
+
+
+def test_rms_norm():
+  norm, x = layers.RMSNorm(8, eps=1e-6, rngs=RNGS()), 5 + 3 * normal(4, 8)
+  norm.scale[...] = scale = normal(8, seed=1)
+  wanted = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+  np.testing.assert_allclose(norm(x), wanted, rtol=1e-5)
+
+
+def test_layer_norm():
+  norm, x = layers.LayerNorm(8, eps=0.1, rngs=RNGS()), 5 + 3 * normal(4, 8)
+  norm.scale[...], norm.bias[...] = scale, bias = normal(2, 8, seed=1)
+  wanted = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 0.1) * scale + bias
+  np.testing.assert_allclose(norm(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', [layers.RMSNorm, layers.LayerNorm])
+def test_norms_sum_in_float32(kind):
+  """Sums of 4096 squares in bfloat16 would stop growing at 256."""
+  x = jnp.asarray(normal(2, 4096), jnp.bfloat16)
+  norm = kind(4096, eps=1e-6, rngs=RNGS())
+  y = norm(x)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(y, norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+def test_dropout_of_an_example_does_not_depend_on_its_batch():
+  keys = jax.random.split(KEY, 6)
+  x = normal(6, 50, 20)
+  whole = layers.dropout(x, 0.3, keys)
+  parts = [layers.dropout(x[i:i + 2], 0.3, keys[i:i + 2]) for i in (0, 2, 4)]
+  np.testing.assert_array_equal(whole, np.concatenate(parts))
+  kept = whole != 0
+  np.testing.assert_allclose(whole[kept], x[kept] / 0.7, rtol=1e-6)
+  assert abs(kept.mean() - 0.7) < 0.02
+  assert (kept[0] != kept[1]).any()
+
+
+def test_no_dropout_without_keys_or_rate():
+  x = normal(2, 3)
+  assert layers.dropout(x, 0.3, None) is x
+  assert layers.dropout(x, 0.0, jax.random.split(KEY, 2)) is x
+
+
+@pytest.mark.parametrize('gated', [True, False])
+@pytest.mark.parametrize('bias', [True, False])
+def test_stacked_mlp_is_its_experts_one_by_one(gated, bias):
+  """And each is the formula."""
+  mlp = make_mlp(8, 16, gated, bias, num_experts=3)
+  weights = {k: normal(*v.shape, seed=i) for i, (k, v) in enumerate(mlp.weights().items())}
+  x = normal(3, 5, 8, seed=9)
+  stacked = mlp.apply(weights, x)
+  one = make_mlp(8, 16, gated, bias)
+  for e in range(3):
+    w = {k: v[e] for k, v in weights.items()}
+    add = lambda name: w[f'{name}_bias'] if bias else 0  # noqa: B023
+    if gated:
+      h = jax.nn.gelu(x[e] @ w['wi_gate'] + add('wi_gate')) * (x[e] @ w['wi_up'] + add('wi_up'))
+    else:
+      h = jax.nn.gelu(x[e] @ w['wi'] + add('wi'))
+    wanted = h @ w['wo'] + add('wo')
+    np.testing.assert_allclose(one.apply(w, x[e]), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stacked[e], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_initialised_like_a_dense_mlp_and_apart():
+  """Fan-in of one expert: over the stack it would be 8 times larger and the weights sqrt(8) smaller."""
+  dense, experts = make_mlp().weights(), make_mlp(num_experts=8).weights()
+  for name, w in dense.items():
+    std = w.shape[0] ** -0.5
+    assert float(w.std()) == pytest.approx(std, rel=0.03)
+    for e in range(8):
+      assert float(experts[name][e].std()) == pytest.approx(std, rel=0.03)
+      for other in range(e):
+        product = experts[name][e].ravel() @ experts[name][other].ravel() / w.size
+        assert abs(float(product)) < 0.05 * std**2
+
+
+def test_mlp_drops_hidden_activations():
+  mlp = make_mlp(8, 16)
+  seen = []
+  y = mlp.apply(mlp.weights(), normal(5, 8), lambda h: seen.append(h.shape) or jnp.zeros_like(h))
+  assert seen == [(5, 16)] and not y.any()
+
+
+def make_attention(scaled, bias=True, d_model=6, num_heads=2, head_dim=4):
+  return layers.Attention(d_model, num_heads, head_dim, bias=bias, scaled=scaled,
+                          init=layers.fan_in_normal, q_init=layers.fan_in_normal, dropout_rate=0.0,
+                          rngs=RNGS())
+
+
+@pytest.mark.parametrize('scaled', [True, False])
+def test_attention_head_by_head(scaled):
+  attention = make_attention(scaled)
+  for i, part in enumerate((attention.q, attention.k, attention.v, attention.o)):
+    part.bias[...] = normal(*part.bias.shape, seed=i)
+  x, source, bias = normal(3, 6), normal(5, 6, seed=1), normal(2, 3, 5, seed=2)
+  mask = np.array([[1, 1, 0, 1, 0]] * 3, bool)
+  heads = []
+  for h in range(2):
+    cut = slice(4 * h, 4 * h + 4)
+    q, k, v = (a @ p.kernel[:, cut] + p.bias[cut] for a, p in (
+        (x, attention.q), (source, attention.k), (source, attention.v)))
+    logits = q @ k.T / (2 if scaled else 1) + bias[h]
+    probs = np.exp(logits) * mask
+    heads.append(probs / probs.sum(-1, keepdims=True) @ v)
+  wanted = np.concatenate(heads, -1) @ attention.o.kernel[...] + attention.o.bias[...]
+  found = attention(x[None], source[None], bias[None], mask, None)[0]
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_to_nothing_is_finite():
+  """A filler example is padding throughout; NaN in its row would reach every gradient."""
+  attention, x = make_attention(False), normal(1, 3, 6)
+  run = lambda x: attention(x, x, None, jnp.zeros((1, 1, 1, 3), bool), None).sum()
+  value, grad = jax.value_and_grad(run)(x)
+  assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize('L, M', [(7, 7), (5, 9), (9, 5), (1, 1)])
+@pytest.mark.parametrize('bidirectional', [True, False])
+def test_relative_bias_is_its_table_looked_up_by_bucket(L, M, bidirectional):
+  bias = layers.RelativeBias(8, 4 + 2, 3, bidirectional=bidirectional, rngs=RNGS())
+  found = bias(L, M, jnp.float32)
+  distance = np.arange(M) - np.arange(L)[:, None]                   # key minus query
+  table = np.asarray(bias.embedding[...])
+  wanted = table[layers.relative_buckets(distance, 8, 6, bidirectional)].transpose(2, 0, 1)
+  np.testing.assert_array_equal(found, wanted[None])
+
+
+def test_relative_buckets_by_hand():
+  """8 buckets for both signs, 4 each: 0 and 1 exact, then [2, 4) and all from 4 on at distance 8."""
+  found = layers.relative_buckets(np.array([0, -1, -2, -3, -4, -9, 1, 2, 3, 4, 9]), 8, 8, True)
+  assert found.tolist() == [0, 1, 2, 2, 3, 3, 5, 6, 6, 7, 7]
+  found = layers.relative_buckets(np.array([3, 0, -3, -4, -5, -6, -8, -99]), 8, 16, False)
+  # 4 exact; then 4 + floor(4 * log(n / 4) / log(4)): 4, 4 (0.64), 5 (1.17), 6 (2), 7
+  assert found.tolist() == [0, 0, 3, 4, 4, 5, 6, 7]
+
+
+def test_patches_are_cut_row_by_row():
+  image = normal(2, 4, 6, 3)
+  found = layers.patches(image, 2)
+  assert found.shape == (2, 6, 12)
+  for b, row, column in np.ndindex(2, 2, 3):
+    cut = image[b, 2 * row:2 * row + 2, 2 * column:2 * column + 2]
+    np.testing.assert_array_equal(found[b, 3 * row + column], cut.ravel())
+
+
+def test_embed_gives_nan_for_an_id_it_does_not_have():
+  embed = layers.Embed(5, 3, init=layers.normal(1.0), rngs=RNGS())
+  y = embed(jnp.array([4, 5]), jnp.float32)
+  np.testing.assert_array_equal(y[0], embed.embedding[4])
+  assert np.isnan(y[1]).all()
+
+
+def test_dense_widens_its_sum_on_request():
+  x, kernel = jnp.ones((1, 512), jnp.bfloat16), jnp.full((512, 1), 1.001)
+  assert layers.dense(x, kernel).dtype == jnp.bfloat16
+  assert layers.dense(x, kernel, dtype=jnp.float32).dtype == jnp.float32

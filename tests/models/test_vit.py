@@ -1,0 +1,118 @@
+"""ViT: heads, tokens, fillers."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import models, trees
+from moejax.config import ConfigError
+from moejax.models import vit
+from moejax.moe.layer import MoEConfig
+
+GAP = vit.config('tiny')
+CLS = vit.config('tiny', head='cls')
+SPARSE = vit.config('tiny', moe=MoEConfig(layers='last_1', num_experts=4, group_size=8))
+
+
+@functools.cache
+def made(config):
+  model = models.build(config)
+  params = jax.jit(model.init)(jax.random.key(1))
+  params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+  return model, params, jax.jit(model.apply, static_argnames='train')
+
+
+def make_batch(B=4):
+  image = np.random.default_rng(0).standard_normal((B, 8, 8, 1)).astype(np.float32)
+  return {'image': image, 'label': np.arange(B), 'weight': np.ones(B, np.float32),
+          'index': np.arange(B)}
+
+
+@pytest.mark.parametrize('config', [GAP, CLS], ids=['gap', 'cls'])
+def test_position_matters_and_so_does_every_patch(config):
+  _, params, apply = made(config)
+  batch = make_batch()
+  logits = apply(params, batch)[0]
+  assert logits.shape == (4, 10) and logits.dtype == jnp.float32
+  swapped = batch | {'image': np.roll(batch['image'], 4, axis=1)}    # whole patches change places
+  assert (np.abs(apply(params, swapped)[0] - logits).max(-1) > 1e-3).all()
+  for row, column in np.ndindex(2, 2):
+    image = batch['image'].copy()
+    image[:, 4 * row:4 * row + 4, 4 * column:4 * column + 4] += 1.0
+    assert (np.abs(apply(params, batch | {'image': image})[0] - logits).max(-1) > 1e-3).all()
+
+
+def test_gap_without_positions_does_not_know_their_order():
+  _, params, apply = made(GAP)
+  params = dict(params, position_embed={'embedding': jnp.zeros((4, 16))})
+  batch = make_batch()
+  swapped = batch | {'image': np.roll(batch['image'], 4, axis=1)}
+  np.testing.assert_allclose(
+      apply(params, batch)[0], apply(params, swapped)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_cls_adds_a_token():
+  gap, cls = (trees.flatten(made(c)[0].shapes) for c in (GAP, CLS))
+  assert set(cls) - set(gap) == {'cls'}
+  assert gap['position_embed/embedding'].shape == (4, 16)
+  assert cls['position_embed/embedding'].shape == (5, 16)
+  assert (GAP.num_tokens, CLS.num_tokens) == (4, 5)
+
+
+def test_fillers_share_no_expert_with_examples_of_their_group():
+  """Two images to a group: what stands in a filler must not move its neighbour's tokens."""
+  _, params, apply = made(SPARSE)
+  batch = make_batch()
+  batch['weight'][3] = 0
+  other = batch | {'image': batch['image'].copy()}
+  other['image'][3] += 5.0
+  (a, aux), (b, _) = apply(params, batch), apply(params, other)
+  np.testing.assert_allclose(a[:3], b[:3], rtol=1e-5, atol=1e-5)
+  assert np.abs(a[3] - b[3]).max() > 1e-3
+  assert float(aux['encoder/layers/01']['tokens']) == 3 * 4
+  real = other | {'weight': np.ones(4, np.float32)}                 # the same image as a real one
+  assert np.abs(apply(params, real)[0][2] - a[2]).max() > 1e-6
+
+
+@pytest.mark.parametrize('config', [GAP, CLS, SPARSE], ids=['gap', 'cls', 'sparse'])
+def test_every_parameter_is_used(config):
+  model, params, _ = made(config)
+  loss = lambda p: jnp.square(model.apply(p, make_batch(), train=True)[0]).mean()
+  grads = trees.flatten(jax.jit(jax.grad(loss))(params))
+  largest = max(np.abs(g).max() for g in grads.values())
+  dead = [p for p, g in grads.items() if not np.abs(g).max() > 1e-7 * largest]
+  assert [p for p in dead if not p.endswith('attention/k/bias')] == []   # softmax cancels these
+
+
+def test_dropout_follows_the_key_and_the_example():
+  _, params, apply = made(dataclasses.replace(SPARSE, dropout_rate=0.3))
+  batch, key = make_batch(), jax.random.key(5)
+  half = {k: v[2:] for k, v in batch.items()}
+  a = apply(params, batch, train=True, key=key)[0]
+  np.testing.assert_allclose(a[2:], apply(params, half, train=True, key=key)[0], rtol=1e-4, atol=1e-5)
+  assert (np.abs(a - apply(params, batch, train=True)[0]).max(-1) > 1e-3).all()
+
+
+def test_bfloat16_is_near_float32_and_gives_float32():
+  _, params, apply = made(CLS)
+  _, _, half = made(dataclasses.replace(CLS, dtype='bfloat16'))
+  a, b = apply(params, make_batch())[0], half(params, make_batch())[0]
+  assert b.dtype == jnp.float32
+  assert 1e-5 < float(jnp.abs(a - b).max() / jnp.abs(a).max()) < 0.05
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'patch_size': 3}, r'model\.patch_size: got 3.*divisor of model\.image_size = 8'),
+    ({'num_heads': 3}, r'model\.num_heads: got 3.*divisor of model\.d_model = 16'),
+    ({'head': 'gab'}, r"model\.head: got 'gab'.*Did you mean 'gap'"),
+    ({'activation': 'gelu'}, r'model\.activation'),
+    ({'moe': MoEConfig(layers='last_3')}, r'model\.moe\.layers'),
+    ({'norm_eps': 0.0}, r'model\.norm_eps'),
+])
+def test_what_cannot_work_is_refused(change, message):
+  with pytest.raises(ConfigError, match=message):
+    dataclasses.replace(GAP, **change)
