@@ -1,0 +1,42 @@
+"""The experts the tests of this folder route to. E experts, N tokens, D model, F ffn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+def apply(weights, x):
+  """Gated tanh-GELU MLP of each expert, without biases: (E, N, D) -> (E, N, D) in x's dtype."""
+  w = {name: leaf.astype(x.dtype) for name, leaf in weights.items()}
+  hidden = jax.nn.gelu(jnp.einsum('end,edf->enf', x, w['wi_gate']), approximate=True)
+  hidden = hidden * jnp.einsum('end,edf->enf', x, w['wi'])
+  return jnp.einsum('enf,efd->end', hidden, w['wo'])
+
+
+def random_weights(rng, E, D, F):
+  """Float32 weights with which a unit input gives pre-activations and outputs of order one."""
+  shapes = {'wi_gate': (E, D, F), 'wi': (E, D, F), 'wo': (E, F, D)}
+  return {name: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[1]), jnp.float32)
+          for name, shape in shapes.items()}
+
+
+def mlp(weights, x):
+  """The dense twin: expert 0 of weights on (B, L, D)."""
+  first = {name: leaf[:1] for name, leaf in weights.items()}
+  return apply(first, x.reshape(1, -1, x.shape[-1])).reshape(x.shape)
+
+
+class Experts(nnx.Module):
+  """What MoELayer asks of its experts: stacked weights, and how to apply them."""
+
+  def __init__(self, E, D, F, seed=0):
+    for name, value in random_weights(np.random.default_rng(seed), E, D, F).items():
+      setattr(self, name, nnx.Param(value))
+
+  def weights(self):
+    return {name: getattr(self, name)[...] for name in ('wi_gate', 'wi', 'wo')}
+
+  def apply(self, weights, x, drop=None):
+    assert drop is None, 'no dropout was asked for'
+    return apply(weights, x)
