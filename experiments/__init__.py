@@ -1,0 +1,1 @@
+"""Suites of runs that make tables; nothing in moejax imports this."""

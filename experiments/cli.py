@@ -1,0 +1,50 @@
+"""Command lines of experiments: every mistake is one line and exit code 1."""
+
+import argparse
+import pathlib
+from typing import NoReturn
+
+from experiments import suite as suite_lib
+from moejax.config import ConfigError, check, nearest
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse that names the nearest flag of a mistyped one, and raises ConfigError."""
+
+  def __init__(self, prog: str, doc: str):
+    super().__init__(prog=prog, description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+  def add_suite(self) -> None:
+    """--suite, --scale, --runs and --results."""
+    self.add_argument('--suite', metavar='NAME', help='which: ' + ', '.join(suite_lib.names()))
+    self.add_argument('--scale', metavar='SCALE', default='mini',
+                      help='how large; see --list (default: %(default)s)')
+    self.add_argument('--runs', metavar='DIR', type=pathlib.Path, default=pathlib.Path('runs'),
+                      help='folder of the workdirs; runs found finished there are not trained '
+                           'again (default: %(default)s)')
+    self.add_argument('--results', metavar='DIR', type=pathlib.Path,
+                      help='folder of results.jsonl, table and plot (default: RUNS/SUITE, and '
+                           'RUNS/SUITE-SCALE for a scale other than mini)')
+
+  def parse(self, argv: list[str] | None) -> argparse.Namespace:
+    """The flags. Raises ConfigError on what they cannot be."""
+    args, unknown = self.parse_known_args(argv)
+    flags = [flag for action in self._actions for flag in action.option_strings]
+    for word in unknown:
+      near = nearest(word.split('=')[0], flags)
+      raise ConfigError(f'command line: {word!r} is no flag of {self.prog}'
+                        + (f'; did you mean {near!r}?' if near else '.') + ' --help lists them')
+    if not getattr(args, 'list', False):
+      check(args.suite is not None, '--suite', args.suite, ', '.join(suite_lib.names()),
+            f'Usage: {self.prog} --suite=NAME')
+    return args
+
+  def error(self, message: str) -> NoReturn:
+    raise ConfigError(f'command line: {message}. --help lists the flags')
+
+
+def results_folder(args: argparse.Namespace) -> pathlib.Path:
+  """Where table and plot go."""
+  name = args.suite if args.scale == 'mini' else f'{args.suite}-{args.scale}'
+  return args.results or args.runs / name

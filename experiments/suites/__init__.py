@@ -1,0 +1,1 @@
+"""One file per suite; each defines SCALES and get_suite(scale)."""
