@@ -7,7 +7,7 @@ from moejax.config import check_choice
 
 def is_runlocal(arg: str | None) -> bool:
   """True for ':runlocal'. Raises ConfigError on any other argument but none."""
-  check_choice('config argument', arg or '', ('', 'runlocal'))
+  check_choice('config argument', arg or 'runlocal', ['runlocal'])
   return arg == 'runlocal'
 
 

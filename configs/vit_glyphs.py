@@ -1,4 +1,4 @@
-"""ViT on glyphs: 3,584 characters from the fonts inside matplotlib, told apart at 24 x 24 pixels.
+"""ViT on glyphs: 4,096 characters from the fonts inside matplotlib, told apart at 24 x 24 pixels.
 
 The size is one that 2 CPU cores train in minutes. The trunk (before cooldown) is what
 vit_glyphs_upcycled.py starts from.
@@ -10,13 +10,13 @@ from moejax.train import settings
 
 
 def get_config(arg=None):
-  config = settings.default(vit.config('mini', num_classes=3584))
+  config = settings.default(vit.config('mini', num_classes=4096))
   config.steps = 24_000
   config.eval_every = config.checkpoint_every = 2_000
   config.log_every = 200
 
   config.data.source = 'glyphs'
-  config.data.image.classes = 3584
+  config.data.image.classes = 4096
   config.data.batch_size = 64
   config.data.eval_batch_size = 256
   config.data.eval_examples = 4096

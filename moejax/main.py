@@ -6,6 +6,7 @@ is finished. Everything the run leaves stands in DIR: see moejax/train/workdir.p
 """
 
 import os
+import re
 import sys
 
 from absl import app, flags, logging
@@ -30,10 +31,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _parse(argv: list[str]) -> list[str]:
+  for arg in argv:
+    if re.match('--?config=', arg) and not os.path.exists(path := re.split('[=:]', arg)[1]):
+      raise ConfigError(f'--config: no such file: {path}. Usage: {USAGE}')
   try:
     rest = flags.FLAGS(argv)
   except flags.Error as error:
-    raise ConfigError(f'command line: {error}. --help lists the flags') from error
+    raise ConfigError(f'command line: {_last_line(error)}. --help lists the flags') from error
   except (AttributeError, KeyError) as error:   # an override of a key the config does not have
     raise _misspelt(argv) or ConfigError(f'command line: {error}') from error
   for name in ('config', 'workdir'):
@@ -44,8 +48,16 @@ def _parse(argv: list[str]) -> list[str]:
   return rest
 
 
+def _last_line(error: Exception) -> str:
+  """The error's own words, where config_flags put a whole traceback into the message."""
+  line = str(error).strip().splitlines()[-1]
+  return line.removeprefix('moejax.config.ConfigError: ').rstrip('.')
+
+
 def _misspelt(argv: list[str]) -> ConfigError | None:
   """The error for the first --config.a.b=value whose key is not in the config."""
+  sys.argv = [arg for arg in argv if not re.match(r'--?config\.', arg)]   # read by config_flags
+  flags.FLAGS(sys.argv)
   for arg in argv:
     node, *path = arg.lstrip('-').split('=')[0].split('.')
     if node != 'config' or not path:
@@ -64,7 +76,7 @@ def main(argv: list[str]) -> int:
   try:
     config = CONFIG.value.copy_and_resolve_references()
   except Exception as error:   # whatever the config file raised when it was loaded
-    sys.exit(f'moejax: --config: {error}')
+    sys.exit(f'moejax: --config: {_last_line(error)}')
   logging.set_verbosity(logging.WARNING)   # libraries' notes on themselves
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   import jax  # only now, so that a wrong flag is answered at once

@@ -1,0 +1,113 @@
+"""The command line and the errors a user meets: one message, exit code 1, nothing left behind."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from configs import t5_stdlib, t5_stdlib_upcycled, vit_glyphs, vit_glyphs_upcycled
+from moejax.config import ConfigError
+from moejax.train import loop, settings
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def command(*args):
+  """The result of python -m moejax.main with these arguments."""
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  return subprocess.run([sys.executable, '-m', 'moejax.main', *args], cwd=ROOT, env=env,
+                        capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize('args, expected', [
+    (['--config=configs/vit_glyphs.py', '--config.optimizer.learning_rat=1', '--workdir={tmp}'],
+     r"config\.optimizer\.learning_rat: no such key; did you mean 'learning_rate'\?"),
+    (['--config=configs/vit_glyphs.py', '--config.steps=many', '--workdir={tmp}'],
+     r"flag --config\.steps=many"),
+    (['--config=configs/no_such.py', '--workdir={tmp}'], r'--config: no such file: configs/no_such\.py'),
+    (['--config=configs/vit_glyphs.py:runlocla', '--workdir={tmp}'],
+     r"config argument: got 'runlocla'.*Did you mean 'runlocal'\?"),
+    (['--config=configs/vit_glyphs.py'], r'--workdir: missing'),
+    (['--confg=configs/vit_glyphs.py'], r"Unknown command line flag 'confg'"),
+    (['--config=configs/vit_glyphs_upcycled.py', '--workdir={tmp}', '--config.init.parent=none'],
+     r"config\.init\.parent: got 'none'.*Train the parent first"),
+])
+def test_command_line_mistakes(args, expected, tmp_path):
+  workdir = tmp_path / 'run'
+  result = command(*[a.format(tmp=workdir) for a in args])
+  message = result.stderr.strip().splitlines()
+  assert result.returncode == 1
+  assert 'Traceback' not in result.stderr
+  assert re.search(expected, message[-1]) and message[-1].startswith('moejax: ')
+  assert not workdir.exists()
+
+
+def test_help_says_how_to_use_it():
+  result = command('--help')
+  assert '--config=FILE[:arg] --workdir=DIR' in result.stdout
+  assert '--workdir' in result.stdout and 'Directory of the run' in result.stdout
+
+
+CONFIGS = {'vit': vit_glyphs, 't5': t5_stdlib, 'vit_moe': vit_glyphs_upcycled,
+           't5_moe': t5_stdlib_upcycled}
+
+
+# The mistake under test is to be the only one.
+NO_PARENT = {'init.mode': 'scratch', 'init.parent': ''}
+
+
+@pytest.mark.parametrize('config, changes, expected', [
+    ('vit_moe', {'model.moe.layers': '1,7'}, r"model\.moe\.layers: got '1,7'.*from 0 to 3"),
+    ('vit_moe', {'model.moe.layers': 'last_9'}, r"model\.moe\.layers: got 'last_9'.*4 blocks"),
+    ('vit_moe', {'model.moe.layers': 'second'}, r"model\.moe\.layers: got 'second'.*'every_2'"),
+    ('t5_moe', {'model.decoder_moe.k': 9}, r'moe\.k: got 9.*1 to num_experts = 8'),
+    ('t5_moe', {'model.decoder_moe.router': 'expert_choice',
+                'model.decoder_moe.balance_weight': 0.0},
+     r'model\.decoder_moe\.router: got .expert_choice.*cannot decode'),
+    ('t5_moe', {'model.decoder_moe.k': 1, 'model.decoder_moe.renormalize': True},
+     r'moe\.renormalize: got True.*never learn'),
+    ('t5_moe', {'model.encoder_moe.router': 'expert_choise'},
+     r"moe\.router: got 'expert_choise'.*Did you mean 'expert_choice'"),
+    ('vit_moe', {'model.moe.group_size': 50}, r'model\.moe\.group_size: got 50.*Nearest: 48'),
+    ('vit', {'data.batch_size': 63}, r'config\.data\.batch_size: got 63.*8 devices.*Nearest: 64'),
+    ('vit_moe', {'data.batch_size': 8},
+     r'config\.data\.batch_size: got 8.*32 = 4 examples per routing group x 8 devices'),
+    ('vit', {'mesh.expert': 3}, r'config\.mesh: got .*expert=3.*8 devices'),
+    ('vit', {'data.source': 'glyhps'}, r"got 'glyhps'.*Did you mean 'glyphs'"),
+    ('vit', {'data.source': 'stdlib_text'}, r"config\.data\.source: got 'stdlib_text'.*'vit'"),
+    ('vit', {'model.num_classes': 10}, r'config\.model\.num_classes: got 10.*at least 4096'),
+    ('vit', {'model.image_size': 30}, r'config\.model\.image_size and channels: got \(30, 30, 1\)'),
+    ('vit', {'eval_every': 30}, r'config\.eval_every: got 30.*multiple of log_every'),
+    ('vit', {'microbatches': 3}, r'config\.microbatches: got 3.*divisor of data\.batch_size'),
+    ('vit', {'parallel': 'pmap', 'mesh.expert': 2}, r'config\.mesh\.expert: got 2.*data-parallel'),
+    ('vit', {'optimizer.name': 'adamwx'}, r"got 'adamwx'.*Did you mean 'adamw'"),
+    ('vit', {'init.mode': 'upcycle'}, r"config\.init\.parent: got ''.*workdir of a finished run"),
+])
+def test_settings_that_cannot_work(config, changes, expected, tmp_path):
+  config = CONFIGS[config].get_config()
+  config.update_from_flattened_dict(NO_PARENT | changes)
+  workdir = tmp_path / 'run'
+  with pytest.raises(ConfigError, match=expected):
+    loop.run(settings.resolve(config), str(workdir))
+  assert not workdir.exists()
+
+
+def test_a_file_that_sets_a_wrong_type_or_key():
+  config = vit_glyphs.get_config()
+  values = config.to_dict()
+  values['optimizer']['learning_rate'] = 'high'
+  with pytest.raises(ConfigError, match=r"config\.optimizer\.learning_rate: got 'high'.*float"):
+    settings.resolve(values)
+  values = config.to_dict()
+  values['optimizer']['lerning_rate'] = 1.0
+  with pytest.raises(ConfigError, match=r"config\.optimizer\.lerning_rate.*'learning_rate'"):
+    settings.resolve(values)
+
+
+def test_an_unwritable_workdir(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ConfigError, match='workdir: .*a directory that can be written'):
+    loop.run(settings.resolve(vit_glyphs.get_config('runlocal')), str(tmp_path / 'file' / 'run'))
