@@ -23,8 +23,8 @@ STYLES = (('#000000', 'o', ':'), ('#0072B2', 's', '-'), ('#56B4E9', 'D', '--'),
           ('#D55E00', '^', '-'), ('#009E73', 'v', '-.'), ('#CC79A7', 'P', '-'),
           ('#E69F00', 'X', '--'), ('#F0E442', 'h', '-'))
 LEGEND = """\
-Extra steps and FLOPs are those after the trunk (all of them, if an arm started from nothing); 100 %
-is the dense pretraining up to there. Loss is the task's own cross-entropy, without auxiliary losses.
+Extra steps and FLOPs are those after the trunk (all of them, if an arm began from nothing); 100 %
+is the dense pretraining up to there. Loss is the task's cross-entropy, without auxiliary losses.
 Δ is validation loss minus that of the line marked *. The step-0 gap is validation loss before the
 first extra step minus the parent's. Wall time is that of the extra train steps, without compilation
 and evaluation. One seed per arm: small differences mean nothing."""
