@@ -63,18 +63,18 @@ def build(config: Config) -> Model:
 
 
 class _InitKeys:
-  """One key per call of params(), as nnx.Rngs gives, but counted in Python.
+  """Stands in for nnx.Rngs: a new key at each call of params(), counted in Python.
 
   The counter of nnx.Rngs is an array; under tracing each of its steps costs time in the number of
   steps before it, which made a ViT-H take 15 s to build.
   """
 
   def __init__(self, key: jax.Array):
-    self.key, self.count = key, 0
+    self.key, self.used = key, 0
 
   def params(self) -> jax.Array:
-    self.count += 1
-    return jax.random.fold_in(self.key, self.count)
+    self.used += 1
+    return jax.random.fold_in(self.key, self.used)
 
 
 def rows_per_group(config: Config, encoder_length: int = 0, decoder_length: int = 0) -> int:

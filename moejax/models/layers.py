@@ -4,8 +4,8 @@ Parameters are float32 and cast to the compute dtype where they are used. Norms,
 and softmax are computed in at least float32. Activations are flattened to two dimensions around
 matmuls: XLA on CPU runs (B*L, D) @ (D, F) at nearly twice the speed of the three-dimensional form.
 
-Randomness comes as `keys` (B,), one key per example, or None for none; every place that draws folds
-its own number in. What an example draws thus does not depend on how its batch is laid out.
+Randomness comes as `keys` (B,), one key per example, or None for none; every place that draws gets
+its own. What an example draws thus does not depend on how its batch is laid out.
 
 Dimensions: B batch, L length (queries), M length (keys), N rows, D model, F ffn, H heads, K head
 width, E experts, P patch side, C channels.
@@ -28,21 +28,58 @@ ACTIVATIONS = {
 }
 MASKED = -1e9  # finite, so that a row with every key masked gives a uniform softmax and not NaN
 
-zeros = jax.nn.initializers.zeros
-ones = jax.nn.initializers.ones
-normal = jax.nn.initializers.normal
-fan_in_normal = jax.nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
-xavier_uniform = jax.nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform')
-
-
 def at_least_float32(dtype) -> jnp.dtype:
   """The dtype in which norms, attention logits and the final logits are computed."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def fold(keys: jax.Array | None, number: int) -> jax.Array | None:
-  """Each example's key with `number` folded in; None stays None."""
-  return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+def split(keys: jax.Array | None, n: int) -> list[jax.Array | None]:
+  """n keys for each example: n arrays (B,), one for each of n places; None gives n times None.
+
+  One call for many places: each call compiles a hash of its own.
+  """
+  return [None] * n if keys is None else list(jax.vmap(lambda k: jax.random.split(k, n))(keys).T)
+
+
+def flat_draw(draw: Callable, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """draw(key, (n,)) as an array of `shape`.
+
+  XLA on CPU takes seconds to compile the counters of a multi-dimensional draw, at each place that
+  draws; flat, a tenth of that.
+  """
+  return draw(key, (math.prod(shape),)).reshape(shape)
+
+
+def zeros(key, shape, dtype):
+  """Initialiser: all 0."""
+  return jnp.zeros(shape, dtype)
+
+
+def ones(key, shape, dtype):
+  """Initialiser: all 1."""
+  return jnp.ones(shape, dtype)
+
+
+def normal(std: float) -> Initializer:
+  """Initialiser: N(0, std^2)."""
+  return lambda key, shape, dtype: std * flat_draw(
+      lambda key, n: jax.random.normal(key, n, dtype), key, shape)
+
+
+def fan_in_normal(scale: float = 1.0) -> Initializer:
+  """Initialiser of a kernel (D, F): N(0, scale / D), truncated and with that variance after it."""
+  def init(key, shape, dtype):
+    std = math.sqrt(scale / shape[0]) / 0.87962566103423978         # that of N(0, 1) cut at 2
+    return std * flat_draw(
+        lambda key, n: jax.random.truncated_normal(key, -2, 2, n, dtype), key, shape)
+  return init
+
+
+def xavier_uniform(key, shape, dtype):
+  """Initialiser of a kernel (D, F): uniform with variance 2 / (D + F) (Glorot & Bengio 2010)."""
+  limit = math.sqrt(6 / sum(shape))
+  return flat_draw(
+      lambda key, n: jax.random.uniform(key, n, dtype, -limit, limit), key, shape)
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
@@ -55,7 +92,8 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
   """
   if keys is None or rate == 0.0:
     return x
-  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+  draw = lambda key, n: jax.random.bernoulli(key, 1.0 - rate, n)
+  keep = jax.vmap(lambda key: flat_draw(draw, key, x.shape[1:]))(keys)
   return jnp.where(keep, x / (1.0 - rate), 0)
 
 

@@ -11,8 +11,7 @@ from flax import nnx
 from moejax.models import layers
 from moejax.moe.layer import MoEConfig, MoELayer
 
-# Numbers that the places of a block fold into its keys, so that no two draw alike.
-ATTENTION, CROSS_ATTENTION, MLP_HIDDEN, OUTPUT = range(4)
+PLACES = 6  # where a block draws: inside and after attention, cross-attention and MLP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,27 +79,27 @@ class Block(nnx.Module):
     self.dropout_rate = spec.dropout_rate
 
   def __call__(self, x, *, bias, mask, source, source_mask, token_mask, train, keys):
-    """x (B, L, D) -> (x (B, L, D), aux of the MoE layer, or None); arguments as Stack's."""
-    def add(x, y, place):
-      keys_here = layers.fold(layers.fold(keys, OUTPUT), place)
-      return x + layers.dropout(y, self.dropout_rate, keys_here)
+    """x (B, L, D) -> (x (B, L, D), aux of the MoE layer, or None).
 
+    keys are PLACES arrays (B,), or None for each; the other arguments are Stack's.
+    """
+    inside, after, cross_inside, cross_after, mlp_inside, mlp_after = keys
+    add = lambda x, y, keys: x + layers.dropout(y, self.dropout_rate, keys)
     with jax.named_scope('attention'):
       h = self.attention_norm(x)
-      x = add(x, self.attention(h, h, bias, mask, layers.fold(keys, ATTENTION)), ATTENTION)
+      x = add(x, self.attention(h, h, bias, mask, inside), after)
     if self.cross:
       with jax.named_scope('cross_attention'):
         h = self.cross_attention_norm(x)
-        h = self.cross_attention(h, source, None, source_mask, layers.fold(keys, CROSS_ATTENTION))
-        x = add(x, h, CROSS_ATTENTION)
+        x = add(x, self.cross_attention(h, source, None, source_mask, cross_inside), cross_after)
     aux = None
     with jax.named_scope('moe' if self.sparse else 'mlp'):
       h = self.mlp_norm(x)
       if self.sparse:
-        h, aux = self.moe(h, token_mask, train=train, keys=layers.fold(keys, MLP_HIDDEN))
+        h, aux = self.moe(h, token_mask, train=train, keys=mlp_inside)
       else:
-        h = self.mlp(h, layers.fold(keys, MLP_HIDDEN))
-      return add(x, h, MLP_HIDDEN), aux
+        h = self.mlp(h, mlp_inside)
+      return add(x, h, mlp_after), aux
 
 
 class Stack(nnx.Module):
@@ -141,12 +140,13 @@ class Stack(nnx.Module):
     L = x.shape[1]
     bias = (self.relative_bias(L, L, layers.at_least_float32(x.dtype))
             if self.has_relative_bias else None)
-    x = layers.dropout(x, self.dropout_rate, layers.fold(keys, 0))
+    first, *keys = layers.split(keys, 1 + PLACES * len(self.layers))
+    x = layers.dropout(x, self.dropout_rate, first)
     auxes = {}
-    for i, (name, block) in enumerate(self.layers.items(), start=1):
+    for i, (name, block) in enumerate(self.layers.items()):
       with jax.named_scope(name):
         x, aux = block(x, bias=bias, mask=mask, source=source, source_mask=source_mask,
-                       token_mask=token_mask, train=train, keys=layers.fold(keys, i))
+                       token_mask=token_mask, train=train, keys=keys[PLACES * i:PLACES * (i + 1)])
       if aux is not None:
         auxes[f'layers/{name}'] = aux
     return self.final_norm(x), auxes

@@ -109,7 +109,7 @@ class T5(nnx.Module):
     self.encoder = _stack(config, 'encoder', rngs)
     self.decoder = _stack(config, 'decoder', rngs)
     self.head = layers.Dense(config.d_model, config.vocab_size, bias=False,
-                             init=layers.fan_in_normal, rngs=rngs)
+                             init=layers.fan_in_normal(), rngs=rngs)
 
   def __call__(self, batch: dict, *, train: bool, keys: jax.Array | None) -> tuple[jax.Array, dict]:
     """Logits of each target given the input and the targets before it.
@@ -125,19 +125,19 @@ class T5(nnx.Module):
     """
     tokens = batch['encoder_input'] != PAD                           # (B, L)
     source_mask = tokens[:, None, None, :]
-    encoder_keys, decoder_keys = layers.fold(keys, 0), layers.fold(keys, 1)
+    encoder_keys, encoded_keys, decoder_keys, decoded_keys = layers.split(keys, 4)
     with jax.named_scope('encoder'):
       x = self.token_embed(batch['encoder_input'], self.dtype)
       encoded, encoder_aux = self.encoder(
           x, mask=source_mask, token_mask=tokens, train=train, keys=encoder_keys)
-      encoded = layers.dropout(encoded, self.dropout_rate, layers.fold(keys, 2))
+      encoded = layers.dropout(encoded, self.dropout_rate, encoded_keys)
     with jax.named_scope('decoder'):
       x = self.token_embed(batch['decoder_input'], self.dtype)
       causal = jnp.tri(x.shape[1], dtype=bool)                       # (L', L')
       x, decoder_aux = self.decoder(
           x, mask=causal, token_mask=batch['weight'] > 0, train=train, keys=decoder_keys,
           source=encoded, source_mask=source_mask)
-      x = layers.dropout(x, self.dropout_rate, layers.fold(keys, 3))
+      x = layers.dropout(x, self.dropout_rate, decoded_keys)
     with jax.named_scope('head'):
       logits = self.head(x, layers.at_least_float32(self.dtype))
     aux = {f'encoder/{path}': value for path, value in encoder_aux.items()}
@@ -150,9 +150,9 @@ def _stack(config: T5Config, name: str, rngs: nnx.Rngs) -> Stack:
   spec = BlockSpec(
       d_model=config.d_model, d_ff=config.d_ff, num_heads=config.num_heads, head_dim=config.d_kv,
       norm=layers.RMSNorm, norm_eps=NORM_EPS, bias=False, gated=True, activation='gelu_tanh',
-      scaled=False, init=layers.fan_in_normal,
+      scaled=False, init=layers.fan_in_normal(),
       # The 1/sqrt(d_kv) that the logits are not scaled by sits in the initial queries.
-      q_init=jax.nn.initializers.variance_scaling(1 / config.d_kv, 'fan_in', 'truncated_normal'),
+      q_init=layers.fan_in_normal(1 / config.d_kv),
       dropout_rate=config.dropout_rate, attention_dropout_rate=config.dropout_rate,
       cross_attention=decoder)
   bias = layers.RelativeBias(config.relative_buckets, config.relative_max_distance,

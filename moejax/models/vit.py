@@ -111,7 +111,7 @@ class ViT(nnx.Module):
     self.patch_size = config.patch_size
     self.pool = config.head
     self.patch_embed = layers.Dense(config.patch_size**2 * config.channels, D, bias=True,
-                                    init=layers.fan_in_normal, rngs=rngs)
+                                    init=layers.fan_in_normal(), rngs=rngs)
     if self.pool == 'cls':
       self.cls = layers.param(layers.zeros, (D,), rngs)
     self.position_embed = layers.Embed(
@@ -122,7 +122,8 @@ class ViT(nnx.Module):
         activation=config.activation, scaled=True, init=layers.xavier_uniform,
         q_init=layers.xavier_uniform, dropout_rate=config.dropout_rate, attention_dropout_rate=0.0)
     self.encoder = Stack(spec, config.num_layers, config.moe, config.sparse_layers(), rngs=rngs)
-    self.head = layers.Dense(D, config.num_classes, bias=True, init=layers.fan_in_normal, rngs=rngs)
+    self.head = layers.Dense(
+        D, config.num_classes, bias=True, init=layers.fan_in_normal(), rngs=rngs)
 
   def __call__(self, batch: dict, *, train: bool, keys: jax.Array | None) -> tuple[jax.Array, dict]:
     """Class logits of images.

@@ -39,7 +39,8 @@ def test_paths_of_a_sparse_t5():
       'token_embed/embedding': (64, 16), 'head/kernel': (16, 64),
       'encoder/relative_bias/embedding': (32, 2), 'decoder/relative_bias/embedding': (32, 2),
       'encoder/final_norm/scale': (16,), 'decoder/final_norm/scale': (16,),
-      **{f'encoder/layers/{i}/attention/{n}/kernel': (16, 16) for i in ('00', '01') for n in 'qkvo'},
+      **{f'encoder/layers/{i}/attention/{n}/kernel': (16, 16)
+         for i in ('00', '01') for n in 'qkvo'},
       **{f'encoder/layers/{i}/{n}/scale': (16,)
          for i in ('00', '01') for n in ('attention_norm', 'mlp_norm')},
       'encoder/layers/00/mlp/wi_gate': (16, 32), 'encoder/layers/00/mlp/wi_up': (16, 32),
@@ -56,17 +57,17 @@ def test_paths_of_a_sparse_t5():
     t5.config('tiny', encoder_moe=MOE), vit.config('tiny', head='cls', moe=MOE)], ids=['t5', 'vit'])
 def test_init_is_a_plain_float32_tree_of_the_promised_shapes(config):
   model = models.build(config)
-  params = jax.jit(model.init)(jax.random.key(0))
+  init = jax.jit(model.init)
+  params = init(jax.random.key(0))
   assert trees.diff(params, model.shapes) == []
   assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
   nodes = [params]
   for node in nodes:
     assert type(node) is dict
     nodes += [child for child in node.values() if not isinstance(child, jax.Array)]
-  again, other = (trees.flatten(model.init(jax.random.key(i))) for i in (0, 1))
+  other = trees.flatten(init(jax.random.key(1)))
   drawn = {}
   for path, leaf in trees.flatten(params).items():
-    np.testing.assert_allclose(leaf, again[path], rtol=1e-5, atol=1e-6)
     if np.std(leaf) > 0:
       assert np.abs(leaf - other[path]).max() > 1e-3
       drawn.setdefault(leaf.shape, []).append(np.asarray(leaf))

@@ -18,7 +18,7 @@ def normal(*shape, seed=0):
 
 def make_mlp(d_model=64, d_ff=256, gated=True, bias=False, num_experts=None):
   return layers.MLP(d_model, d_ff, gated=gated, activation='gelu_tanh', bias=bias,
-                    init=layers.fan_in_normal, num_experts=num_experts, rngs=RNGS())
+                    init=layers.fan_in_normal(), num_experts=num_experts, rngs=RNGS())
 
 
 def test_rms_norm():
@@ -85,7 +85,7 @@ def test_stacked_mlp_is_its_experts_one_by_one(gated, bias):
 
 
 def test_experts_are_initialised_like_a_dense_mlp_and_apart():
-  """Fan-in of one expert: over the stack it would be 8 times larger and the weights sqrt(8) smaller."""
+  """Fan-in of one expert: over the stack of 8 it would be 8 times larger."""
   dense, experts = make_mlp().weights(), make_mlp(num_experts=8).weights()
   for name, w in dense.items():
     std = w.shape[0] ** -0.5
@@ -104,10 +104,22 @@ def test_mlp_drops_hidden_activations():
   assert seen == [(5, 16)] and not y.any()
 
 
+def test_initialisers_have_their_scale():
+  shape = (300, 200)
+  draw = lambda init: np.asarray(init(KEY, shape, jnp.float32))
+  assert draw(layers.normal(0.3)).std() == pytest.approx(0.3, rel=0.02)
+  cut = draw(layers.fan_in_normal(2.0))
+  assert cut.std() == pytest.approx((2 / 300) ** 0.5, rel=0.02)
+  assert np.abs(cut).max() <= 2 * (2 / 300) ** 0.5 / 0.8796
+  even = draw(layers.xavier_uniform)
+  assert even.std() == pytest.approx((2 / 500) ** 0.5, rel=0.02)
+  assert np.abs(even).max() == pytest.approx((6 / 500) ** 0.5, rel=0.01)
+
+
 def make_attention(scaled, bias=True, d_model=6, num_heads=2, head_dim=4):
   return layers.Attention(d_model, num_heads, head_dim, bias=bias, scaled=scaled,
-                          init=layers.fan_in_normal, q_init=layers.fan_in_normal, dropout_rate=0.0,
-                          rngs=RNGS())
+                          init=layers.fan_in_normal(), q_init=layers.fan_in_normal(),
+                          dropout_rate=0.0, rngs=RNGS())
 
 
 @pytest.mark.parametrize('scaled', [True, False])
@@ -134,7 +146,7 @@ def test_attention_to_nothing_is_finite():
   """A filler example is padding throughout; NaN in its row would reach every gradient."""
   attention, x = make_attention(False), normal(1, 3, 6)
   run = lambda x: attention(x, x, None, jnp.zeros((1, 1, 1, 3), bool), None).sum()
-  value, grad = jax.value_and_grad(run)(x)
+  value, grad = jax.jit(jax.value_and_grad(run))(x)
   assert np.isfinite(value) and np.isfinite(grad).all()
 
 
@@ -150,7 +162,7 @@ def test_relative_bias_is_its_table_looked_up_by_bucket(L, M, bidirectional):
 
 
 def test_relative_buckets_by_hand():
-  """8 buckets for both signs, 4 each: 0 and 1 exact, then [2, 4) and all from 4 on at distance 8."""
+  """8 buckets for both signs, 4 each: 0 and 1 exact, then [2, 4) and all from 4 on."""
   found = layers.relative_buckets(np.array([0, -1, -2, -3, -4, -9, 1, 2, 3, 4, 9]), 8, 8, True)
   assert found.tolist() == [0, 1, 2, 2, 3, 3, 5, 6, 6, 7, 7]
   found = layers.relative_buckets(np.array([3, 0, -3, -4, -5, -6, -8, -99]), 8, 16, False)

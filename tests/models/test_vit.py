@@ -1,29 +1,21 @@
 """ViT: heads, tokens, fillers."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import models, trees
+from moejax import trees
 from moejax.config import ConfigError
 from moejax.models import vit
 from moejax.moe.layer import MoEConfig
+from tests.models.helpers import made
 
 GAP = vit.config('tiny')
 CLS = vit.config('tiny', head='cls')
 SPARSE = vit.config('tiny', moe=MoEConfig(layers='last_1', num_experts=4, group_size=8))
-
-
-@functools.cache
-def made(config):
-  model = models.build(config)
-  params = jax.jit(model.init)(jax.random.key(1))
-  params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
-  return model, params, jax.jit(model.apply, static_argnames='train')
 
 
 def make_batch(B=4):
@@ -91,10 +83,12 @@ def test_every_parameter_is_used(config):
 def test_dropout_follows_the_key_and_the_example():
   _, params, apply = made(dataclasses.replace(SPARSE, dropout_rate=0.3))
   batch, key = make_batch(), jax.random.key(5)
-  half = {k: v[2:] for k, v in batch.items()}
-  a = apply(params, batch, train=True, key=key)[0]
-  np.testing.assert_allclose(a[2:], apply(params, half, train=True, key=key)[0], rtol=1e-4, atol=1e-5)
-  assert (np.abs(a - apply(params, batch, train=True)[0]).max(-1) > 1e-3).all()
+  order = np.array([2, 3, 0, 1])                                    # whole groups change places
+  moved = {k: v[order] for k, v in batch.items()}
+  a, b = (apply(params, x, train=True, key=key)[0] for x in (batch, moved))
+  np.testing.assert_allclose(a[order], b, rtol=1e-4, atol=1e-5)
+  plain = made(SPARSE)[2](params, batch)[0]
+  assert (np.abs(a - plain).max(-1) > 1e-3).all()
 
 
 def test_bfloat16_is_near_float32_and_gives_float32():

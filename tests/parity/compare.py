@@ -62,7 +62,7 @@ def errors(name: str, case: dict, config=None, gradients: bool = True) -> dict[s
       found |= trees.flatten(grads)
       wanted |= names.to_moejax(table, group(case, 'grad'))
     else:
-      found['logits'] = loss(params, batch)[1]
+      found['logits'] = jax.jit(loss)(params, batch)[1]
     # A bias of attention keys moves all logits of a query alike: its gradient is 0 but for
     # rounding, and is measured against the largest gradient there is.
     least = 1e-6 * max(np.abs(v).max() for v in wanted.values())
