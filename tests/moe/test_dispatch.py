@@ -190,6 +190,22 @@ def test_dispatch_hand_table(name):
   np.testing.assert_allclose(gw['shift'], [3.0, 0.5], rtol=1e-6)
 
 
+@pytest.mark.parametrize('name', ['gather', 'einsum'])
+def test_an_empty_slot_reads_nothing(name):
+  """Its expert would overflow on the token it points at, and 0 * inf is not 0."""
+  slots = routing.SlotRouting(jnp.asarray([[[0], [1]]], jnp.int32), jnp.asarray([[[1.0], [0.0]]]),
+                              jnp.asarray([[[True], [False]]]))
+
+  def total(weights):
+    y = getattr(dispatch, name)(slots, jnp.asarray([[[1.0], [3e38]]]), weights, scale)
+    return jnp.sum(y), y
+
+  (_, y), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(SCALES)
+  np.testing.assert_array_equal(y[0], [[10], [0]])
+  np.testing.assert_array_equal(grads['scale'], [1, 0])
+  np.testing.assert_array_equal(grads['shift'], [1, 0])
+
+
 def test_reference_takes_token_routing_and_drops_nothing():
   case = CASES[5]
   logits, x, weights, mask, _ = inputs(case)
