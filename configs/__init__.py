@@ -1,4 +1,4 @@
-"""Run configs: one file is one run, get_config(arg) its ConfigDict; arg 'runlocal' makes it tiny."""
+"""Run configs: one file is one run, get_config(arg) its ConfigDict; ':runlocal' makes it tiny."""
 
 from ml_collections import ConfigDict
 

@@ -1,7 +1,7 @@
 """Upcycles a run of vit_glyphs.py: --config.init.parent=DIR names its workdir.
 
-As the paper does for vision (Komatsuzaki et al. 2023, B.6-B.7): expert choice with C = 2 in the last
-half of the blocks, weights renormalised, the optimizer's state carried over.
+As the paper does for vision (Komatsuzaki et al. 2023, B.6-B.7): expert choice with C = 2 in the
+last half of the blocks, weights renormalised, the optimizer's state carried over.
 """
 
 from configs import is_runlocal, vit_glyphs

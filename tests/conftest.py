@@ -1,7 +1,7 @@
 """Every test process sees 8 virtual CPU devices, so that meshes and pmap can be tested anywhere.
 
-XLA compiles with little optimisation here: the tests' time is nearly all compilation, and that makes
-it four times shorter without changing what is computed.
+XLA compiles with little optimisation here: the tests' time is nearly all compilation, and that
+makes it four times shorter without changing what is computed.
 """
 
 import os

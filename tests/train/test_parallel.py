@@ -93,7 +93,8 @@ def assert_same_leaves(a, b):
   """Within 1e-5 of each leaf's largest value."""
   a, b = trees.flatten(a), trees.flatten(b)
   for path in a:
-    if re.search('attention/k/bias(/trace)?$', path):   # its gradient is 0: softmax ignores a common shift
+    if re.search('attention/k/bias(/trace)?$', path):
+      # The true gradient is 0, as softmax ignores a common shift; what is left is rounding.
       assert np.abs(b[path]).max() < 1e-8
       continue
     np.testing.assert_allclose(b[path], a[path], rtol=0, atol=1e-5 * np.abs(a[path]).max(),
