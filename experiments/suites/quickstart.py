@@ -27,12 +27,13 @@ SCALES = ('mini', 'smoke')
 COOLDOWN = 0.4   # of the extra steps
 EXTRA = 0.2      # extra steps as a share of pretraining
 
-# Steps to the trunk and between evaluations; in a smoke test, of runs that only show they work.
+# Steps to the trunk, and between evaluations of the arms; a smoke test only shows that they run.
 STEPS = {
-    'mini': {'vit_glyphs': (6000, 200), 't5_stdlib': (4000, 160)},
+    'mini': {'vit_glyphs': (8000, 200), 't5_stdlib': (4000, 100)},
     'smoke': {'vit_glyphs': (10, 2), 't5_stdlib': (10, 2)},
 }
-EVAL_EXAMPLES = {'mini': 2048, 'smoke': 16}
+EVAL_EXAMPLES = {'mini': {'vit_glyphs': 2048, 't5_stdlib': 1024},
+                 'smoke': {'vit_glyphs': 16, 't5_stdlib': 16}}
 
 
 def get_suite(scale: str) -> Suite:
@@ -44,22 +45,24 @@ def get_suite(scale: str) -> Suite:
 
 def _arms(domain: str, model: str, config: str, scale: str) -> list[Arm]:
   trunk, every = STEPS[scale][config]
-  extra = round(EXTRA * trunk)
+  extra, examples = round(EXTRA * trunk), EVAL_EXAMPLES[scale][config]
 
   def run(label: str, steps: int, parent: Run | None = None, *, config: str = config,
-          cooldown: int = 0, mode: str = 'scratch') -> Run:
+          cooldown: int = 0, mode: str = 'scratch', eval_every: int = every) -> Run:
     changes = {
         'steps': steps,
         'schedule.cooldown_steps': cooldown or round(COOLDOWN * steps),
-        'log_every': every // 2, 'eval_every': every, 'checkpoint_every': 5 * every,
-        'data.eval_examples': EVAL_EXAMPLES[scale],
+        'log_every': every // 2,
+        'eval_every': eval_every,
+        'checkpoint_every': 5 * every,
+        'data.eval_examples': examples,
         'init.mode': mode,
     }
     return Run(f'{model} {label}', config, changes, parent,
                arg='runlocal' if scale == 'smoke' else '')
 
   cooldown = round(COOLDOWN * extra)
-  parent = run('pretraining', trunk + cooldown, cooldown=cooldown)
+  parent = run('pretraining', trunk + cooldown, cooldown=cooldown, eval_every=5 * every)
   dense = run('dense, equal steps', extra, parent, mode='continue')
   upcycled = run('upcycled', extra, parent, config=f'{config}_upcycled', mode='upcycle')
   scratch = run('MoE from scratch', extra, config=f'{config}_upcycled')
