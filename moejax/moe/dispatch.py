@@ -71,7 +71,8 @@ def reference(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict,
   y = jnp.zeros_like(x)
   for g, s, e, weight, valid in _assignments(routing):
     expert = jax.tree.map(lambda w, e=e: w[e][None], weights)
-    out = apply(expert, x[g, s][None, None])[0, 0]                  # (D,)
+    token = jnp.where(valid, x[g, s], 0)                            # an empty slot reads nothing
+    out = apply(expert, token[None, None])[0, 0]                    # (D,)
     y = y.at[g, s].add(jnp.where(valid, weight, 0.0).astype(x.dtype) * out)
   return y
 

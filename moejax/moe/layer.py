@@ -26,7 +26,8 @@ class MoEConfig:
     layers: which blocks are sparse: 'none', 'every_2' (the 2nd, 4th, ... as in T5), 'last_6', or
       block numbers from 0 such as '1,3'.
     num_experts: E in each of these blocks.
-    experts_per_layer: E of each sparse block in order, in place of num_experts; empty: all alike.
+    experts_per_layer: E of each sparse block from the first to the last, in place of num_experts;
+      empty: all alike.
     router: 'expert_choice' (encoders, ViT; not causal) or 'top_k' (anywhere).
     k: experts per token, for top_k.
     capacity_factor: slots per expert = capacity_factor * group tokens / E while training.
@@ -58,7 +59,7 @@ class MoEConfig:
     check_choice('moe.router', self.router, ROUTERS)
     check_choice('moe.dispatch', self.dispatch, dispatch.BY_NAME)
     check(self.num_experts >= 1, 'moe.num_experts', self.num_experts, '>= 1', 'Use 1 or more.')
-    check(all(isinstance(e, int) and e >= 1 for e in self.experts_per_layer),
+    check(all(type(e) is int and e >= 1 for e in self.experts_per_layer),
           'moe.experts_per_layer', self.experts_per_layer, 'a tuple of integers >= 1', 'Fix it.')
     for name in ('capacity_factor', 'eval_capacity_factor'):
       check(getattr(self, name) > 0, f'moe.{name}', getattr(self, name), '> 0', 'Usual: 1 to 2.')
@@ -69,7 +70,8 @@ class MoEConfig:
       fewest = min(self.experts_per_layer or (self.num_experts,))
       check(1 <= self.k <= fewest, 'moe.k', self.k, f'1 to num_experts = {fewest}',
             'A token cannot choose more experts than there are.')
-      check(not (self.k == 1 and self.renormalize and fewest > 1), 'moe.renormalize', True,
+      most = max(self.experts_per_layer or (self.num_experts,))
+      check(not (self.k == 1 and self.renormalize and most > 1), 'moe.renormalize', True,
             'False at k = 1', 'A single weight renormalised is the constant 1: the router would '
             'get no gradient and never learn.')
     else:
@@ -78,25 +80,26 @@ class MoEConfig:
 
   def sparse_layers(self, depth: int, key: str = 'moe') -> dict[int, int]:
     """{block number: E} of a stack of `depth` blocks; ConfigError on a block not in it."""
-    found = re.fullmatch(r'none|(every|last)_(\d+)|\d+(?:,\d+)*', self.layers.replace(' ', ''))
+    layers = self.layers.replace(' ', '')
+    found = re.fullmatch(r'none|(every|last)_(\d+)|\d+(?:,\d+)*', layers)
     if not found:
       fail(f'{key}.layers', self.layers, "'none', 'every_2', 'last_6' or '1,3'",
            'Blocks count from 0.')
     kind, n = found.group(1), int(found.group(2) or 0)
-    if self.layers == 'none':
+    if layers == 'none':
       chosen = []
     elif kind:
       check(1 <= n <= depth, f'{key}.layers', self.layers, f"'{kind}_1' to '{kind}_{depth}'",
             f'The stack has {depth} blocks.')
       chosen = list(range(n - 1, depth, n)) if kind == 'every' else list(range(depth - n, depth))
     else:
-      chosen = [int(i) for i in self.layers.split(',')]
+      chosen = sorted(int(i) for i in layers.split(','))
       check(len(set(chosen)) == len(chosen) and max(chosen) < depth, f'{key}.layers', self.layers,
             f'different blocks from 0 to {depth - 1}', f'The stack has {depth} blocks.')
     experts = self.experts_per_layer or (self.num_experts,) * len(chosen)
     check(len(experts) == len(chosen), f'{key}.experts_per_layer', self.experts_per_layer,
           f'{len(chosen)} numbers, one per sparse block', 'Or leave it empty and set num_experts.')
-    return dict(sorted(zip(chosen, experts)))
+    return dict(zip(chosen, experts))
 
   def rows_per_group(self, length: int, key: str = 'moe') -> int:
     """Sequences of `length` tokens in a routing group; ConfigError unless a whole number."""
@@ -194,7 +197,7 @@ class MoELayer(nnx.Module):
 
   def _apply(self, keys, C: int, exchanged: bool) -> Callable:
     """The experts as (weights, (E, N, D)) -> (E, N, D), dropout drawn per group and expert."""
-    if keys is None:
+    if keys is None or not self.experts.dropout_rate:
       return self.experts.apply
     first = 0
     if exchanged:   # the buffers here come from all devices along `expert`, in their order
@@ -218,5 +221,7 @@ class Drop:
 
   def __call__(self, h: jax.Array) -> jax.Array:
     E, N, F = h.shape
-    keep = jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.rate, (self.capacity, F))))
-    return jnp.where(keep(self.keys).reshape(E, N, F), h / (1 - self.rate), 0).astype(h.dtype)
+    # Flat draws: XLA's CPU compiler takes several times longer over several dimensions.
+    draw = lambda key: jax.random.bernoulli(key, 1 - self.rate, (self.capacity * F,))
+    keep = jax.vmap(jax.vmap(draw))(self.keys).reshape(E, N, F)       # (E, G, C*F)
+    return jnp.where(keep, h / (1 - self.rate), 0).astype(h.dtype)

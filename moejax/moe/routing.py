@@ -22,7 +22,7 @@ class SlotRouting(NamedTuple):
   """Each expert's buffer names its tokens.
 
   Attributes:
-    index: (G, E, C) int32, position in the group of the token in each slot; any value if not valid.
+    index: (G, E, C) int32 in [0, S), the token's position in its group; means nothing if not valid.
     weight: (G, E, C) float32, factor of the expert's output for that token; 0 where not valid.
     valid: (G, E, C) bool, False at empty slots.
   """
@@ -84,7 +84,8 @@ def expert_choice(logits: jax.Array, mask: jax.Array, capacity: int, *,
   if renormalize:
     group = jnp.arange(G)[:, None, None]
     total = jnp.zeros((G, S)).at[group, index].add(weight)          # (G, S)
-    weight = weight / jnp.maximum(total[group, index], 1e-9)
+    total = jnp.where(total > 0, total, 1.0)[group, index]          # (G, E, C)
+    weight = weight / total
   return SlotRouting(index, weight, valid)
 
 
