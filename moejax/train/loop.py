@@ -104,16 +104,21 @@ class Program:
     """The first state, evaluated; after surgery the receipt is written, with the step-0 gap."""
     with log.pause('initializing', self.plan.first):
       parent = initialize.open_parent(self.config.init)
-      state, receipt = initialize.first_state(self.config, self.model, self.devices, parent)
+      state, receipt = self.first_state(parent)
     values = self.evaluate(self.plan.first, state.params, log, {})
     if receipt:
       measured = self._step0_gap(parent, values, log)
       receipt = receipt.with_measured(**measured)
       workdir.write('receipt.json', receipt.to_json())
       workdir.write('receipt.txt', receipt.to_text())
+    return state
+
+  def first_state(self, parent: initialize.Parent | None):
+    """`initialize.first_state` with a window of zeros: what train_step takes."""
+    state, receipt = initialize.first_state(self.config, self.model, self.devices, parent)
     window = jax.tree.map(
         lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), self.shapes.window)
-    return dataclasses.replace(state, window=window)
+    return dataclasses.replace(state, window=window), receipt
 
   def _step0_gap(self, parent: initialize.Parent, child: dict, log: Log) -> dict:
     """The parent's validation loss beside this run's at its first step, and what routing lost."""
