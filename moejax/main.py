@@ -88,6 +88,8 @@ def main(argv: list[str]) -> int:
     return loop.run(settings.resolve(config), WORKDIR.value)
   except ConfigError as error:
     sys.exit(f'moejax: {error}')
+  except KeyboardInterrupt:   # before training began, or a second time
+    return 130
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ are thus on disk before its checkpoint; resuming there cuts off exactly what wil
 """
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +34,15 @@ def run(config: settings.RunConfig, path: str) -> int:
   """
   workdir = Workdir(path)
   workdir.check(config)
-  plan = Plan.make(config, first_step(config, pathlib.Path(path)))
+  plan = Plan.make(config, first_step(config, workdir.path))
+  if plan.end in native.finished_steps(workdir.path / native.SUBDIR):
+    print(f'{path}: finished at step {plan.end}. ' + metrics.last_evaluation(workdir.path))
+    return 0
+
   program = Program(config, plan)
   workdir.claim(config)
   writer = native.Writer(path, config.keep_checkpoints, {plan.trunk, plan.end})
   done = writer.latest_step()
-  if done == plan.end:
-    print(f'{path}: finished at step {done}. ' + metrics.last_evaluation(workdir.path))
-    return 0
-
   workdir.write('run.json', provenance(**facts(config, plan, program.model, program.dataset)))
   with Log(workdir, plan.first, done, plan.end) as log, stop_signals() as stop:
     if done is None:
@@ -52,7 +51,7 @@ def run(config: settings.RunConfig, path: str) -> int:
       state = TrainState(**writer.restore(done, program.shapes.as_dict()))
       log.say(f'{path}: resumed at step {done} of {plan.end}')
     done = int(state.step)
-    workdir.status('compiling', done)
+    log.phase('compiling', done)
     for batch in program.dataset.train_batches(done, plan.end):
       state, marker = program.train_step(state, program.devices.put(batch))
       done += 1
@@ -69,8 +68,9 @@ def run(config: settings.RunConfig, path: str) -> int:
         break
     with log.pause('saving', done):
       writer.close()
-    workdir.status('stopped' if stop.signal else 'finished', done)
-    log.say(f'{path}: {"stopped" if stop.signal else "finished"} at step {done} of {plan.end}. '
+    outcome = 'stopped' if stop.signal else 'finished'
+    log.phase(outcome, done)
+    log.say(f'{path}: {outcome} at step {done} of {plan.end}. '
             + metrics.last_evaluation(workdir.path))
   return stop.exit_code
 

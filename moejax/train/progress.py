@@ -58,7 +58,7 @@ class Log:
       jax.block_until_ready(self._in_flight.popleft())
     if self._clock is None:   # the first step holds compilation; time from its end
       jax.block_until_ready(marker)
-      self.workdir.status('training', step)
+      self.phase('training', step)
       self._clock, self._timed = time.perf_counter(), -1
     self._timed += 1
     self.bar.update(1)
@@ -91,13 +91,18 @@ class Log:
       self.timing.write(step, steps=self._timed, seconds=round(now - self._clock, 6))
     self._clock, self._timed = now, 0
 
+  def phase(self, name: str, step: int) -> None:
+    """Says in status.json and before the progress bar what the run is doing."""
+    self.workdir.status(name, step)
+    self.bar.set_description_str(name)
+
   @contextlib.contextmanager
   def pause(self, phase: str, step: int):
     """Status `phase` for the length of a with block whose time is not the train steps'."""
     started = time.perf_counter()
-    self.workdir.status(phase, step)
+    self.phase(phase, step)
     yield
-    self.workdir.status('training', step)
+    self.phase('training', step)
     if self._clock is not None:
       self._clock += time.perf_counter() - started
 
