@@ -1,0 +1,131 @@
+"""The edge between ConfigDict and dataclasses: conversions, refusals and their words."""
+
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from moejax import config
+from moejax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+  rate: float = 0.5
+  flag: bool = False
+
+  def __post_init__(self):
+    config.check(self.rate >= 0, 'inner.rate', self.rate, '>= 0', 'Raise it.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Circle:
+  family: str = 'circle'
+  radius: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+  family: str = 'square'
+  side: int = 1
+  inner: Inner = Inner()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  steps: int = 10
+  name: str = 'x'
+  splits: tuple = ('test',)
+  sizes: tuple[int, ...] = ()
+  inner: Inner = Inner()
+  shape: Circle | Square = Circle()
+  derived: int = dataclasses.field(default=7, init=False)
+
+
+def refusal(values):
+  with pytest.raises(ConfigError) as error:
+    config.build(Outer, values)
+  return str(error.value)
+
+
+def test_missing_keys_take_their_defaults():
+  assert config.build(Outer, {}) == Outer()
+  assert config.build(Outer, ConfigDict({'inner': {'flag': True}})) == Outer(inner=Inner(0.5, True))
+
+
+def test_an_int_where_a_float_belongs_becomes_one():
+  rate = config.build(Outer, {'inner': {'rate': 2}}).inner.rate
+  assert rate == 2.0 and type(rate) is float
+
+
+def test_lists_become_tuples():
+  built = config.build(Outer, {'splits': ['a', 'b'], 'sizes': (1, 2)})
+  assert built.splits == ('a', 'b') and built.sizes == (1, 2)
+  assert hash(built) == hash(dataclasses.replace(built))   # a list inside could not be hashed
+
+
+def test_family_chooses_among_the_dataclasses_of_a_union():
+  circle = config.build(Outer, {'shape': {'family': 'circle', 'radius': 3}})
+  assert circle.shape == Circle(radius=3.0)
+  square = config.build(Outer, {'shape': {'family': 'square', 'side': 3, 'inner': {'rate': 1}}})
+  assert square.shape == Square(side=3, inner=Inner(1.0))
+
+
+@pytest.mark.parametrize('values, key, words', [
+    ({'steps': 1.5}, 'config.steps', 'got 1.5, allowed: a value of type int. A float was given'),
+    ({'steps': True}, 'config.steps', 'got True, allowed: a value of type int. A bool was given'),
+    ({'steps': '3'}, 'config.steps', "got '3', allowed: a value of type int"),
+    ({'steps': None}, 'config.steps', 'A NoneType was given'),
+    ({'name': 3}, 'config.name', 'a value of type str'),
+    ({'splits': 'test'}, 'config.splits', "got 'test', allowed: a value of type tuple"),
+    ({'sizes': 3}, 'config.sizes', 'a value of type tuple'),
+    ({'inner': {'rate': True}}, 'config.inner.rate', 'a value of type float. A bool was given'),
+    ({'inner': {'rate': '0.1'}}, 'config.inner.rate', 'a value of type float'),
+    ({'inner': {'flag': 1}}, 'config.inner.flag', 'a value of type bool. A int was given'),
+    ({'inner': 3}, 'config.inner', 'got 3, allowed: a group of keys'),
+    ({'shape': 3}, 'config.shape.family', 'missing'),
+    ({'shape': {'radius': 1.0}}, 'config.shape.family', 'missing'),
+    ({'shape': {'family': 'squar'}}, 'config.shape.family', "Did you mean 'square'?"),
+    ({'shape': {'family': 'circle', 'side': 1}}, 'config.shape.side',
+     'no such key; Known keys in config.shape: family, radius'),
+    ({'stesp': 1}, 'config.stesp', "no such key; did you mean 'steps'? Known keys in config:"),
+    ({'inner': {'rat': 1}}, 'config.inner.rat', "did you mean 'rate'? Known keys in config.inner:"),
+    ({'derived': 1}, 'config.derived', 'no such key'),
+    ({'inner': {'rate': -1}}, 'inner.rate', 'got -1.0, allowed: >= 0. Raise it.'),
+])
+def test_refusals_are_one_line_that_begins_with_the_key(values, key, words):
+  message = refusal(values)
+  assert message.startswith(f'{key}: ') and words in message and '\n' not in message
+
+
+def test_where_names_the_root():
+  with pytest.raises(ConfigError, match=r'^other\.stesp: '):
+    config.build(Outer, {'stesp': 1}, where='other')
+
+
+def test_as_config_dict_has_every_key_and_builds_back():
+  settings = Outer(steps=3, sizes=(1, 2), shape=Square(side=4, inner=Inner(0.25, True)))
+  edited = config.as_config_dict(settings)
+  assert edited.to_dict() == {
+      'steps': 3, 'name': 'x', 'splits': ('test',), 'sizes': (1, 2),
+      'inner': {'rate': 0.5, 'flag': False},
+      'shape': {'family': 'square', 'side': 4, 'inner': {'rate': 0.25, 'flag': True}}}
+  assert config.build(Outer, edited) == settings
+  edited.shape.inner.rate = 0.75
+  assert config.build(Outer, edited).shape.inner == Inner(0.75, True)
+  assert settings.shape.inner.rate == 0.25
+  edited.shape.inner.rat = 1.0
+  with pytest.raises(ConfigError, match=r"config\.shape\.inner\.rat: .*did you mean 'rate'"):
+    config.build(Outer, edited)
+
+
+def test_check_and_check_choice():
+  config.check(True, 'a.b', 1, '0', 'No.')
+  with pytest.raises(ConfigError, match=r"^a\.b: got 'x', allowed: y\. Use y\.$"):
+    config.check(False, 'a.b', 'x', 'y', 'Use y.')
+  config.check_choice('a', 'one', ('one', 'two'))
+  with pytest.raises(ConfigError, match=r"^a: got 'twoo', allowed: one, two\. Did you mean 'two'"):
+    config.check_choice('a', 'twoo', ('one', 'two'))
+  with pytest.raises(ConfigError, match=r"^a: got 'zzz', allowed: one, two\. Choose one of these"):
+    config.check_choice('a', 'zzz', ('one', 'two'))
+  assert issubclass(ConfigError, ValueError)

@@ -1,0 +1,110 @@
+"""Every run config resolves and builds, and the four runs really train, tiny, one after another."""
+
+import importlib
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from moejax import config as config_lib
+from moejax import models, trees
+from moejax.config import ConfigError
+from moejax.train import settings
+
+ROOT = pathlib.Path(__file__).parent.parent
+NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != '__init__')
+TELEMETRY = ('load_max_over_mean', 'dropped', 'unchosen', 'entropy', 'router_grad_norm',
+             'dead_experts')
+
+
+def get_config(name, arg=None):
+  return importlib.import_module(f'configs.{name}').get_config(arg)
+
+
+def test_the_configs_are_found():
+  assert {'vit_glyphs', 'vit_glyphs_upcycled', 't5_stdlib', 't5_stdlib_upcycled'} <= set(NAMES)
+
+
+@pytest.mark.parametrize('arg', ['', 'runlocal'])
+@pytest.mark.parametrize('name', NAMES)
+def test_resolves_builds_and_survives_json(name, arg):
+  edited = get_config(name, arg)
+  run = settings.resolve(edited)
+  assert settings.from_dict(json.loads(settings.to_json(run))) == run
+  assert settings.resolve(config_lib.as_config_dict(run)) == run
+  assert edited.to_dict() == config_lib.as_config_dict(run).to_dict()   # no key lost, none added
+  model = models.build(run.model)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  assert trees.diff(jax.eval_shape(model.init, key), model.shapes) == []
+  rows = model.rows_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
+  assert run.data.batch_size % (rows * run.microbatches) == 0    # on one device
+  assert run.data.eval_batch_size % rows == 0
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_runlocal_is_the_same_model_in_a_few_steps(name):
+  whole, local = (settings.resolve(get_config(name, arg)) for arg in (None, 'runlocal'))
+  assert local.model == whole.model and local.optimizer == whole.optimizer
+  assert local.init == whole.init
+  assert local.steps <= 10 < whole.steps
+  assert 0 < local.schedule.cooldown_steps < local.steps         # it leaves a trunk, too
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_another_argument_is_refused(name):
+  with pytest.raises(ConfigError, match="config argument: got 'runlocl'.*Did you mean 'runlocal'"):
+    get_config(name, 'runlocl')
+
+
+def train(name, workdir, *overrides):
+  """Four steps of configs/<name>.py:runlocal, from the command line, on one device."""
+  env = os.environ | {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8',
+                                                                   'device_count=1')}
+  done = subprocess.run(
+      [sys.executable, '-m', 'moejax.main', f'--config=configs/{name}.py:runlocal',
+       f'--workdir={workdir}', '--compilation_cache=', '--config.steps=4',
+       '--config.schedule.cooldown_steps=2', *overrides],
+      cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+  assert done.returncode == 0, done.stderr
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def lines_of(lines, split):
+  return {line['step']: line for line in lines if f'{split}/loss' in line}
+
+
+@pytest.mark.parametrize('dense, sparse, fewer, layers', [
+    ('vit_glyphs', 'vit_glyphs_upcycled', ['--config.model.num_layers=3'],
+     {'encoder/01', 'encoder/02'}),                              # the last two
+    ('t5_stdlib', 't5_stdlib_upcycled', [], {'encoder/01', 'decoder/01'})])   # every second
+def test_a_dense_run_and_the_run_upcycled_from_it(dense, sparse, fewer, layers, tmp_path):
+  parent, child = tmp_path / 'dense', tmp_path / 'sparse'
+  lines = train(dense, parent, *fewer)
+  assert set(lines_of(lines, 'train')) == {2, 4}
+  assert set(lines_of(lines, 'validation')) == {0, 4} and set(lines_of(lines, 'test')) == {4}
+  assert not any('/moe/' in key for line in lines for key in line)
+
+  lines = train(sparse, child, f'--config.init.parent={parent}', *fewer)
+  # From the parent's trunk at step 2 to step 6; the first evaluation is before the first step.
+  assert set(lines_of(lines, 'train')) == {4, 6}
+  validation = lines_of(lines, 'validation')
+  assert set(validation) == {2, 4, 6} and set(lines_of(lines, 'test')) == {6}
+  assert all(math.isfinite(value) for line in lines for value in line.values())
+  for layer in layers:
+    seen = {k: validation[6][f'validation/moe/{layer}/{k}'] for k in TELEMETRY}
+    assert seen['load_max_over_mean'] >= 1 and seen['router_grad_norm'] > 0
+    assert 0 <= seen['dropped'] < 1 and 0 <= seen['unchosen'] < 1
+    assert 0.9 * math.log(8) < seen['entropy'] <= math.log(8) + 1e-5   # the router is new: uniform
+  assert {k.split('/moe/')[1].rpartition('/')[0] for k in validation[6] if '/moe/' in k} == layers
+
+  measured = json.loads((child / 'receipt.json').read_text())['measured']
+  assert measured['loss'] == validation[2]['validation/loss']
+  assert measured['step0_gap'] == measured['loss'] - measured['parent_loss']
+  assert abs(measured['step0_gap']) < 0.5 * measured['parent_loss']
+  run = json.loads((child / 'run.json').read_text())
+  assert (run['first_step'], run['trunk_step'], run['end_step']) == (2, 4, 6)

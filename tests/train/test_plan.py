@@ -1,0 +1,148 @@
+"""What is due when, where a run starts, and what does not fit together."""
+
+import dataclasses
+import json
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from moejax import models
+from moejax.checkpoints import native
+from moejax.config import ConfigError
+from moejax.models import t5, vit
+from moejax.moe.layer import MoEConfig
+from moejax.train import plan, settings
+from moejax.train.initialize import InitConfig
+from moejax.train.optimizer import ScheduleConfig
+
+MOE = MoEConfig(layers='1', num_experts=4)
+IMAGES = types.SimpleNamespace(kind='classification', num_classes=10, image_shape=(8, 8, 1),
+                               encoder_length=0, decoder_length=0, fingerprint='f')
+TEXT = types.SimpleNamespace(kind='seq2seq', vocab_size=64, encoder_length=12, decoder_length=6,
+                             fingerprint='f')
+
+
+def run(model, batch_size=8, eval_batch_size=16, **changes):
+  data = settings.DataConfig(batch_size=batch_size, eval_batch_size=eval_batch_size)
+  return settings.RunConfig(model=model, data=data, **changes)
+
+
+def fit(config, dataset, shards=1):
+  return plan.check_fit(config, dataset, models.build(config.model), shards)
+
+
+def due(method):
+  return [step for step in range(8, 18) if method(step)]
+
+
+def test_due_dates_are_in_global_steps():
+  """A run of 10 steps after a parent's 7, cooling down over the last 4."""
+  config = settings.RunConfig(steps=10, log_every=3, eval_every=6, checkpoint_every=6,
+                              schedule=ScheduleConfig(cooldown_steps=4))
+  made = plan.Plan.make(config, first=7)
+  assert (made.first, made.trunk, made.end) == (7, 13, 17)
+  assert due(made.log_due) == [9, 12, 15, 17]
+  assert due(made.eval_due) == [12, 17]
+  assert due(made.save_due) == [12, 13, 17]    # 13 is the trunk
+
+
+def test_without_a_cooldown_the_end_is_the_trunk():
+  made = plan.Plan.make(settings.RunConfig(steps=10), first=0)
+  assert made.trunk == made.end == 10
+
+
+def test_evaluations_find_the_window_of_their_step():
+  for eval_every in (4, 6, 8):
+    config = settings.RunConfig(steps=13, log_every=2, eval_every=eval_every, checkpoint_every=2)
+    made = plan.Plan.make(config, first=5)
+    assert all(made.log_due(s) for s in range(6, 19) if made.eval_due(s))
+
+
+def test_first_step_of_a_run_from_scratch_is_0(tmp_path):
+  assert plan.first_step(settings.RunConfig(), tmp_path / 'run') == 0
+
+
+def test_first_step_is_the_parents_trunk_and_later_what_run_json_says(tmp_path):
+  parent, child = tmp_path / 'parent', tmp_path / 'child'
+  for directory in (parent, child):
+    directory.mkdir()
+  (parent / 'config.json').write_text('{}')
+  (parent / 'run.json').write_text(json.dumps({'trunk_step': 5, 'first_step': 0}))
+  writer = native.Writer(parent, 2, {5, 8})
+  for step in (5, 8):
+    writer.save(step, {'params': {'w': jnp.zeros(2)}}, {})
+  writer.close()
+  config = settings.RunConfig(init=InitConfig('continue', parent=str(parent)))
+  assert plan.first_step(config, child) == 5
+  at_8 = dataclasses.replace(config, init=InitConfig('continue', parent=str(parent), step=8))
+  assert plan.first_step(at_8, child) == 8
+  (child / 'run.json').write_text(json.dumps({'first_step': 3}))
+  assert plan.first_step(config, child) == 3
+  (parent / 'run.json').unlink()
+  assert plan.first_step(config, child) == 3   # a run that has begun needs its parent no more
+
+
+def test_a_parent_that_is_not_there(tmp_path):
+  config = settings.RunConfig(init=InitConfig('continue', parent=str(tmp_path / 'none')))
+  with pytest.raises(ConfigError, match=r'config\.init\.parent: .*config\.json in it'):
+    plan.first_step(config, tmp_path / 'child')
+
+
+def test_rows_per_group_of_what_fits():
+  assert fit(run(vit.config('tiny')), IMAGES, shards=8) == 1
+  # 8 x 8 pixels in patches of 4: 4 tokens an image, so groups of 16 tokens are 4 images.
+  grouped = vit.config('tiny', moe=dataclasses.replace(MOE, group_size=16))
+  assert fit(run(grouped), IMAGES, shards=2) == 4
+  # 24 tokens are 2 inputs of 12; 24 tokens are 4 targets of 6; both: 4.
+  both = t5.config('tiny', encoder_moe=dataclasses.replace(MOE, group_size=24),
+                   decoder_moe=dataclasses.replace(MOE, router='top_k', group_size=24))
+  assert fit(run(both), TEXT, shards=2) == 4
+
+
+GROUPED = vit.config('tiny', moe=dataclasses.replace(MOE, group_size=16))
+
+
+@pytest.mark.parametrize('config, dataset, shards, expected', [
+    (run(t5.config('tiny')), IMAGES, 1, r"config\.data\.source: got 'glyphs'.*source for 't5'"),
+    (run(vit.config('tiny')), TEXT, 1, r"config\.data\.source: got 'glyphs'.*source for 'vit'"),
+    (run(vit.config('tiny', num_classes=9)), IMAGES, 1,
+     r'config\.model\.num_classes: got 9, allowed: at least 10.*num_classes=10'),
+    (run(t5.config('tiny', vocab_size=63)), TEXT, 1,
+     r'config\.model\.vocab_size: got 63, allowed: at least 64.*vocab_size=64'),
+    (run(vit.config('tiny', image_size=12)), IMAGES, 1, r'got \(12, 12, 1\).*\(8, 8, 1\)'),
+    (run(vit.config('tiny', channels=3)), IMAGES, 1, r'got \(8, 8, 3\).*\(8, 8, 1\)'),
+    (run(vit.config('tiny'), batch_size=12), IMAGES, 8,
+     r'config\.data\.batch_size: got 12, allowed: a multiple of 8 = 1 examples.*8 devices\. '
+     r'Nearest: (8|16)\.'),
+    (run(GROUPED, batch_size=9), IMAGES, 1, r'batch_size: got 9, .* 4 = 4 examples.*Nearest: 8\.'),
+    (run(GROUPED, batch_size=8, microbatches=4), IMAGES, 1,
+     r'batch_size: got 8, .* 16 = 4 examples .* 1 devices x 4 microbatches'),
+    (run(GROUPED, batch_size=1), IMAGES, 1, r'batch_size: got 1, .*Nearest: 4\.'),
+    (run(GROUPED, eval_batch_size=6), IMAGES, 1,
+     r'config\.data\.eval_batch_size: got 6, allowed: a multiple of 4 '),
+    (run(vit.config('tiny', moe=dataclasses.replace(MOE, group_size=6))), IMAGES, 1,
+     r'model\.moe\.group_size: got 6'),
+])
+def test_what_does_not_fit(config, dataset, shards, expected):
+  with pytest.raises(ConfigError, match=expected):
+    fit(config, dataset, shards)
+
+
+def test_more_classes_than_the_data_has_and_evaluation_without_microbatches_fit():
+  fit(run(vit.config('tiny', num_classes=11)), IMAGES)
+  fit(run(GROUPED, batch_size=16, eval_batch_size=4, microbatches=4), IMAGES)
+
+
+def test_facts():
+  config = run(vit.config('tiny', moe=MOE), steps=10, schedule=ScheduleConfig(cooldown_steps=4))
+  model = models.build(config.model)
+  found = plan.facts(config, plan.Plan.make(config, 7), model, IMAGES)
+  assert (found['first_step'], found['trunk_step'], found['end_step']) == (7, 13, 17)
+  assert found['data_fingerprint'] == 'f'
+  # An expert has 16*32 + 32 + 32*16 + 16 = 1072 parameters. Expert choice with capacity factor 2
+  # gives a token 2 of the 4 experts on average: the other 2 are not active.
+  assert found['parameters'] - found['parameters_active_per_token'] == 2 * 1072
+  assert found['train_flops_per_step'] > 0
+  # Embeddings 3, last norm 2, head 2; a block 4 (norms) + 8 (attention), its MLP 4, its MoE 5.
+  assert found['leaves'] == 7 + 2 * 12 + 4 + 5

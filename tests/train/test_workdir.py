@@ -1,0 +1,114 @@
+"""Who may write into a run's directory, and what then stands in it."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from moejax.config import ConfigError
+from moejax.sharding import MeshConfig
+from moejax.train import settings, workdir
+from moejax.train.workdir import Workdir
+
+CONFIG = settings.RunConfig()
+OTHER = dataclasses.replace(CONFIG, seed=7, mesh=MeshConfig(fsdp=2), eval_splits=())
+
+
+def test_claim_writes_every_key_and_check_accepts_the_same_config(tmp_path):
+  there = Workdir(tmp_path / 'deep' / 'run')
+  there.check(CONFIG)                      # nothing is here yet
+  assert not there.path.exists()           # and check makes nothing
+  there.claim(CONFIG)
+  assert settings.from_dict(json.loads((there.path / 'config.json').read_text())) == CONFIG
+  there.check(CONFIG)
+  there.claim(CONFIG)
+  assert [p.name for p in there.path.iterdir()] == ['config.json']
+
+
+def test_another_config_is_refused_with_exactly_the_differing_keys(tmp_path):
+  there = Workdir(tmp_path)
+  there.claim(CONFIG)
+  with pytest.raises(ConfigError) as error:
+    there.check(OTHER)
+  first, *lines = str(error.value).splitlines()
+  assert first.startswith(f'workdir: {tmp_path} holds a run of another config')
+  assert [line.strip() for line in lines] == [
+      "eval_splits: ['test'] -> []", 'mesh.fsdp: 1 -> 2', 'seed: 0 -> 7']
+  assert settings.from_dict(json.loads((tmp_path / 'config.json').read_text())) == CONFIG
+
+
+def test_keys_that_only_one_config_has(tmp_path):
+  there = Workdir(tmp_path)
+  old = json.loads(settings.to_json(CONFIG))
+  del old['seed']
+  old['sed'] = 3
+  (tmp_path / 'config.json').write_text(json.dumps(old))
+  with pytest.raises(ConfigError) as error:
+    there.check(CONFIG)
+  assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+      "sed: 3 -> '(absent)'", "seed: '(absent)' -> 0"]
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ConfigError, match='^workdir: .*a directory that can be written.*--workdir'):
+    Workdir(tmp_path / 'file' / 'run').claim(CONFIG)
+
+
+def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
+  def refuse(*_, **__):
+    raise PermissionError(13, 'Permission denied')
+  monkeypatch.setattr(workdir.pathlib.Path, 'write_text', refuse)
+  with pytest.raises(ConfigError, match='workdir: .*PermissionError: Permission denied'):
+    Workdir(tmp_path / 'run').claim(CONFIG)
+
+
+def test_write_replaces_at_once_or_not_at_all(tmp_path, monkeypatch):
+  there = Workdir(tmp_path)
+  there.write('a.json', {'x': 1})
+  there.write('b.txt', 'text')
+  assert there.read('a.json') == {'x': 1} and (tmp_path / 'b.txt').read_text() == 'text'
+  assert (tmp_path / 'a.json').read_text() == '{\n  "x": 1\n}\n'
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['a.json', 'b.txt']
+
+  whole = workdir.pathlib.Path.write_text
+
+  def tear(path, text):
+    whole(path, text[:3])
+    raise OSError(28, 'No space left on device')
+  monkeypatch.setattr(workdir.pathlib.Path, 'write_text', tear)
+  with pytest.raises(OSError, match='No space'):
+    there.write('a.json', {'x': 2})
+  assert there.read('a.json') == {'x': 1}
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir.jax, 'process_index', lambda: 1)
+  there = Workdir(tmp_path)
+  there.write('a.json', {'x': 1})
+  there.status('training', 3)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_status(tmp_path):
+  Workdir(tmp_path).status('training', 3)
+  assert Workdir(tmp_path).read('status.json') == {
+      'phase': 'training', 'step': 3, 'pid': os.getpid()}
+
+
+def test_reading_what_is_not_there(tmp_path):
+  with pytest.raises(ConfigError, match='the directory of a run, with run.json in it'):
+    Workdir(tmp_path).read('run.json')
+
+
+def test_provenance(monkeypatch):
+  monkeypatch.setattr(workdir.sys, 'argv', ['main.py', '--workdir=x'])
+  found = workdir.provenance(steps=3)
+  assert found['steps'] == 3 and found['command'].endswith(' --workdir=x')
+  assert found['command'].startswith('python ') and found['devices'].startswith('8 x ')
+  assert set(workdir.PACKAGES) | {'python', 'platform'} == set(found['versions'])
+  assert found['versions']['jax'] == workdir.jax.__version__
+  assert '(not installed)' not in found['versions']['moejax']
+  monkeypatch.setattr(workdir, 'PACKAGES', ('no-such-package',))
+  assert workdir.versions()['no-such-package'] == '(not installed)'
