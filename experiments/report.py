@@ -153,7 +153,12 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
       color, marker, dashes = style[row['arm']]
       panel.plot(*curve(row), color=color, marker=marker, linestyle=dashes, label=row['arm'],
                  linewidth=1.6, markersize=4.5)
-    panel.set_ylim(*_limits(group))
+    low, high = loss_axis(group)
+    panel.set_ylim(low, high)
+    above = [f'{row["arm"]} ends at {row["history"][-1]["loss"]:.2f}, above this axis'
+             for row in group if row['history'][-1]['loss'] > high]
+    panel.text(0.98, 0.97, '\n'.join(above), transform=panel.transAxes, ha='right', va='top',
+               fontsize='small')
     panel.set_title(domain)
     panel.set_xlabel('extra FLOPs (% of dense pretraining)')
     panel.set_ylabel('validation loss')
@@ -166,11 +171,16 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def _limits(group: list[Row]) -> tuple[float, float]:
-  """Loss axis that shows every arm's end and whole curves of those that started from a parent."""
+def loss_axis(group: list[Row]) -> tuple[float, float]:
+  """Limits that show whole curves of the arms that branch from a trunk, and how others end.
+
+  An arm that ends further above the rest than they spread is left to a note: it would flatten them.
+  """
+  branches = [row for row in group if row['start_step'] > 0] or group
+  losses = [point['loss'] for row in branches for point in row['history']]
+  low, high = min(losses), max(losses)
   ends = [row['history'][-1]['loss'] for row in group]
-  whole = [point['loss'] for row in group if row['step0'] for point in row['history']]
-  low, high = min(ends + whole), max(ends + whole)
+  high = max([high, *(end for end in ends if end <= 2 * high - low)])
   margin = 0.06 * (high - low) or 0.1
   return low - margin, high + margin
 
