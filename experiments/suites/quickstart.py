@@ -29,7 +29,7 @@ EXTRA = 0.2      # extra steps as a share of pretraining
 
 # Steps to the trunk, and between evaluations of the arms; a smoke test only shows that they run.
 STEPS = {
-    'mini': {'vit_glyphs': (6000, 150), 't5_stdlib': (4000, 100)},
+    'mini': {'vit_glyphs': (6000, 150), 't5_stdlib': (3000, 100)},
     'smoke': {'vit_glyphs': (10, 2), 't5_stdlib': (10, 2)},
 }
 EVAL_EXAMPLES = {'mini': {'vit_glyphs': 2048, 't5_stdlib': 1024},
