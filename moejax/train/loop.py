@@ -36,6 +36,8 @@ def run(config: settings.RunConfig, path: str) -> int:
   workdir.check(config)
   plan = Plan.make(config, first_step(config, workdir.path))
   if plan.end in native.finished_steps(workdir.path / native.SUBDIR):
+    if workdir.read('status.json')['phase'] != 'finished':   # killed just before it could say so
+      workdir.status('finished', plan.end)
     print(f'{path}: finished at step {plan.end}. ' + metrics.last_evaluation(workdir.path))
     return 0
 
