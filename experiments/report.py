@@ -163,7 +163,8 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
     panel.set_xlabel('extra FLOPs (% of dense pretraining)')
     panel.set_ylabel('validation loss')
     panel.grid(alpha=0.3)
-  handles = {h.get_label(): h for panel in panels[0] for h in panel.get_lines()}
+  handles = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()
+             if line.get_ydata()[-1] <= panel.get_ylim()[1]}
   figure.legend(handles.values(), handles.keys(), loc='outside lower center', frameon=False,
                 ncols=min(len(arms), 3 * len(domains)))
   # Without the date and software that matplotlib would write, the same results are the same file.

@@ -106,8 +106,10 @@ class Runner:
   def _show(self, bar: tqdm) -> None:
     ahead = sum(steps_done(self.folder / run.name) for run in self.pending)   # stopped earlier
     running = [(w.run, w.steps_done()) for w in self.workers]
+    bar.set_postfix_str('; '.join(f'{run.label} {n}/{run.settings.steps}' for run, n in running),
+                        refresh=False)
     bar.update(max(0, self.past + ahead + sum(n for _, n in running) - bar.n))
-    bar.set_postfix_str('; '.join(f'{run.label} {n}/{run.settings.steps}' for run, n in running))
+    bar.refresh()
 
   def _start_ready(self, bar: tqdm) -> None:
     """Starts pending runs whose parent is finished while there is room; the costliest first."""
