@@ -6,7 +6,8 @@ Four axes, any of which may be 1. Examples are split over data x fsdp x expert; 
   data    replicas                      fsdp    replicas that also split parameters
   expert  experts live here             model   heads and hidden units live here
 
-RULES is the one table that places every parameter; optimizer slots follow their parameter.
+RULES is the one table that splits parameters; optimizer slots follow their parameter. What no row
+matches (routers, norms, biases, position tables, patch embedding) is small and stays whole.
 """
 
 import dataclasses
@@ -56,7 +57,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   given = ' x '.join(f'{a}={s}' for a, s in zip(AXES, sizes))
   free = sizes.count(-1)
   fixed = math.prod(s for s in sizes if s != -1)
-  if free > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
+  if (free > 1 or any(s < 1 for s in sizes if s != -1) or len(devices) % fixed
+      or (not free and fixed != len(devices))):
     config_lib.fail('config.mesh', given, f'axes that multiply to the {len(devices)} devices',
                     'Set one axis to -1 to let it take what the others leave.')
   sizes = [len(devices) // fixed if s == -1 else s for s in sizes]

@@ -174,7 +174,8 @@ def test_make_mesh_of_given_devices():
 
 @pytest.mark.parametrize('config', [
     MeshConfig(data=3), MeshConfig(fsdp=3), MeshConfig(data=4), MeshConfig(expert=16),
-    MeshConfig(data=-1, fsdp=-1), MeshConfig(data=0), MeshConfig(fsdp=-2)])
+    MeshConfig(data=-1, fsdp=-1), MeshConfig(data=0), MeshConfig(fsdp=-2),
+    MeshConfig(data=-2, fsdp=-4), MeshConfig(data=-2, fsdp=-2, expert=-1)])
 def test_axes_that_do_not_multiply_to_the_devices(config):
   given = f'data={config.data} x fsdp={config.fsdp} x expert={config.expert} x model=1'
   with pytest.raises(ConfigError, match=f"config.mesh: got '{given}', allowed: .*8 devices.*-1"):

@@ -7,7 +7,9 @@ listed or restored.
 """
 
 import gc
+import itertools
 import json
+import math
 import os
 from collections.abc import Collection
 from typing import Any
@@ -24,7 +26,8 @@ from moejax.config import ConfigError, check, fail
 Tree = trees.Tree
 SUBDIR = 'checkpoints'
 _COMMIT_FILE = '_CHECKPOINT_METADATA'
-_GARBAGE = 2**27  # bytes read between collections, see Reader.read
+_AHEAD = 2**25     # bytes read at once where leaves are small, see Reader._read_from
+_GARBAGE = 2**27   # bytes read between collections, likewise
 
 
 class Writer:
@@ -139,7 +142,7 @@ class Reader:
            f'These are the finished steps in {root}.')
     self._directory = root / str(self.step) / 'state'
     self._handler = ocp.PyTreeCheckpointHandler()
-    self._garbage = 0
+    self._garbage, self._ahead = 0, {}
     metadata = trees.flatten(self._handler.metadata(self._directory).tree)
     self.shapes = {path: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype)
                    for path, m in metadata.items()}
@@ -150,17 +153,35 @@ class Reader:
     return ocp.JsonCheckpointHandler().restore(self._directory.parent / 'extra')
 
   def read(self, path: str) -> np.ndarray:
-    """One leaf, whole, in host memory; no other leaf is read. Raises ConfigError if unknown."""
+    """One leaf, whole, in host memory; cheapest in the order of `shapes`.
+
+    Raises ConfigError if there is no such leaf.
+    """
     if path not in self.shapes:
       raise ConfigError(f'{path}: no such leaf in {self._directory}; see Reader.shapes')
-    # Orbax holds what it read in reference cycles, which large arrays alone never make Python
-    # collect: without this, reading leaf by leaf would end up with the whole tree in memory.
+    if path not in self._ahead:
+      self._ahead = self._read_from(path)
+    return self._ahead.pop(path)
+
+  def _read_from(self, path: str) -> dict[str, np.ndarray]:
+    """The leaf at path and those that follow, up to _AHEAD bytes.
+
+    Orbax goes through the metadata of all leaves at every call, so that single reads would take
+    time quadratic in the number of leaves. It also holds what it read in reference cycles, which
+    large arrays alone never make Python collect: the whole tree would end up in memory.
+    """
     if self._garbage > _GARBAGE:
       gc.collect()
       self._garbage = 0
-    array = trees.flatten(self._read({path: self.shapes[path]}))[path]
-    self._garbage += array.nbytes
-    return array
+    wanted, size = {}, 0
+    for name in itertools.dropwhile(lambda name: name != path, self.shapes):
+      size += math.prod(self.shapes[name].shape) * self.shapes[name].dtype.itemsize
+      if wanted and size > _AHEAD:
+        break
+      wanted[name] = self.shapes[name]
+    found = trees.flatten(self._read(wanted))
+    self._garbage += sum(array.nbytes for array in found.values())
+    return found
 
   def restore(self, like: Tree) -> Tree:
     """The whole state.

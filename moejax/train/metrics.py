@@ -65,7 +65,10 @@ class JsonLines:
     self.path = pathlib.Path(path)
     kept = [line for line in read_lines(self.path) if line['step'] <= resume_at]
     temporary = self.path.with_suffix('.tmp')
-    temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    with temporary.open('w') as file:
+      file.writelines(json.dumps(line) + '\n' for line in kept)
+      file.flush()
+      os.fsync(file.fileno())
     temporary.replace(self.path)
     self._file = self.path.open('a')
 

@@ -99,6 +99,7 @@ class Log:
   @contextlib.contextmanager
   def pause(self, phase: str, step: int):
     """Status `phase` for the length of a with block whose time is not the train steps'."""
+    jax.block_until_ready(list(self._in_flight))   # their time is the train steps'
     started = time.perf_counter()
     self.phase(phase, step)
     yield

@@ -238,6 +238,20 @@ def test_writer_errors(tmp_path):
   assert native.finished_steps(tmp_path / 'checkpoints') == []
 
 
+def test_small_leaves_are_read_together_and_each_is_right(tmp_path, monkeypatch):
+  writer = Writer(tmp_path, keep=1)
+  writer.save(1, {f'w{i:03d}': np.full((64,), i, np.float32) for i in range(100)}, {})
+  writer.close()
+  monkeypatch.setattr(native, '_AHEAD', 64 * 4 * 10)   # ten leaves
+  reader, calls = Reader(tmp_path), []
+  read = reader._read
+  monkeypatch.setattr(reader, '_read', lambda wanted: calls.append(len(wanted)) or read(wanted))
+  for i, path in enumerate(reader.shapes):
+    np.testing.assert_array_equal(reader.read(path), np.full((64,), i, np.float32))
+  assert calls == [10] * 10
+  assert reader.read('w042')[0] == 42   # out of order, and again
+
+
 def test_reader_reads_one_leaf_at_a_time(tmp_path):
   """Peak memory of reading 10 leaves of 40 MiB in turn stays far below their 400 MiB."""
   writer = Writer(tmp_path, keep=1)
