@@ -32,7 +32,8 @@ setuptools.setup(
         'tqdm',
     ],
     extras_require={
-        'test': ['pytest', 'pytest-xdist', 'ruff'],
+        'sentencepiece': ['sentencepiece'],   # vocabularies other than bytes
+        'test': ['pytest', 'pytest-xdist', 'ruff', 'sentencepiece'],
         'parity': ['torch==2.13.0', 'transformers'],
     },
 )
