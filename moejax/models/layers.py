@@ -25,6 +25,9 @@ Initializer = Callable[..., jax.Array]
 ACTIVATIONS = {
     'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
     'gelu_erf': functools.partial(jax.nn.gelu, approximate=False),
+    'silu': jax.nn.silu,
+    'relu': jax.nn.relu,
+    'squared_relu': lambda x: jnp.square(jax.nn.relu(x)),   # So et al. 2021 (Primer)
 }
 MASKED = -1e9  # finite, so that a row with every key masked gives a uniform softmax and not NaN
 

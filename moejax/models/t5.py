@@ -32,6 +32,7 @@ class T5Config:
     d_model, d_ff: D, and hidden units of the MLP.
     d_kv, num_heads: width of a head, and H; their product need not be D.
     encoder_layers, decoder_layers: blocks of each stack.
+    activation: of the gated MLP; v1.1's is 'gelu_tanh'.
     relative_buckets, relative_max_distance: of the relative position bias.
     dropout_rate: everywhere (see the module's docstring).
     dtype: compute dtype; parameters are float32.
@@ -45,6 +46,7 @@ class T5Config:
   num_heads: int = 2
   encoder_layers: int = 2
   decoder_layers: int = 2
+  activation: str = 'gelu_tanh'
   relative_buckets: int = 32
   relative_max_distance: int = 128
   dropout_rate: float = 0.0
@@ -63,6 +65,7 @@ class T5Config:
           'T5 has 128.')
     check(0 <= self.dropout_rate < 1, 'model.dropout_rate', self.dropout_rate, '[0, 1)',
           '0 turns dropout off.')
+    check_choice('model.activation', self.activation, layers.ACTIVATIONS)
     check_choice('model.dtype', self.dtype, DTYPES)
     self.sparse_layers('encoder')
     if self.sparse_layers('decoder'):
@@ -149,7 +152,8 @@ def _stack(config: T5Config, name: str, rngs: nnx.Rngs) -> Stack:
   decoder = name == 'decoder'
   spec = BlockSpec(
       d_model=config.d_model, d_ff=config.d_ff, num_heads=config.num_heads, head_dim=config.d_kv,
-      norm=layers.RMSNorm, norm_eps=NORM_EPS, bias=False, gated=True, activation='gelu_tanh',
+      norm=layers.RMSNorm, norm_eps=NORM_EPS, bias=False, gated=True,
+      activation=config.activation,
       scaled=False, init=layers.fan_in_normal(),
       # The 1/sqrt(d_kv) that the logits are not scaled by sits in the initial queries.
       q_init=layers.fan_in_normal(1 / config.d_kv),
