@@ -8,7 +8,7 @@ import dataclasses
 import jax
 from flax import nnx
 
-from moejax.models import layers
+from moejax.models import attention, layers
 from moejax.moe.layer import MoEConfig, MoELayer
 
 PLACES = 6  # where a block draws: inside and after attention, cross-attention and MLP
@@ -48,8 +48,8 @@ class BlockSpec:
   def make_norm(self, rngs: nnx.Rngs) -> nnx.Module:
     return self.norm(self.d_model, eps=self.norm_eps, rngs=rngs)
 
-  def make_attention(self, rngs: nnx.Rngs) -> layers.Attention:
-    return layers.Attention(
+  def make_attention(self, rngs: nnx.Rngs) -> attention.Attention:
+    return attention.Attention(
         self.d_model, self.num_heads, self.head_dim, bias=self.bias, scaled=self.scaled,
         init=self.init, q_init=self.q_init, dropout_rate=self.attention_dropout_rate, rngs=rngs)
 
@@ -111,7 +111,7 @@ class Stack(nnx.Module):
   """
 
   def __init__(self, spec: BlockSpec, depth: int, moe: MoEConfig, sparse: dict[int, int],
-               relative_bias: layers.RelativeBias | None = None, *, rngs: nnx.Rngs):
+               relative_bias: attention.RelativeBias | None = None, *, rngs: nnx.Rngs):
     self.has_relative_bias = relative_bias is not None
     if self.has_relative_bias:
       self.relative_bias = relative_bias

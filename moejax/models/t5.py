@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import check, check_choice
-from moejax.models import layers
+from moejax.models import attention, layers
 from moejax.models.stack import BlockSpec, Stack
 from moejax.moe.layer import MoEConfig
 
@@ -159,7 +159,7 @@ def _stack(config: T5Config, name: str, rngs: nnx.Rngs) -> Stack:
       q_init=layers.fan_in_normal(1 / config.d_kv),
       dropout_rate=config.dropout_rate, attention_dropout_rate=config.dropout_rate,
       cross_attention=decoder)
-  bias = layers.RelativeBias(config.relative_buckets, config.relative_max_distance,
-                             config.num_heads, bidirectional=not decoder, rngs=rngs)
+  bias = attention.RelativeBias(config.relative_buckets, config.relative_max_distance,
+                                config.num_heads, bidirectional=not decoder, rngs=rngs)
   return Stack(spec, getattr(config, f'{name}_layers'), getattr(config, f'{name}_moe'),
                config.sparse_layers(name), bias, rngs=rngs)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moejax.models import layers
+from moejax.models import attention, layers
 from tests.parity import compare, names
 
 
@@ -54,7 +54,7 @@ def test_every_distance_has_hugging_face_s_bucket():
   assert len(golden) == 6
   for key, wanted in golden.items():
     n, far, stack = key.split('/')
-    found = layers.relative_buckets(distance, int(n), int(far), stack == 'encoder')
+    found = attention.relative_buckets(distance, int(n), int(far), stack == 'encoder')
     np.testing.assert_array_equal(found, wanted, err_msg=key)
 
 

@@ -1,0 +1,128 @@
+"""Multi-head attention and T5's relative position bias.
+
+Attention logits and softmax are computed in at least float32.
+
+Dimensions: B batch, L length (queries), M length (keys), D model, H heads, K head width.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moejax.models import layers
+
+MASKED = -1e9  # finite, so that a row with every key masked gives a uniform softmax and not NaN
+
+
+class Attention(nnx.Module):
+  """Multi-head attention (Vaswani et al. 2017); q, k, v kernels (D, H*K), o (H*K, D).
+
+  Args:
+    scaled: divide logits by sqrt(K); T5 leaves them and initialises q smaller instead.
+  """
+
+  def __init__(self, d_model: int, num_heads: int, head_dim: int, *, bias: bool, scaled: bool,
+               init: layers.Initializer, q_init: layers.Initializer, dropout_rate: float,
+               rngs: nnx.Rngs):
+    inner = num_heads * head_dim
+    self.q = layers.Dense(d_model, inner, bias=bias, init=q_init, rngs=rngs)
+    self.k = layers.Dense(d_model, inner, bias=bias, init=init, rngs=rngs)
+    self.v = layers.Dense(d_model, inner, bias=bias, init=init, rngs=rngs)
+    self.o = layers.Dense(inner, d_model, bias=bias, init=init, rngs=rngs)
+    self.num_heads = num_heads
+    self.factor = head_dim ** -0.5 if scaled else 1.0
+    self.dropout_rate = dropout_rate
+
+  def __call__(self, x: jax.Array, source: jax.Array, bias: jax.Array | None,
+               mask: jax.Array | None, keys: jax.Array | None) -> jax.Array:
+    """Attends from x to source.
+
+    Args:
+      x: (B, L, D) queries.
+      source: (B, M, D) keys and values; x itself for self-attention.
+      bias: (1, H, L, M) added to the logits, or None.
+      mask: broadcastable to (B, H, L, M) bool, False where not to look; or None.
+      keys: (B,) for dropout on the probabilities, or None.
+
+    Returns:
+      (B, L, D) in x's dtype.
+    """
+    heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)   # (B, L, H, K)
+    q, k, v = heads(self.q(x) * self.factor), heads(self.k(source)), heads(self.v(source))
+    logits = jnp.einsum('BLHK,BMHK->BHLM', q, k,
+                        preferred_element_type=layers.at_least_float32(x.dtype))
+    if bias is not None:
+      logits = logits + bias
+    if mask is not None:
+      logits = jnp.where(mask, logits, MASKED)
+    probs = jax.nn.softmax(logits, axis=-1).astype(x.dtype)         # (B, H, L, M)
+    out = jnp.einsum('BHLM,BMHK->BLHK', layers.dropout(probs, self.dropout_rate, keys), v)
+    return self.o(out.reshape(*x.shape[:2], -1))
+
+
+class RelativeBias(nnx.Module):
+  """Bias on attention logits by bucketed distance (Raffel et al. 2020, section 2.1).
+
+  One table (buckets, H) per stack, shared by its layers.
+  """
+
+  def __init__(self, num_buckets: int, max_distance: int, num_heads: int, *, bidirectional: bool,
+               rngs: nnx.Rngs):
+    self.embedding = layers.param(layers.xavier_uniform, (num_buckets, num_heads), rngs)
+    self.num_buckets, self.max_distance = num_buckets, max_distance
+    self.bidirectional = bidirectional
+
+  def __call__(self, L: int, M: int, dtype) -> jax.Array:
+    """(1, H, L, M): entry (i, j) is the bias of key position j seen from query position i."""
+    distance = np.arange(1 - L, M)                                  # key minus query: L+M-1 values
+    buckets = relative_buckets(distance, self.num_buckets, self.max_distance, self.bidirectional)
+    one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=dtype)
+    by_distance = (one_hot @ self.embedding[...].astype(dtype)).T   # (H, L+M-1)
+    return _toeplitz(by_distance, L, M)[None]
+
+
+def relative_buckets(distance: np.ndarray, num_buckets: int, max_distance: int,
+                     bidirectional: bool) -> np.ndarray:
+  """Bucket of each distance (key position minus query position).
+
+  Half of the buckets hold one distance each, the other half grow logarithmically up to
+  max_distance; everything beyond shares the last. Bidirectional stacks split the buckets between
+  both signs; causal ones put every later key into bucket 0.
+
+  Args:
+    distance: int array.
+    num_buckets, max_distance: size of the table, and where the last bucket begins.
+    bidirectional: True in an encoder.
+
+  Returns:
+    int32 array of distance's shape, in [0, num_buckets).
+  """
+  bucket = np.zeros_like(distance)
+  if bidirectional:
+    num_buckets //= 2
+    bucket = num_buckets * (distance > 0)
+    distance = np.abs(distance)
+  else:
+    distance = np.maximum(-distance, 0)
+  exact = num_buckets // 2
+  # float32 with a nudge of one epsilon, as the published models were trained: powers of two would
+  # otherwise fall on either side of their boundary.
+  ratio = np.maximum(distance, 1).astype(np.float32) / exact + np.finfo(np.float32).eps
+  far = exact + (np.log(ratio) / math.log(max_distance / exact) * (num_buckets - exact)).astype(int)
+  far = np.minimum(far, num_buckets - 1)
+  return (bucket + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+def _toeplitz(values: jax.Array, L: int, M: int) -> jax.Array:
+  """values (H, L+M-1) -> (H, L, M) with entry (i, j) = values[j - i + L - 1].
+
+  Repeats the row one entry longer than it is read, so that each row read starts one earlier. A
+  gather would read more simply; its gradient, a scatter of L*M entries, is slow.
+  """
+  H, W = values.shape
+  longer = jnp.pad(values, ((0, 0), (0, 1)))                        # (H, W+1)
+  rows = jnp.broadcast_to(longer[:, None], (H, L, W + 1)).reshape(H, L * (W + 1))
+  return rows[:, :L * W].reshape(H, L, W)[:, :, L - 1:L - 1 + M]

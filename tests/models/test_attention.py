@@ -1,0 +1,69 @@
+"""Attention and relative bias against their formulas, written out plainly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax.models import attention, layers
+
+RNGS = lambda: nnx.Rngs(params=jax.random.key(0))
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def make_attention(scaled, bias=True, d_model=6, num_heads=2, head_dim=4):
+  return attention.Attention(d_model, num_heads, head_dim, bias=bias, scaled=scaled,
+                             init=layers.fan_in_normal(), q_init=layers.fan_in_normal(),
+                             dropout_rate=0.0, rngs=RNGS())
+
+
+@pytest.mark.parametrize('scaled', [True, False])
+def test_attention_head_by_head(scaled):
+  layer = make_attention(scaled)
+  for i, part in enumerate((layer.q, layer.k, layer.v, layer.o)):
+    part.bias[...] = normal(*part.bias.shape, seed=i)
+  x, source, bias = normal(3, 6), normal(5, 6, seed=1), normal(2, 3, 5, seed=2)
+  mask = np.array([[1, 1, 0, 1, 0]] * 3, bool)
+  heads = []
+  for h in range(2):
+    cut = slice(4 * h, 4 * h + 4)
+    q, k, v = (a @ p.kernel[:, cut] + p.bias[cut] for a, p in (
+        (x, layer.q), (source, layer.k), (source, layer.v)))
+    logits = q @ k.T / (2 if scaled else 1) + bias[h]
+    probs = np.exp(logits) * mask
+    heads.append(probs / probs.sum(-1, keepdims=True) @ v)
+  wanted = np.concatenate(heads, -1) @ layer.o.kernel[...] + layer.o.bias[...]
+  found = layer(x[None], source[None], bias[None], mask, None)[0]
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_to_nothing_is_finite():
+  """A filler example is padding throughout; NaN in its row would reach every gradient."""
+  layer, x = make_attention(False), normal(1, 3, 6)
+  run = lambda x: layer(x, x, None, jnp.zeros((1, 1, 1, 3), bool), None).sum()
+  value, grad = jax.jit(jax.value_and_grad(run))(x)
+  assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize('L, M', [(7, 7), (5, 9), (9, 5), (1, 1)])
+@pytest.mark.parametrize('bidirectional', [True, False])
+def test_relative_bias_is_its_table_looked_up_by_bucket(L, M, bidirectional):
+  bias = attention.RelativeBias(8, 4 + 2, 3, bidirectional=bidirectional, rngs=RNGS())
+  found = bias(L, M, jnp.float32)
+  distance = np.arange(M) - np.arange(L)[:, None]                   # key minus query
+  table = np.asarray(bias.embedding[...])
+  wanted = table[attention.relative_buckets(distance, 8, 6, bidirectional)].transpose(2, 0, 1)
+  np.testing.assert_array_equal(found, wanted[None])
+
+
+def test_relative_buckets_by_hand():
+  """8 buckets for both signs, 4 each: 0 and 1 exact, then [2, 4) and all from 4 on."""
+  found = attention.relative_buckets(np.array([0, -1, -2, -3, -4, -9, 1, 2, 3, 4, 9]), 8, 8, True)
+  assert found.tolist() == [0, 1, 2, 2, 3, 3, 5, 6, 6, 7, 7]
+  found = attention.relative_buckets(np.array([3, 0, -3, -4, -5, -6, -8, -99]), 8, 16, False)
+  # 4 exact; then 4 + floor(4 * log(n / 4) / log(4)): 4, 4 (0.64), 5 (1.17), 6 (2), 7
+  assert found.tolist() == [0, 0, 3, 4, 4, 5, 6, 7]
