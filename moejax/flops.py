@@ -1,9 +1,11 @@
 """Analytic FLOPs and parameter counts of a T5 or ViT, dense or sparse.
 
 Counted: the 2*N*D*F of every matmul: attention projections, logits and values, MLPs, patch
-embedding, head, routers, and experts at full capacity, so empty slots cost what full ones do. The
-einsum dispatch adds its two one-hot matmuls; the gather dispatch moves data and counts 0. Not
-counted: norms, softmax, activations, embedding look-ups, top-k, the optimizer. A training step is
+embedding, head, routers, shared experts, and experts at full capacity, so empty slots cost what
+full ones do. The einsum dispatch adds its two one-hot matmuls; the gather dispatch moves data and
+counts 0; the grouped dispatch has no capacity and counts k experts per token (its padding of rows
+to whole blocks left out). Not counted: norms, softmax, activations, embedding look-ups, top-k, the
+optimizer. A training step is
 three times the forward pass: a matmul's gradient is one matmul for its input, one for its weight.
 
 The configs are duck-typed (T5Config, ViTConfig): this file imports no model.
@@ -27,7 +29,8 @@ def parameters(shapes: dict, config) -> tuple[int, int]:
 
   Returns:
     (total, active): active takes of each layer's E experts those a token meets: k with token
-    choice, capacity_factor on average (at most E) with expert choice. Embeddings count in full.
+    choice (the most there can be with top_p), capacity_factor on average (at most E) with expert
+    choice. Embeddings and shared experts count in full.
   """
   total = active = 0
   for path, leaf in trees.flatten(shapes).items():
@@ -36,7 +39,7 @@ def parameters(shapes: dict, config) -> tuple[int, int]:
     found = re.match(r'(\w+)/layers/\d+/moe/experts/', path)
     if found:
       moe, E = _moe(config, found.group(1)), leaf.shape[0]
-      met = moe.k if moe.router == 'top_k' else moe.capacity_factor
+      met = moe.k if moe.token_choice else moe.capacity_factor
       size = round(size * min(met, E) / E)
     active += size
   return total, active
@@ -89,12 +92,12 @@ def _stack(config, stack: str, B: int, L: int, source_length: int | None, train:
     depth, sparse = getattr(config, f'{stack}_layers'), config.sparse_layers(stack)
     inner, matrices = config.num_heads * config.d_kv, 3             # gated: two in, one out
   D, F = config.d_model, config.d_ff
-  mlp = lambda rows: matrices * _matmul(rows, D, F)
+  mlp = lambda rows, d_ff=F: matrices * _matmul(rows, D, d_ff)
   total = depth * _attention(B, L, L, D, inner)
   if source_length is not None:
     total += depth * _attention(B, L, source_length, D, inner)
   total += (depth - len(sparse)) * mlp(B * L)
-  return total + sum(_moe_layer(_moe(config, stack), E, B, L, D, mlp, train)
+  return total + sum(_moe_layer(_moe(config, stack), E, B, L, D, F, mlp, train)
                      for E in sparse.values())
 
 
@@ -104,11 +107,18 @@ def _attention(B: int, L: int, M: int, D: int, inner: int) -> int:
   return projections + 2 * B * _matmul(L, inner, M)
 
 
-def _moe_layer(moe, E: int, B: int, L: int, D: int, mlp, train: bool) -> int:
-  """Router, experts at full capacity, and the dispatch if it is a matmul."""
+def _moe_layer(moe, E: int, B: int, L: int, D: int, d_ff: int, mlp, train: bool) -> int:
+  """Router, experts at full capacity, shared experts, and the dispatch if it is a matmul."""
   S = moe.group_size or L
-  groups = B * L // S
+  groups, F = B * L // S, moe.expert_d_ff(d_ff)
   factor = moe.capacity_factor if train else moe.eval_capacity_factor
   slots = E * capacity(S, E, factor, moe.min_capacity)
+  if moe.dispatch == 'grouped' and moe.token_choice:
+    slots = moe.k * S
   dispatch = 2 * groups * _matmul(S, slots, D) if moe.dispatch == 'einsum' else 0
-  return _matmul(B * L, D, E) + mlp(groups * slots) + dispatch
+  # Norm-based routing has no router, but runs every expert on every token.
+  router = mlp(E * B * L, F) if moe.router == 'norm' else _matmul(B * L, D, E)
+  if moe.learned_noise and train:
+    router *= 2                                                     # its scale is a matmul too
+  shared = mlp(B * L, moe.shared_experts * F) if moe.shared_experts else 0
+  return router + mlp(groups * slots, F) + dispatch + shared

@@ -53,10 +53,12 @@ class BlockSpec:
         self.d_model, self.num_heads, self.head_dim, bias=self.bias, scaled=self.scaled,
         init=self.init, q_init=self.q_init, dropout_rate=self.attention_dropout_rate, rngs=rngs)
 
-  def make_mlp(self, num_experts: int | None, rngs: nnx.Rngs) -> layers.MLP:
+  def make_mlp(self, rngs: nnx.Rngs, *, d_ff: int | None = None, num_experts: int | None = None,
+               dropout_rate: float | None = None) -> layers.MLP:
     return layers.MLP(
-        self.d_model, self.d_ff, gated=self.gated, activation=self.activation, bias=self.bias,
-        init=self.init, num_experts=num_experts, dropout_rate=self.dropout_rate, rngs=rngs)
+        self.d_model, self.d_ff if d_ff is None else d_ff, gated=self.gated,
+        activation=self.activation, bias=self.bias, init=self.init, num_experts=num_experts,
+        dropout_rate=self.dropout_rate if dropout_rate is None else dropout_rate, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -72,10 +74,9 @@ class Block(nnx.Module):
     self.mlp_norm = spec.make_norm(rngs)
     self.sparse = num_experts > 0
     if self.sparse:
-      experts = spec.make_mlp(num_experts, rngs)
-      self.moe = MoELayer(moe, num_experts, experts, spec.d_model, rngs=rngs)
+      self.moe = _make_moe(spec, moe, num_experts, rngs)
     else:
-      self.mlp = spec.make_mlp(None, rngs)
+      self.mlp = spec.make_mlp(rngs)
     self.dropout_rate = spec.dropout_rate
 
   def __call__(self, x, *, bias, mask, source, source_mask, token_mask, train, keys):
@@ -100,6 +101,17 @@ class Block(nnx.Module):
       else:
         h = self.mlp(h, mlp_inside)
       return add(x, h, mlp_after), aux
+
+
+def _make_moe(spec: BlockSpec, moe: MoEConfig, num_experts: int, rngs: nnx.Rngs) -> MoELayer:
+  """The MoE layer that stands in for a block's MLP."""
+  d_ff = moe.expert_d_ff(spec.d_ff)
+  rate = moe.dropout_rate if moe.dropout_rate >= 0 else None
+  experts = spec.make_mlp(rngs, d_ff=d_ff, num_experts=num_experts, dropout_rate=rate)
+  shared = None
+  if moe.shared_experts:
+    shared = spec.make_mlp(rngs, d_ff=moe.shared_experts * d_ff, dropout_rate=rate)
+  return MoELayer(moe, num_experts, experts, shared, spec.d_model, rngs=rngs)
 
 
 class Stack(nnx.Module):

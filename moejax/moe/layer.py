@@ -4,7 +4,6 @@ Dimensions: B batch, L length, G groups, S tokens per group, D model, E experts,
 """
 
 import dataclasses
-import re
 from collections.abc import Callable
 
 import jax
@@ -12,103 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax import sharding
-from moejax.config import check, check_choice, fail
+from moejax.config import check
 from moejax.moe import balance, dispatch, routing
-
-ROUTERS = ('expert_choice', 'top_k')
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-  """MoE blocks of one stack.
-
-  Attributes:
-    layers: which blocks are sparse: 'none', 'every_2' (the 2nd, 4th, ... as in T5), 'last_6', or
-      block numbers from 0 such as '1,3'.
-    num_experts: E in each of these blocks.
-    experts_per_layer: E of each sparse block from the first to the last, in place of num_experts;
-      empty: all alike.
-    router: 'expert_choice' (encoders, ViT; not causal) or 'top_k' (anywhere).
-    k: experts per token, for top_k.
-    capacity_factor: slots per expert = capacity_factor * group tokens / E while training.
-    eval_capacity_factor: the same in evaluation.
-    min_capacity: fewest slots per expert.
-    group_size: tokens routed together, whole sequences or images; 0: each one alone.
-    renormalize: make a token's weights sum to 1.
-    balance_weight: weight of the load-balance loss, for top_k (mean over layers that have it).
-    z_weight: weight of the router z-loss (mean over MoE layers).
-    dispatch: 'gather' or 'einsum'.
-    router_init_std: standard deviation of the router's normal initialisation.
-  """
-  layers: str = 'none'
-  num_experts: int = 8
-  experts_per_layer: tuple = ()
-  router: str = 'expert_choice'
-  k: int = 2
-  capacity_factor: float = 2.0
-  eval_capacity_factor: float = 2.0
-  min_capacity: int = 1
-  group_size: int = 0
-  renormalize: bool = False
-  balance_weight: float = 0.0
-  z_weight: float = 0.0
-  dispatch: str = 'gather'
-  router_init_std: float = 0.02
-
-  def __post_init__(self):
-    check_choice('moe.router', self.router, ROUTERS)
-    check_choice('moe.dispatch', self.dispatch, dispatch.BY_NAME)
-    check(self.num_experts >= 1, 'moe.num_experts', self.num_experts, '>= 1', 'Use 1 or more.')
-    check(all(type(e) is int and e >= 1 for e in self.experts_per_layer),
-          'moe.experts_per_layer', self.experts_per_layer, 'a tuple of integers >= 1', 'Fix it.')
-    for name in ('capacity_factor', 'eval_capacity_factor'):
-      check(getattr(self, name) > 0, f'moe.{name}', getattr(self, name), '> 0', 'Usual: 1 to 2.')
-    for name in ('balance_weight', 'z_weight', 'router_init_std', 'group_size'):
-      check(getattr(self, name) >= 0, f'moe.{name}', getattr(self, name), '>= 0', '0 turns it off.')
-    check(self.min_capacity >= 1, 'moe.min_capacity', self.min_capacity, '>= 1', 'Use 1 or more.')
-    if self.router == 'top_k':
-      fewest = min(self.experts_per_layer or (self.num_experts,))
-      check(1 <= self.k <= fewest, 'moe.k', self.k, f'1 to num_experts = {fewest}',
-            'A token cannot choose more experts than there are.')
-      most = max(self.experts_per_layer or (self.num_experts,))
-      check(not (self.k == 1 and self.renormalize and most > 1), 'moe.renormalize', True,
-            'False at k = 1', 'A single weight renormalised is the constant 1: the router would '
-            'get no gradient and never learn.')
-    else:
-      check(self.balance_weight == 0, 'moe.balance_weight', self.balance_weight,
-            '0 for expert_choice', 'Expert choice is balanced by construction.')
-
-  def sparse_layers(self, depth: int, key: str = 'moe') -> dict[int, int]:
-    """{block number: E} of a stack of `depth` blocks; ConfigError on a block not in it."""
-    layers = self.layers.replace(' ', '')
-    found = re.fullmatch(r'none|(every|last)_(\d+)|\d+(?:,\d+)*', layers)
-    if not found:
-      fail(f'{key}.layers', self.layers, "'none', 'every_2', 'last_6' or '1,3'",
-           'Blocks count from 0.')
-    kind, n = found.group(1), int(found.group(2) or 0)
-    if layers == 'none':
-      chosen = []
-    elif kind:
-      check(1 <= n <= depth, f'{key}.layers', self.layers, f"'{kind}_1' to '{kind}_{depth}'",
-            f'The stack has {depth} blocks.')
-      chosen = list(range(n - 1, depth, n)) if kind == 'every' else list(range(depth - n, depth))
-    else:
-      chosen = sorted(int(i) for i in layers.split(','))
-      check(len(set(chosen)) == len(chosen) and max(chosen) < depth, f'{key}.layers', self.layers,
-            f'different blocks from 0 to {depth - 1}', f'The stack has {depth} blocks.')
-    experts = self.experts_per_layer or (self.num_experts,) * len(chosen)
-    check(len(experts) == len(chosen), f'{key}.experts_per_layer', self.experts_per_layer,
-          f'{len(chosen)} numbers, one per sparse block', 'Or leave it empty and set num_experts.')
-    return dict(zip(chosen, experts))
-
-  def rows_per_group(self, length: int, key: str = 'moe') -> int:
-    """Sequences of `length` tokens in a routing group; ConfigError unless a whole number."""
-    if not self.group_size:
-      return 1
-    check(self.group_size % length == 0, f'{key}.group_size', self.group_size,
-          f'a multiple of the {length} tokens of one sequence or image',
-          f'Nearest: {max(1, round(self.group_size / length)) * length}.')
-    return self.group_size // length
+from moejax.moe.settings import MoEConfig
 
 
 class Router(nnx.Module):
@@ -131,14 +36,18 @@ class MoELayer(nnx.Module):
   activations (E, N, F) to the same shape.
   """
 
-  def __init__(self, config: MoEConfig, num_experts: int, experts: nnx.Module, d_model: int, *,
-               rngs: nnx.Rngs):
+  def __init__(self, config: MoEConfig, num_experts: int, experts: nnx.Module,
+               shared: nnx.Module | None, d_model: int, *, rngs: nnx.Rngs):
     self.config = config
     self.num_experts = num_experts
     self.router = Router(d_model, num_experts, config.router_init_std, rngs=rngs)
     self.experts = experts
+    self.has_shared = shared is not None
+    if self.has_shared:
+      self.shared = shared
 
-  def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool, keys: jax.Array | None = None):
+  def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool, keys: jax.Array | None = None,
+               no_drop: bool = False):
     """Routes, runs the experts, combines.
 
     Args:
@@ -157,7 +66,7 @@ class MoELayer(nnx.Module):
       ConfigError: B is not a multiple of the group's sequences.
     """
     B, L, D = x.shape
-    rows = self.config.rows_per_group(L)
+    rows = 1 if no_drop else self.config.rows_per_group(L)
     check(B % rows == 0, 'batch size (per microbatch)', B,
           f'a multiple of the {rows} sequences of a routing group',
           'Change batch_size or group_size.')
@@ -168,20 +77,24 @@ class MoELayer(nnx.Module):
       groups['keys'] = keys[::rows]   # a group's dropout follows its first example
 
     def run(groups, weights, *, exchange, total):
-      slots, aux = self._route(groups['logits'], groups['mask'], train)
+      slots, aux = self._route(groups['logits'], groups['mask'], train, no_drop)
       apply = self._apply(groups.get('keys'), slots.index.shape[-1], exchange is not None)
       y = dispatch.BY_NAME[self.config.dispatch](slots, groups['x'], weights, apply, exchange)
       return y, jax.tree.map(total, aux)
 
     with jax.named_scope('moe'):
       y, aux = sharding.over_groups(run)(groups, self.experts.weights())
-    return y.reshape(B, L, D), aux
+    y = y.reshape(B, L, D)
+    if self.has_shared:
+      y = y + self.shared(x.reshape(B, L, D), None)
+    return y, aux
 
-  def _route(self, logits, mask, train) -> tuple[routing.SlotRouting, dict]:
+  def _route(self, logits, mask, train, no_drop) -> tuple[routing.SlotRouting, dict]:
     """(G, S, E) logits -> slots and aux sums of these groups."""
     config, E = self.config, self.num_experts
     factor = config.capacity_factor if train else config.eval_capacity_factor
-    C = routing.capacity(logits.shape[1], E, factor, config.min_capacity)
+    S = logits.shape[1]
+    C = S if no_drop else routing.capacity(S, E, factor, config.min_capacity)
     probs = routing.probabilities(logits)
     z = balance.router_z(logits, mask).sum()
     aux = {'z': jax.lax.stop_gradient(z), 'z_loss': config.z_weight * z}

@@ -21,7 +21,7 @@ ROOM = dict(capacity_factor=64.0, eval_capacity_factor=64.0)   # C = S: nothing 
 def build(E, scale=1.0, seed=0, d_model=D, **settings):
   """(run, params): run(params, x, mask, train=False) -> (y, aux); logits of order `scale`."""
   config = MoEConfig(num_experts=E, **settings)
-  layer = MoELayer(config, E, experts.Experts(E, d_model, F, seed), d_model, rngs=nnx.Rngs(seed))
+  layer = MoELayer(config, E, experts.Experts(E, d_model, F, seed), None, d_model, rngs=nnx.Rngs(seed))
   graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
   params = nnx.to_pure_dict(params)
   kernel = np.random.default_rng(seed + 1).normal(size=(d_model, E)) / np.sqrt(d_model) * scale
@@ -358,7 +358,7 @@ def test_layer_follows_its_router_and_losses():
 
 def test_router_initialisation():
   config = MoEConfig(num_experts=64, router_init_std=0.02)
-  layer = MoELayer(config, 64, experts.Experts(64, 128, 1), 128, rngs=nnx.Rngs(0))
+  layer = MoELayer(config, 64, experts.Experts(64, 128, 1), None, 128, rngs=nnx.Rngs(0))
   kernel = np.asarray(nnx.to_pure_dict(nnx.state(layer, nnx.Param))['router']['kernel'])
   assert kernel.shape == (128, 64) and kernel.dtype == np.float32
   assert kernel.std() == pytest.approx(0.02, rel=0.05) and abs(kernel.mean()) < 1e-3
