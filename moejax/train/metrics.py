@@ -14,27 +14,39 @@ import numpy as np
 
 from moejax import trees
 
+# Sums of a layer that are counted per real token, where it has them.
+PER_TOKEN = ('unchosen', 'single', 'entropy', 'z', 'balance', 'importance', 'smooth_load')
+# Sums of a layer that are counted per step, and of a train window as a whole.
+PER_STEP = ('router_grad_norm', 'router_bias_max')
+OF_WINDOW = ('objective', 'task_objective', 'aux_loss', 'grad_norm')
+
 
 def summarize(sums: Mapping[str, Any]) -> dict[str, float]:
   """Sums of a train window or an eval pass -> named means.
 
   Args:
-    sums: nested; 'loss', 'correct', 'weight'; train windows also 'steps', 'objective', 'aux_loss',
-      'grad_norm' (each summed over steps); 'layers' nests one dict per MoE layer (see MoELayer), in
-      train windows with 'router_grad_norm' summed over steps.
+    sums: nested; 'loss', 'correct', 'weight'; with a teacher 'teacher_agreement', 'teacher_kl';
+      train windows also 'steps', 'objective', 'task_objective', 'aux_loss', 'grad_norm' (each
+      summed over steps); 'layers' nests one dict per MoE layer (see MoELayer), in train windows
+      with 'router_grad_norm', 'router_bias_max' summed over steps.
 
   Returns:
-    'loss' is the task's alone, without auxiliary losses. Per MoE layer, under 'moe/<layer>/':
-    load_max_over_mean, dropped (fraction of assignments asked for), unchosen and single (fractions
-    of real tokens), entropy (nats), dead_experts (number without any token), z, balance (top_k),
-    router_grad_norm.
+    'loss' is plain cross-entropy, without whatever else the objective holds; 'task_objective' the
+    objective without auxiliary losses. Per MoE layer, under 'moe/<layer>/':
+    load_max_over_mean (of filled slots), dropped (fraction of assignments asked for), unchosen and
+    single (fractions of real tokens), entropy (nats), dead_experts (number without any token), z,
+    experts_per_token (asked for; for expert choice received).
+    Token choice: max_violation, (max - mean) / mean of the assignments asked of each expert in the
+    whole window or pass (MaxVio of Wang et al. 2024), balance.
+    Where there is such a loss: importance and smooth_load (squared coefficients of variation).
+    Train windows: router_grad_norm, router_bias_max (largest magnitude).
   """
   flat = {k: np.asarray(v, np.float64) for k, v in trees.flatten(sums).items()}
   out = {'loss': flat['loss'] / flat['weight'], 'accuracy': flat['correct'] / flat['weight']}
+  out |= {name: flat[name] / flat['weight'] for name in ('teacher_agreement', 'teacher_kl')
+          if name in flat}
   steps = flat.get('steps')
-  for name in ('objective', 'aux_loss', 'grad_norm'):
-    if name in flat:
-      out[name] = flat[name] / steps
+  out |= {name: flat[name] / steps for name in OF_WINDOW if name in flat}
   for path in flat:
     if not path.endswith('/tokens'):
       continue
@@ -45,15 +57,13 @@ def summarize(sums: Mapping[str, Any]) -> dict[str, float]:
         name + 'load_max_over_mean': load.max() / max(load.mean(), 1e-9),
         name + 'dead_experts': (load == 0).sum(),
         name + 'dropped': flat[layer + 'dropped'] / max(flat[layer + 'assigned'], 1.0),
-        name + 'unchosen': flat[layer + 'unchosen'] / tokens,
-        name + 'single': flat[layer + 'single'] / tokens,
-        name + 'entropy': flat[layer + 'entropy'] / tokens,
-        name + 'z': flat[layer + 'z'] / tokens,
+        name + 'experts_per_token': flat[layer + 'assigned'] / tokens,
     }
-    if layer + 'balance' in flat:
-      out[name + 'balance'] = flat[layer + 'balance'] / tokens
-    if layer + 'router_grad_norm' in flat:
-      out[name + 'router_grad_norm'] = flat[layer + 'router_grad_norm'] / steps
+    if layer + 'asked' in flat:
+      asked = flat[layer + 'asked']
+      out[name + 'max_violation'] = (asked.max() - asked.mean()) / max(asked.mean(), 1e-9)
+    out |= {name + k: flat[layer + k] / tokens for k in PER_TOKEN if layer + k in flat}
+    out |= {name + k: flat[layer + k] / steps for k in PER_STEP if layer + k in flat}
   return {k: float(v) for k, v in out.items()}
 
 

@@ -15,7 +15,8 @@ SPLIT = {'loss': 30., 'correct': 3., 'weight': 12.}
 
 def test_evaluation_by_hand():
   layers = {'encoder': {'layers': {'01': LAYER}}, 'decoder': {'layers': {
-      '00': LAYER | {'balance': 22., 'load': np.array([8., 8.]), 'assigned': 16., 'dropped': 0.}}}}
+      '00': LAYER | {'balance': 22., 'load': np.array([8., 8.]), 'assigned': 16., 'dropped': 0.,
+                     'asked': np.array([12., 4.]), 'importance': 5., 'smooth_load': 8.}}}}
   found = metrics.summarize({**SPLIT, 'layers': layers})
   assert all(type(v) is float for v in found.values())
   assert found == pytest.approx({
@@ -24,18 +25,31 @@ def test_evaluation_by_hand():
       'moe/encoder/01/dead_experts': 1, 'moe/encoder/01/dropped': 0.1,
       'moe/encoder/01/unchosen': 0.1, 'moe/encoder/01/single': 0.25,
       'moe/encoder/01/entropy': 0.5, 'moe/encoder/01/z': 1.5,
+      'moe/encoder/01/experts_per_token': 2,
       'moe/decoder/00/load_max_over_mean': 1.0, 'moe/decoder/00/dead_experts': 0,
       'moe/decoder/00/dropped': 0, 'moe/decoder/00/unchosen': 0.1, 'moe/decoder/00/single': 0.25,
-      'moe/decoder/00/entropy': 0.5, 'moe/decoder/00/z': 1.5, 'moe/decoder/00/balance': 1.1})
+      'moe/decoder/00/entropy': 0.5, 'moe/decoder/00/z': 1.5, 'moe/decoder/00/balance': 1.1,
+      'moe/decoder/00/experts_per_token': 0.8,        # 16 of 20
+      'moe/decoder/00/max_violation': 0.5,            # 12 over a mean of 8, less 1
+      'moe/decoder/00/importance': 0.25, 'moe/decoder/00/smooth_load': 0.4})
 
 
 def test_a_train_window_is_divided_by_its_steps():
   found = metrics.summarize({
-      **SPLIT, 'steps': 4., 'objective': 12., 'aux_loss': 2., 'grad_norm': 6.,
-      'layers': {'encoder': {'layers': {'01': LAYER | {'router_grad_norm': 10.}}}}})
+      **SPLIT, 'steps': 4., 'objective': 12., 'task_objective': 10., 'aux_loss': 2.,
+      'grad_norm': 6.,
+      'layers': {'encoder': {'layers': {
+          '01': LAYER | {'router_grad_norm': 10., 'router_bias_max': 0.4}}}}})
   assert (found['objective'], found['aux_loss'], found['grad_norm']) == (3, 0.5, 1.5)
+  assert found['task_objective'] == 2.5
   assert found['moe/encoder/01/router_grad_norm'] == 2.5
+  assert found['moe/encoder/01/router_bias_max'] == pytest.approx(0.1)
   assert found['loss'] == 2.5 and found['moe/encoder/01/entropy'] == 0.5   # per token, not per step
+
+
+def test_a_student_is_compared_with_its_teacher_per_target():
+  found = metrics.summarize({**SPLIT, 'teacher_agreement': 9., 'teacher_kl': 6., 'layers': {}})
+  assert (found['teacher_agreement'], found['teacher_kl']) == (0.75, 0.5)
 
 
 def test_a_dense_run():
