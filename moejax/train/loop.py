@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from moejax import data, evaluate, models
 from moejax.checkpoints import native
-from moejax.train import initialize, metrics, optimizer, parallel, settings
+from moejax.train import initialize, metrics, parallel, settings
 from moejax.train.plan import Plan, check_fit, facts, first_step
 from moejax.train.progress import Log, stop_signals
+from moejax.train.schedule import schedule
 from moejax.train.step import TrainState, make_train_step
 from moejax.train.workdir import Workdir, provenance
 
@@ -87,8 +88,8 @@ class Program:
                               hosts=jax.process_count())
     self.model = models.build(config.model)
     rows = check_fit(config, self.dataset, self.model, self.devices.shards)
-    learning_rate = optimizer.schedule(config.schedule, config.optimizer.learning_rate,
-                                       start_step=plan.first, end_step=plan.end)
+    learning_rate = schedule(config.schedule, config.optimizer.learning_rate,
+                             start_step=plan.first, end_step=plan.end)
     make = lambda reduce: make_train_step(
         self.model, config.optimizer, learning_rate, microbatches=config.microbatches,
         rows_per_group=rows, reduce=reduce)

@@ -1,4 +1,4 @@
-"""Optimizers with one small state per leaf, and learning rates that read the global step.
+"""Optimizers with one small state per leaf.
 
 Every leaf of the parameters has its own slots and its own count (`wi_gate/mu`, `/nu`, `/count`),
 so that surgery can carry some leaves' state and start others afresh: a count carried over fresh
@@ -19,6 +19,9 @@ import optax
 
 from moejax import trees
 from moejax.config import check, check_choice
+from moejax.train import groups
+from moejax.train.groups import NO_GRAD, untouched
+from moejax.train.groups import frozen as frozen
 
 Tree = trees.Tree
 EXPERTS = re.compile(r'/experts/')  # leaves with a leading expert axis
@@ -64,6 +67,12 @@ class OptimizerConfig:
     weight_decay: decoupled; a step subtracts lr * weight_decay * param.
     weight_decay_mask: regular expression; leaves whose path it finds are decayed. The default
       takes all but biases, norms and scales.
+    groups: ((regex, learning rate multiplier, weight decay multiplier), ...); a leaf belongs to the
+      first whose regular expression is found in its path, else its multipliers are 1. It moves by
+      lr * rate_mult * (direction + weight_decay * decay_mult * param): unlike big_vision's, the
+      decay follows the group's rate too. A rate times 0 is frozen, see groups.frozen.
+    freeze: leaves that stand still: '' for none, a part named in groups.PARTS ('experts',
+      'router', 'attention', ...), 'all_but_' and such a name, or 're:' and a regular expression.
     clip_norm: bound on the global gradient norm; 0 is off. Applied by `clip_by_global_norm`.
     adafactor: its own settings.
   """
@@ -75,6 +84,8 @@ class OptimizerConfig:
   momentum: float = 0.0
   weight_decay: float = 0.0
   weight_decay_mask: str = r'^(?!.*(bias|norm|scale))'
+  groups: tuple = ()
+  freeze: str = ''
   clip_norm: float = 1.0
   adafactor: AdafactorConfig = AdafactorConfig()
 
@@ -94,93 +105,8 @@ class OptimizerConfig:
     except re.error as error:
       check(False, 'optimizer.weight_decay_mask', self.weight_decay_mask, 'a regular expression',
             f'It does not compile: {error}.')
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
-  """Shape of the learning rate over global steps t.
-
-  Attributes:
-    name: with peak = optimizer.learning_rate and w = min(1, t / warmup_steps),
-      'rsqrt': peak * min(w, sqrt(timescale / t)): flat from warm-up until t = timescale, then
-        falling as 1/sqrt(t). peak 0.01, timescale 10000 is T5's 1/sqrt(max(t, 10000)), and
-        timescale = warmup_steps is big_vision's form.
-      'constant': peak * w.
-      'cosine': from peak to peak * final_fraction at the run's end; warm-up and cosine count from
-        the run's first step, so a continuation warms up again.
-    warmup_steps: length of the linear warm-up from 0.
-    timescale: rsqrt only, see above.
-    cooldown_steps: the last steps of the run, over which the rate falls linearly from the
-      schedule's value to cooldown_to times it. rsqrt and constant only.
-    cooldown_to: fraction left at the run's end.
-    final_fraction: cosine only, see above.
-  """
-  name: str = 'rsqrt'
-  warmup_steps: int = 200
-  timescale: int = 1000
-  cooldown_steps: int = 0
-  cooldown_to: float = 0.0
-  final_fraction: float = 0.0
-
-  def __post_init__(self):
-    check_choice('schedule.name', self.name, ('rsqrt', 'cosine', 'constant'))
-    for key in ('warmup_steps', 'cooldown_steps'):
-      value = getattr(self, key)
-      check(value >= 0, f'schedule.{key}', value, '0 or more', 'It is a number of steps.')
-    _check_above_zero('schedule.timescale', self.timescale)
-    for key in ('cooldown_to', 'final_fraction'):
-      value = getattr(self, key)
-      check(0 <= value <= 1, f'schedule.{key}', value, '0 <= x <= 1',
-            'It is a fraction of the rate.')
-    check(self.name != 'cosine' or self.cooldown_steps == 0, 'schedule.cooldown_steps',
-          self.cooldown_steps, '0 with cosine',
-          'A cosine cools down by itself; set schedule.final_fraction instead.')
-
-
-def schedule(config: ScheduleConfig, learning_rate: float, *, start_step: int,
-             end_step: int) -> Callable[[jax.Array], jax.Array]:
-  """Learning rate as a function of the global step.
-
-  rsqrt and constant depend on start_step in nothing: a run that continues a trunk at start_step
-  follows the trunk's curve until its own cooldown begins.
-
-  Args:
-    config: the curve.
-    learning_rate: its peak.
-    start_step: global step at which this run starts (the trunk's, or 0).
-    end_step: global step at which this run ends; the cooldown is measured back from here.
-
-  Returns:
-    fn(step) -> () float32. `step` counts the updates made so far (TrainState.step), so the first
-    update of a warm-up has rate 0 and the value at end_step is never used by an update.
-
-  Raises:
-    ConfigError: end_step not after start_step, or a cooldown that starts before start_step.
-  """
-  check(end_step > start_step, 'train.steps', end_step - start_step, 'at least 1',
-        f'The run would go from step {start_step} to {end_step}.')
-  check(config.cooldown_steps <= end_step - start_step, 'schedule.cooldown_steps',
-        config.cooldown_steps, f'at most the {end_step - start_step} steps of this run',
-        'A longer cooldown would start this run below the rate its parent was trained at.')
-
-  def fn(step):
-    t = jnp.asarray(step, jnp.float32)
-    if config.name == 'cosine':
-      t = t - start_step
-    factor = jnp.minimum(1.0, t / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.name == 'rsqrt':
-      factor = jnp.minimum(factor, jnp.sqrt(config.timescale / jnp.maximum(t, 1.0)))
-    elif config.name == 'cosine':
-      length = max(end_step - start_step - config.warmup_steps, 1)
-      progress = jnp.clip((t - config.warmup_steps) / length, 0.0, 1.0)
-      low = config.final_fraction
-      factor = factor * (low + (1.0 - low) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
-    if config.cooldown_steps:
-      left = jnp.clip((end_step - t) / config.cooldown_steps, 0.0, 1.0)
-      factor = factor * (config.cooldown_to + (1.0 - config.cooldown_to) * left)
-    return jnp.asarray(learning_rate * factor, jnp.float32)
-
-  return fn
+    # Plain tuples and floats, so that settings read back from JSON are the same and hashable.
+    object.__setattr__(self, 'groups', groups.check_settings(self.groups, self.freeze))
 
 
 def init(config: OptimizerConfig, params: Tree) -> Tree:
@@ -194,11 +120,14 @@ def init(config: OptimizerConfig, params: Tree) -> Tree:
     Nested dict with the paths of params, each leaf replaced by a dict of arrays: `count` int32,
     and mu, nu (adamw), v_row, v_col, v (adafactor; shape (1,) where unused), trace (sgd with
     momentum). A leaf under `/experts/` has the slots of one expert with a leading axis E, count
-    (E,) too.
+    (E,) too. A leaf under `/no_grad/` has only its count, which stays 0. Frozen leaves have the
+    slots of others, so that freezing changes no shape.
   """
   tx = _slots(config)
 
   def leaf(path, param):
+    if NO_GRAD.search(path):
+      return {'count': jnp.zeros((), jnp.int32)}
     return jax.vmap(tx.init)(param) if EXPERTS.search(path) else tx.init(param)
 
   return trees.map_with_path(leaf, params)
@@ -208,12 +137,15 @@ def update(config: OptimizerConfig, grads: Tree, opt_state: Tree, params: Tree,
            lr: jax.Array) -> tuple[Tree, Tree]:
   """One step of the optimizer; pure, for use under jit. Does not clip by global norm.
 
+  Leaves that are frozen or under `/no_grad/` come back as they are, slots too, whatever their
+  gradients.
+
   Args:
     config: which optimizer.
     grads: nested dict of arrays, like params.
     opt_state: as made by init.
     params: nested dict of arrays.
-    lr: () learning rate of this step.
+    lr: () learning rate of this step, before the multipliers of groups.
 
   Returns:
     (new params, new opt_state), shapes and dtypes as they came.
@@ -221,7 +153,11 @@ def update(config: OptimizerConfig, grads: Tree, opt_state: Tree, params: Tree,
   tx = _slots(config)
 
   def leaf(path, param, grad, state):
+    if untouched(config, path):
+      return param, state
+    mult = groups.group(config, path)
     decay = config.weight_decay if re.search(config.weight_decay_mask, path) else 0.0
+    decay *= mult.weight_decay
 
     def one(grad, state, param, lr):
       delta, state = tx.update(grad.astype(param.dtype), state, param)
@@ -230,7 +166,7 @@ def update(config: OptimizerConfig, grads: Tree, opt_state: Tree, params: Tree,
 
     if EXPERTS.search(path):
       one = jax.vmap(one, in_axes=(0, 0, 0, None))
-    return one(grad, state, param, lr)
+    return one(grad, state, param, lr * mult.learning_rate)
 
   pairs = trees.map_with_path(leaf, params, grads, opt_state)  # a (param, state) at each leaf
   return (trees.map_with_path(lambda _, pair: pair[0], pairs),
@@ -239,6 +175,11 @@ def update(config: OptimizerConfig, grads: Tree, opt_state: Tree, params: Tree,
 
 def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
   """Scales grads so that their global L2 norm is at most max_norm (0: no bound).
+
+  Args:
+    grads: tree of arrays, of the leaves that are trained: `untouched` ones are left out by the
+      caller, or they would shrink the others' updates.
+    max_norm: the bound.
 
   Returns:
     (grads, () float32 norm before clipping).

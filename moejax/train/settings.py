@@ -17,7 +17,8 @@ from moejax.models.vit import ViTConfig
 from moejax.sharding import MeshConfig
 from moejax.train import parallel
 from moejax.train.initialize import InitConfig
-from moejax.train.optimizer import OptimizerConfig, ScheduleConfig
+from moejax.train.optimizer import OptimizerConfig
+from moejax.train.schedule import ScheduleConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Optimizers against optax, stacked experts against separate runs, schedules by hand."""
+"""Optimizers against optax, stacked experts against separate runs, groups by hand."""
 
 import re
 
@@ -11,7 +11,7 @@ import pytest
 from moejax import trees
 from moejax.config import ConfigError
 from moejax.train import optimizer
-from moejax.train.optimizer import AdafactorConfig, OptimizerConfig, ScheduleConfig
+from moejax.train.optimizer import AdafactorConfig, OptimizerConfig
 
 STEPS = 4
 LR = 0.03
@@ -181,17 +181,6 @@ def test_first_router_update_after_surgery_is_at_most_lr(name):
     np.testing.assert_allclose(first_update(mixed | steps), 0.1 / 0.001 ** 0.5 * LR, rtol=1e-3)
 
 
-def test_learning_rate_reads_the_step_given_not_a_count():
-  """The state's counts do not move the rate: the same state, other steps, other updates."""
-  config = OptimizerConfig(name='sgd', learning_rate=1.0)
-  rate = optimizer.schedule(ScheduleConfig(warmup_steps=10), 1.0, start_step=0, end_step=100)
-  params, grads = {'w': jnp.zeros(1)}, {'w': jnp.ones(1)}
-  state = optimizer.init(config, params)
-  for step in (1, 5, 7):
-    new, _ = optimizer.update(config, grads, state, params, rate(step))
-    np.testing.assert_allclose(new['w'], [-step / 10], rtol=1e-6)
-
-
 def test_clip_by_global_norm():
   # sqrt(3^2 + 4^2) = 5, so a bound of 1 divides by 5.
   grads = {'a': jnp.array([3.0]), 'b': jnp.array([4.0], jnp.bfloat16)}
@@ -207,69 +196,13 @@ def test_clip_by_global_norm():
   np.testing.assert_array_equal(clipped['a'], [0.0, 0.0])
 
 
-SCHEDULES = {
-    # peak 2; warm-up 4: 2 * 1/4, flat until 16, then 2 * sqrt(16/64) = 1, 2 * sqrt(16/100) = 0.8
-    'rsqrt': (ScheduleConfig('rsqrt', warmup_steps=4, timescale=16), 0, 1000,
-              {0: 0.0, 1: 0.5, 4: 2.0, 16: 2.0, 64: 1.0, 100: 0.8}),
-    # T5's 1 / sqrt(max(t, 10000)) with peak 2 for 0.01: 2 at 10000, 1 at 40000
-    't5': (ScheduleConfig('rsqrt', warmup_steps=0, timescale=10000), 0, 50000,
-           {0: 2.0, 9999: 2.0, 10000: 2.0, 40000: 1.0}),
-    # the same from 64 to 136, its last 36 steps cooling to 1/2: at 100 still 0.8, at 118
-    # 1/2 + 1/2 * 18/36 = 3/4 of 2 * sqrt(16/118), at 136 and after 1/2 of 2 * sqrt(16/step)
-    'cooldown': (ScheduleConfig('rsqrt', warmup_steps=4, timescale=16, cooldown_steps=36,
-                                cooldown_to=0.5), 64, 136,
-                 {64: 1.0, 100: 0.8, 118: 2 * (16 / 118) ** 0.5 * 3 / 4,
-                  136: (16 / 136) ** 0.5, 999: (16 / 999) ** 0.5}),
-    # to 0: at 15 of 10..20 half, at the end nothing
-    'constant': (ScheduleConfig('constant', warmup_steps=2, cooldown_steps=10), 0, 20,
-                 {1: 1.0, 2: 2.0, 10: 2.0, 15: 1.0, 20: 0.0}),
-    # warm-up 2, then 8 steps of cosine from 2 to 2 * 1/4: half-way (2 + 1/2) / 2 = 5/4
-    'cosine': (ScheduleConfig('cosine', warmup_steps=2, final_fraction=0.25), 0, 10,
-               {0: 0.0, 1: 1.0, 2: 2.0, 6: 1.25, 10: 0.5, 11: 0.5}),
-    # the same, continued from step 100: counted from there
-    'cosine again': (ScheduleConfig('cosine', warmup_steps=2, final_fraction=0.25), 100, 110,
-                     {100: 0.0, 102: 2.0, 106: 1.25, 110: 0.5}),
-}
-
-
-@pytest.mark.parametrize('name', SCHEDULES)
-def test_schedule_by_hand(name):
-  config, start, end, table = SCHEDULES[name]
-  rate = optimizer.schedule(config, 2.0, start_step=start, end_step=end)
-  for step, value in table.items():
-    given = rate(jnp.int32(step))
-    assert given.dtype == jnp.float32 and given.shape == ()
-    np.testing.assert_allclose(given, value, rtol=1e-6, err_msg=f'step {step}')
-
-
-@pytest.mark.parametrize('name', ['rsqrt', 'constant'])
-def test_continuing_a_trunk_has_no_jump(name):
-  """Until its own cooldown a continuation follows its trunk's curve, step by step."""
-  config = ScheduleConfig(name, warmup_steps=10, timescale=100, cooldown_steps=40)
-  plain = ScheduleConfig(name, warmup_steps=10, timescale=100)
-  trunk = optimizer.schedule(plain, 1.0, start_step=0, end_step=1000)
-  branch = optimizer.schedule(config, 1.0, start_step=500, end_step=600)
-  steps = jnp.arange(495, 561)
-  np.testing.assert_array_equal(jax.vmap(trunk)(steps), jax.vmap(branch)(steps))
-  rates = np.asarray(jax.vmap(branch)(jnp.arange(500, 601)))
-  assert np.abs(np.diff(rates)).max() < 1.1 * rates[0] / 40  # no jump into the cooldown either
-  assert rates[-1] == 0
-
-
 @pytest.mark.parametrize('make, message', [
     (lambda: OptimizerConfig(name='adam'), "optimizer.name: got 'adam'.*adamw"),
     (lambda: OptimizerConfig(learning_rate=0.0), 'optimizer.learning_rate: got 0.0'),
     (lambda: OptimizerConfig(b2=1.0), 'optimizer.b2: got 1.0'),
     (lambda: OptimizerConfig(clip_norm=-1.0), 'optimizer.clip_norm: got -1.0'),
     (lambda: OptimizerConfig(weight_decay_mask='('), 'weight_decay_mask.*does not compile'),
-    (lambda: AdafactorConfig(decay_rate=0.0), 'optimizer.adafactor.decay_rate'),
-    (lambda: ScheduleConfig(name='linear'), 'schedule.name'),
-    (lambda: ScheduleConfig(timescale=0), 'schedule.timescale'),
-    (lambda: ScheduleConfig(cooldown_to=2.0), 'schedule.cooldown_to'),
-    (lambda: ScheduleConfig('cosine', cooldown_steps=1), 'final_fraction'),
-    (lambda: optimizer.schedule(ScheduleConfig(), 1.0, start_step=5, end_step=5), 'train.steps'),
-    (lambda: optimizer.schedule(ScheduleConfig(cooldown_steps=11), 1.0, start_step=5, end_step=15),
-     'schedule.cooldown_steps: got 11, allowed: at most the 10')])
+    (lambda: AdafactorConfig(decay_rate=0.0), 'optimizer.adafactor.decay_rate')])
 def test_errors(make, message):
   with pytest.raises(ConfigError, match=message):
     make()

@@ -14,7 +14,7 @@ from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
 from moejax.train import plan, settings
 from moejax.train.initialize import InitConfig
-from moejax.train.optimizer import ScheduleConfig
+from moejax.train.schedule import ScheduleConfig
 
 MOE = MoEConfig(layers='1', num_experts=4)
 IMAGES = types.SimpleNamespace(kind='classification', num_classes=10, image_shape=(8, 8, 1),
