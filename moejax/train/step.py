@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax import tasks, trees
+from moejax.moe import balance
 from moejax.train import optimizer
 
 
@@ -40,68 +41,117 @@ class TrainState:
 
 
 def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning_rate: Callable, *,
-                    microbatches: int = 1, rows_per_group: int = 1,
-                    reduce: Callable = lambda x: x) -> Callable:
+                    task: tasks.TaskConfig = tasks.PLAIN, microbatches: int = 1,
+                    rows_per_group: int = 1, reduce: Callable = lambda x: x) -> Callable:
   """Builds train_step(state, batch) -> (state, objective of this batch).
 
   Args:
     model: models.Model.
-    optimizer_config: how gradients become updates.
+    optimizer_config: how gradients become updates, and which leaves are frozen: those have no part
+      in gradients, their norm or their reduction.
     learning_rate: step -> float32.
+    task: what is trained on, beside the auxiliary losses of routers.
     microbatches: the batch is worked through in this many parts, gradients added up.
     rows_per_group: examples that are routed together and must stay in one microbatch.
     reduce: adds a tree over devices (psum under pmap); the identity where arrays are global.
   """
-  def objective(params, batch, key, tokens):
+  def objective(trained, fixed, batch, key, tokens):
     """Numerators of this batch over global denominators `tokens`; and all sums."""
+    params = trees.unflatten(trained | fixed)
     logits, aux = model.apply(params, batch, train=True, key=key)
-    sums = tasks.loss_sums(logits, batch)
+    sums = tasks.loss_sums(logits, batch, task)
+    task_objective = sums.pop('objective') / tokens['loss']
     aux_loss = auxiliary_loss(aux, tokens)
-    return sums['loss'] / tokens['loss'] + aux_loss, (sums, aux, aux_loss)
+    sums |= {'task_objective': task_objective, 'aux_loss': aux_loss}
+    return task_objective + aux_loss, (sums, aux)
 
   def gradients(params, batch, key, tokens):
-    (value, (sums, aux, aux_loss)), grads = jax.value_and_grad(objective, has_aux=True)(
-        params, batch, key, tokens)
+    (value, (sums, aux)), grads = jax.value_and_grad(objective, has_aux=True)(
+        *params, batch, key, tokens)
     aux = {path: {k: v for k, v in layer.items() if not k.endswith('_loss')}
            for path, layer in aux.items()}
-    sums = {**sums, 'objective': value, 'aux_loss': aux_loss, 'layers': trees.unflatten(aux)}
-    return grads, sums
+    sums = {**sums, 'objective': value, 'layers': trees.unflatten(aux)}
+    return trees.unflatten(grads), sums
 
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, jax.Array]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     tokens = reduce({'loss': batch['weight'].sum(), **model.token_counts(batch)})
     tokens = jax.tree.map(lambda n: jnp.maximum(n.astype(jnp.float32), 1), tokens)
+    params = partition(state.params, optimizer_config)
     parts = split(batch, microbatches, rows_per_group)
     if microbatches == 1:
-      total = gradients(state.params, parts[0], key, tokens)
+      total = gradients(params, parts[0], key, tokens)
     else:
-      total = accumulate(lambda part: gradients(state.params, part, key, tokens), parts)
+      total = accumulate(lambda part: gradients(params, part, key, tokens), parts)
     grads, sums = reduce(total)
     grads, norm = optimizer.clip_by_global_norm(grads, optimizer_config.clip_norm)
-    params, opt_state = optimizer.update(
-        optimizer_config, grads, state.opt_state, state.params, learning_rate(state.step))
-    sums = {**sums, 'grad_norm': norm, 'steps': jnp.float32(1)}
     add_router_norms(sums['layers'], grads)
+    flat = trees.flatten(grads)
+    grads = trees.map_with_path(   # zeros that the optimizer does not read stand for the others
+        lambda path, leaf: flat[path] if path in flat else jnp.zeros_like(leaf), state.params)
+    new_params, opt_state = optimizer.update(
+        optimizer_config, grads, state.opt_state, state.params, learning_rate(state.step))
+    new_params = move_biases(model, optimizer_config, new_params, sums['layers'])
+    sums = {**sums, 'grad_norm': norm, 'steps': jnp.float32(1)}
     window = jax.tree.map(jnp.add, state.window, sums) if state.window else sums
-    new = TrainState(state.step + 1, params, opt_state, state.key, window)
+    new = TrainState(state.step + 1, new_params, opt_state, state.key, window)
     return new, sums['objective']
 
   return train_step
+
+
+def partition(params: dict, config: optimizer.OptimizerConfig) -> tuple[dict, dict]:
+  """Parameters that gradients move and all others, both as {path: leaf}."""
+  flat = trees.flatten(params)
+  fixed = {path for path in flat if optimizer.untouched(config, path)}
+  return ({path: leaf for path, leaf in flat.items() if path not in fixed},
+          {path: flat[path] for path in fixed})
 
 
 def auxiliary_loss(aux: dict, tokens: dict) -> jax.Array:
   """Weighted router losses of a batch: means over real tokens, then over the layers that have it.
 
   Args:
-    aux: {'<stack>/layers/<n>': sums of MoELayer}.
+    aux: {'<stack>/layers/<n>': sums of MoELayer}; every name ending in '_loss' counts, each by
+      itself.
     tokens: global number of real tokens of each stack.
   """
   total = jnp.float32(0)
-  for name in ('balance_loss', 'z_loss'):
+  for name in sorted({k for sums in aux.values() for k in sums if k.endswith('_loss')}):
     layers = [sums[name] / tokens[path.split('/')[0]] for path, sums in aux.items() if name in sums]
-    if layers:
-      total += sum(layers) / len(layers)
+    total += sum(layers) / len(layers)
   return total
+
+
+def move_biases(model, config: optimizer.OptimizerConfig, params: dict, layers: dict) -> dict:
+  """Loss-free balancing (Wang et al. 2024, Algorithm 1): each router's bias, moved once.
+
+  The next batch is the first that the new biases route: moved by their own batch's load, they would
+  let tokens know of later ones.
+
+  Args:
+    model: models.Model; config.moe of a ViT, config.encoder_moe and decoder_moe of a T5 have the
+      rates.
+    config: a frozen bias stays.
+    params: nested dict; leaves '<layer>/moe/router/no_grad/bias' (E,).
+    layers: sums of this step over the global batch, nested by layer; 'asked' (E,) is read, and
+      'router_bias_max', the largest magnitude of the new bias, is put in.
+
+  Returns:
+    params with new biases.
+  """
+  def leaf(path, bias):
+    layer, found, _ = path.partition('/moe/router/no_grad/bias')
+    if not found:
+      return bias
+    stack, node = path.split('/')[0], layer_of(layers, layer)
+    if not optimizer.frozen(config, path):
+      moe = model.config.moe if model.config.family == 'vit' else getattr(
+          model.config, f'{stack}_moe')
+      bias = balance.update_bias(bias, node['asked'], moe.bias_rate)
+    node['router_bias_max'] = jnp.abs(bias).max()
+    return bias
+  return trees.map_with_path(leaf, params)
 
 
 def split(batch: dict, parts: int, rows_per_group: int) -> list[dict] | dict:
@@ -130,11 +180,19 @@ def accumulate(fn: Callable, parts: dict):
 
 
 def add_router_norms(layers: dict, grads: dict) -> None:
-  """Puts the L2 norm of each router's gradient, after clipping, into its layer's sums."""
-  flat = trees.flatten(grads)
-  for path, grad in flat.items():
-    if path.endswith('/moe/router/kernel'):
-      node = layers
-      for name in path.removesuffix('/moe/router/kernel').split('/'):
-        node = node[name]
-      node['router_grad_norm'] = jnp.sqrt(jnp.sum(grad.astype(jnp.float32) ** 2))
+  """Puts the L2 norm of each router's gradient, after clipping, into its layer's sums.
+
+  A frozen router has no gradient in grads, and gets no norm.
+  """
+  for path, grad in trees.flatten(grads).items():
+    layer, found, _ = path.partition('/moe/router/kernel')
+    if found:
+      layer_of(layers, layer)['router_grad_norm'] = jnp.sqrt(
+          jnp.sum(grad.astype(jnp.float32) ** 2))
+
+
+def layer_of(layers: dict, path: str) -> dict:
+  """The sums of layer '<stack>/layers/<n>' in nested ones."""
+  for name in path.split('/'):
+    layers = layers[name]
+  return layers

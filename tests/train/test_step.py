@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import models
+from moejax import models, tasks
 from moejax.models import vit
 from moejax.moe.layer import MoEConfig
 from moejax.train import metrics, optimizer
@@ -174,6 +174,83 @@ def test_auxiliary_loss_by_hand():
   assert float(auxiliary_loss(aux, tokens)) == pytest.approx(1 + 4 / 3)
   assert float(auxiliary_loss({}, tokens)) == 0
   assert float(auxiliary_loss({'encoder/layers/01': {'z': 9.}}, tokens)) == 0
+
+
+def test_every_auxiliary_loss_counts_by_itself():
+  """Means over the layers that have it: importance (2/4 + 6/4) / 2; smooth_load 1; entropy 3/5."""
+  aux = {'encoder/layers/01': {'importance_loss': 2., 'smooth_load_loss': 4., 'importance': 99.},
+         'encoder/layers/03': {'importance_loss': 6.},
+         'decoder/layers/01': {'entropy_penalty_loss': 3., 'loss': 99.}}
+  tokens = {'encoder': 4., 'decoder': 5.}
+  assert float(auxiliary_loss(aux, tokens)) == pytest.approx(1 + 1 + 3 / 5)
+
+
+SMOOTH = tasks.TaskConfig(label_smoothing=0.25, z_loss=0.5)
+
+
+@pytest.mark.parametrize('microbatches', [1, 4])
+def test_the_task_is_trained_on_and_cross_entropy_reported(microbatches):
+  """At w = 0 both logits are 0: log(Z) = ln 2, and soft targets (3/4, 1/4) cost ln 2 as well.
+
+  Gradients of one logit: p - q = 1/2 - 3/4 where its label is 0, 1/2 - 1/4 else; half of before.
+  The z-loss adds 0.5 * 2 ln 2 * p = ln(2) / 2 for any label.
+  """
+  state, objective = step(toy_state(r=0.25), task=SMOOTH, microbatches=microbatches)
+  window = state.window
+  entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+  task_objective = LN2 - entropy + 0.5 * LN2**2
+  assert float(window['loss'] / window['weight']) == pytest.approx(LN2, rel=1e-6)
+  assert float(window['task_objective']) == pytest.approx(task_objective, rel=1e-5)
+  assert float(window['aux_loss']) == pytest.approx(1, rel=1e-6)
+  assert float(objective) == float(window['objective']) == pytest.approx(
+      task_objective + 1, rel=1e-6)
+  grad_w = GRAD_W / 2 + LN2 / 2 * 28 / 6   # x sums to 28
+  assert float(state.params['w'][0]) == pytest.approx(-0.5 * grad_w, rel=1e-5)
+
+
+def test_distillation_reads_the_teacher_of_its_own_examples():
+  """Teacher logits are cut and dealt with the batch; here the student is all it says but one."""
+  task = tasks.TaskConfig(distill_weight=1.0, teacher='/a/run')
+  teacher = jnp.zeros((8, 2)).at[2, 0].set(np.log(3))   # (3/4, 1/4); x = 8
+  for microbatches in (1, 4):
+    state, objective = step(toy_state(), BATCH | {'teacher_logits': teacher}, task=task,
+                            microbatches=microbatches)
+    kl = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
+    assert float(objective) == pytest.approx(kl / 6, rel=1e-5)
+    assert float(state.params['w'][0]) == pytest.approx(0.5 * (0.25 * 8 / 6), rel=1e-5)
+    assert float(state.window['loss']) == pytest.approx(6 * LN2, rel=1e-6)
+    assert float(state.window['teacher_agreement']) == 6   # class 0 wins ties
+
+
+def test_a_frozen_leaf_stands_still_and_counts_for_nothing():
+  config = dataclasses.replace(SGD, freeze='router', clip_norm=0.1)
+  state, _ = step(toy_state(r=0.25), config=config)
+  assert router(state.params) == 0.25
+  # Clipped by its own norm of 1/3, not by that of both gradients, which is 4.
+  assert float(state.window['grad_norm']) == pytest.approx(-GRAD_W, rel=1e-6)
+  assert float(state.params['w'][0]) == pytest.approx(0.5 * 0.1, rel=1e-6)
+  assert 'router_grad_norm' not in state.window['layers']['encoder']['layers']['00']
+  assert float(state.window['aux_loss']) == pytest.approx(1, rel=1e-6)   # still measured
+
+
+def test_no_gradient_of_a_frozen_leaf_is_computed():
+  @jax.custom_vjp
+  def costly(r):
+    return r
+
+  def backward(*_):
+    raise AssertionError('the backward pass of a frozen leaf was traced')
+  costly.defvjp(lambda r: (r, None), backward)
+
+  def run(params, batch, *, train, key):
+    kernel = params['encoder']['layers']['00']['moe']['router']['kernel']
+    kernel = {'encoder': {'layers': {'00': {'moe': {'router': {'kernel': costly(kernel)}}}}}}
+    return apply(params | kernel, batch, train=train, key=key)
+  model = types.SimpleNamespace(apply=run, token_counts=TOY.token_counts)
+  frozen = dataclasses.replace(SGD, freeze='router')
+  make_train_step(model, frozen, half)(toy_state(), BATCH)
+  with pytest.raises(AssertionError, match='backward'):
+    make_train_step(model, SGD, half)(toy_state(), BATCH)
 
 
 def test_split_deals_whole_groups_in_turn():
