@@ -36,7 +36,7 @@ class Receipt:
     """{fate: {'leaves', 'scalars'}} for the fates that occur; scalars of the new tree (of the old
     one where dropped)."""
     counts = {}
-    for fate in FATES.values():
+    for fate in FATES:
       sizes = [math.prod(e.shape) for e in self.entries if e.fate == fate]
       if sizes:
         counts[fate] = {'leaves': len(sizes), 'scalars': sum(sizes)}

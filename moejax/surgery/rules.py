@@ -17,10 +17,13 @@ import jax
 import numpy as np
 
 from moejax.config import ConfigError, check_choice
+from moejax.surgery import transforms
+from moejax.surgery.transforms import Index, Transform
 
-FATES = {'copy': 'copied', 'tile': 'tiled', 'stack': 'stacked', 'transpose': 'transposed',
-         'fresh': 'fresh', 'drop': 'dropped'}
-Index = tuple[slice, ...]
+KINDS = ('copy', 'tile', 'stack', 'transpose', 'mean', 'derive', 'fresh', 'drop')
+FATES = ('copied', 'repeated', 'tiled', 'tiled, scaled', 'tiled in part', 'tiled with noise',
+         're-initialised', 'sharded', 'sharded, scaled', 'sliced', 'stacked', 'transposed',
+         'averaged', 'fresh', 'dropped')   # in the order of receipts
 Make = Callable[[Index], np.ndarray]
 Place = Callable[[str, Make, tuple[int, ...], Any], Any]
 _LISTED = 20  # leaves listed per kind of problem
@@ -33,22 +36,41 @@ class Rule:
   Attributes:
     kind: 'copy'; 'tile': repeated along a new first axis, as often as the target's shape says;
       'stack': all leaves with the same target, in natural order of their paths, along a new first
-      axis; 'transpose'; 'fresh': a new value; 'drop'.
+      axis; 'transpose'; 'mean': averaged over the first axis; 'derive': by the transforms in
+      `how`; 'fresh': a new value; 'drop'.
     source: regular expression on source paths; unused by 'fresh'.
-    target: template of the target path (`\\1` is the first group of source); for 'fresh' a
-      regular expression on target paths; unused by 'drop'.
+    target: template of the target path (`\\1` is the first group of source), or several: each
+      becomes a leaf of its own. For 'fresh' a regular expression on target paths; unused by 'drop'.
     axes: 'transpose' only, as numpy's; () reverses all axes.
+    how: 'derive': a transform for each target. 'fresh': at most one, of the fresh value.
   """
   kind: str
   source: str = ''
-  target: str = ''
+  target: str | tuple[str, ...] = ''
   axes: tuple[int, ...] = ()
+  how: tuple[Transform, ...] = ()
 
   def __post_init__(self):
-    check_choice('rule.kind', self.kind, FATES)
+    check_choice('rule.kind', self.kind, KINDS)
 
   def __str__(self):
-    return f'{self.kind} {" -> ".join(repr(p) for p in (self.source, self.target) if p)}'
+    sides = (self.source, *self.targets)
+    return f'{self.kind} {" -> ".join(repr(p) for p in sides if p)}'
+
+  @property
+  def targets(self) -> tuple[str, ...]:
+    return (self.target,) if isinstance(self.target, str) else self.target
+
+  @property
+  def transforms(self) -> tuple[Transform, ...]:
+    """One for each target."""
+    if self.how:
+      return self.how
+    how = {'tile': transforms.Tile(), 'stack': transforms.Stack(), 'mean': transforms.Mean(),
+           'transpose': transforms.Transpose(self.axes), 'fresh': transforms.Copy('fresh'),
+           'drop': transforms.Copy('dropped')}.get(self.kind)
+    how = how or transforms.Copy('copied' if len(self.targets) == 1 else 'repeated')
+    return (how,) * len(self.targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +80,7 @@ class Entry:
   Attributes:
     target: path in the new tree; '' if dropped.
     sources: paths in the old tree; () if fresh.
-    fate: 'copied', 'tiled', 'stacked', 'transposed', 'fresh' or 'dropped'.
+    fate: one of FATES.
     shape: the target's, or the source's if dropped.
     dtype: as shape.
     source_dtype: the source's where it differs (a cast between float types), else ''.
@@ -77,10 +99,11 @@ class _Step:
   rule: Rule
   sources: tuple[str, ...]
   target: str
+  how: Transform
 
 
-def copy(source: str, target: str = r'\g<0>') -> Rule:
-  """The leaf as it is, by default under the same path."""
+def copy(source: str, target: str | tuple[str, ...] = r'\g<0>') -> Rule:
+  """The leaf as it is, by default under the same path; or under several."""
   return Rule('copy', source, target)
 
 
@@ -99,9 +122,19 @@ def transpose(source: str, target: str, axes: Iterable[int] = ()) -> Rule:
   return Rule('transpose', source, target, tuple(axes))
 
 
-def fresh(target: str) -> Rule:
-  """Target leaves that no source leaf becomes."""
-  return Rule('fresh', target=target)
+def mean(source: str, target: str) -> Rule:
+  """The average of the leaf over its first axis."""
+  return Rule('mean', source, target)
+
+
+def derive(source: str, targets: Mapping[str, Transform]) -> Rule:
+  """The leaf made into several, or one: {template of a target: how it is made}."""
+  return Rule('derive', source, tuple(targets), how=tuple(targets.values()))
+
+
+def fresh(target: str, *how: Transform) -> Rule:
+  """Target leaves that no source leaf becomes; optionally a transform of their fresh value."""
+  return Rule('fresh', target=target, how=how)
 
 
 def drop(source: str) -> Rule:
@@ -125,7 +158,8 @@ def apply(rules: Iterable[Rule], source_shapes: Mapping[str, Any], target_shapes
     source_shapes: {path: anything with shape and dtype}.
     target_shapes: likewise.
     read: source path -> numpy array; called once for each leaf that is used.
-    make_fresh: target path -> array, for the leaves of 'fresh' rules.
+    make_fresh: target path -> array, for the leaves of 'fresh' rules and for those that are fresh
+      in part. Anything with shape, dtype and slices as numpy arrays will do.
     place: (path, make, shape, dtype) -> the target leaf, where make(index) gives the values of one
       slice; `lambda path, make, shape, dtype: jax.make_array_from_callback(shape, sharding[path],
       make)` puts each shard where it belongs without E copies of it on the host.
@@ -137,21 +171,32 @@ def apply(rules: Iterable[Rule], source_shapes: Mapping[str, Any], target_shapes
     ConfigError: the table does not account for both sides; see `plan`.
   """
   target, entries = {}, []
-  for step in plan(rules, source_shapes, target_shapes):
-    fate = FATES[step.rule.kind]
-    if not step.target:
-      leaf = source_shapes[step.sources[0]]
-      entries.append(Entry('', step.sources, fate, tuple(leaf.shape), str(leaf.dtype)))
+  for steps in _by_sources(plan(rules, source_shapes, target_shapes)):
+    if not steps[0].target:
+      [path] = steps[0].sources
+      leaf = source_shapes[path]
+      entries.append(Entry('', (path,), steps[0].how.fate, tuple(leaf.shape), str(leaf.dtype)))
       continue
-    like = target_shapes[step.target]
-    arrays = [_check_read(p, read(p), source_shapes[p]) for p in step.sources]
-    if not step.sources:
-      arrays = [_check_read(step.target, np.asarray(make_fresh(step.target)), like)]
-    make = _maker(step.rule, arrays, like)
-    target[step.target] = place(step.target, make, tuple(like.shape), like.dtype)
-    cast = str(arrays[0].dtype) if arrays[0].dtype != like.dtype else ''
-    entries.append(Entry(step.target, step.sources, fate, tuple(like.shape), str(like.dtype), cast))
-  return target, entries
+    read_once = [_check_read(p, read(p), source_shapes[p]) for p in steps[0].sources]
+    for step in steps:
+      like, arrays = target_shapes[step.target], read_once
+      if step.how.with_fresh or not step.sources:
+        arrays = [*arrays, _check_read(step.target, make_fresh(step.target), like)]
+      target[step.target] = place(step.target, _maker(step.how, arrays, like), tuple(like.shape),
+                                  like.dtype)
+      cast = str(arrays[0].dtype) if arrays[0].dtype != like.dtype else ''
+      entries.append(Entry(step.target, step.sources, step.how.fate, tuple(like.shape),
+                           str(like.dtype), cast))
+  return (dict(sorted(target.items())),
+          sorted(entries, key=lambda e: (not e.target, e.target, e.sources)))
+
+
+def _by_sources(steps: Iterable[_Step]) -> list[list[_Step]]:
+  """Steps with the same sources together, so that these are read once."""
+  groups = defaultdict(list)
+  for step in steps:
+    groups[step.sources or step.target].append(step)
+  return list(groups.values())
 
 
 def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Any],
@@ -173,7 +218,7 @@ def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Any],
     if not matched:
       problems['rules that match nothing'].append(str(rule))
     steps += matched
-    for path in (p for step in matched for p in step.sources):
+    for path in {p for step in matched for p in step.sources}:
       taken[path].append(rule)
 
   made = defaultdict(list)
@@ -204,16 +249,18 @@ def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Any],
 def _match(rule: Rule, source_shapes: Mapping, target_shapes: Mapping) -> list[_Step]:
   """The steps that one rule asks for."""
   if rule.kind == 'fresh':
-    return [_Step(rule, (), path) for path in target_shapes if re.fullmatch(rule.target, path)]
+    return [_Step(rule, (), path, *rule.transforms) for path in target_shapes
+            if re.fullmatch(rule.target, path)]
   found = [(path, m) for path in source_shapes if (m := re.fullmatch(rule.source, path))]
   if rule.kind == 'drop':
-    return [_Step(rule, (path,), '') for path, _ in found]
+    return [_Step(rule, (path,), '', *rule.transforms) for path, _ in found]
   if rule.kind != 'stack':
-    return [_Step(rule, (path,), m.expand(rule.target)) for path, m in found]
+    return [_Step(rule, (path,), m.expand(template), how) for path, m in found
+            for template, how in zip(rule.targets, rule.transforms)]
   groups = defaultdict(list)
   for path, m in found:
     groups[m.expand(rule.target)].append(path)
-  return [_Step(rule, tuple(sorted(paths, key=_natural)), target)
+  return [_Step(rule, tuple(sorted(paths, key=_natural)), target, *rule.transforms)
           for target, paths in groups.items()]
 
 
@@ -226,46 +273,23 @@ def _natural(path: str) -> list:
 def _misfit(step: _Step, source_shapes: Mapping, target_shapes: Mapping) -> str:
   """Why the sources cannot become the target, or ''."""
   like = target_shapes[step.target]
-  shape = tuple(like.shape)
-  for path in step.sources:
-    leaf = source_shapes[path]
-    given = tuple(leaf.shape)
-    if step.rule.kind == 'transpose':
-      axes = step.rule.axes or tuple(reversed(range(len(given))))
-      fits = sorted(axes) == list(range(len(given))) and shape == tuple(given[a] for a in axes)
-    elif step.rule.kind == 'tile':
-      fits = len(shape) > 0 and shape[1:] == given
-    elif step.rule.kind == 'stack':
-      fits = shape == (len(step.sources), *given)
-    else:
-      fits = shape == given
+  leaves = [source_shapes[path] for path in step.sources]
+  fits = step.how.fits([tuple(leaf.shape) for leaf in leaves], tuple(like.shape))
+  for path, leaf in zip(step.sources, leaves):
     floats = all(jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in (leaf, like))
     if not fits or (leaf.dtype != like.dtype and not floats):
-      many = f' (x{len(step.sources)})' if len(step.sources) > 1 else ''
-      return f'{step.rule.kind} {_show(path, leaf)}{many} -> {_show(step.target, like)}'
-  return ''
+      many = f' (x{len(leaves)})' if len(leaves) > 1 else ''
+      kind = step.rule.kind if step.rule.kind != 'derive' else type(step.how).__name__.lower()
+      return f'{kind} {_show(path, leaf)}{many} -> {_show(step.target, like)}'
+  return '' if fits else f'{step.rule}: {_show(step.target, like)}'
 
 
-def _maker(rule: Rule, arrays: list[np.ndarray], like: Any) -> Make:
+def _maker(how: Transform, arrays: list, like: Any) -> Make:
   """index -> the values of that slice of the target, without making the rest of it."""
-  if rule.kind == 'transpose':
-    arrays = [np.transpose(arrays[0], rule.axes or None)]
-
-  def make(index):
-    if rule.kind == 'stack':
-      part = np.stack([a[index[1:]] for a in arrays[index[0]]])
-    elif rule.kind == 'tile':
-      E = len(range(*index[0].indices(like.shape[0])))
-      part = arrays[0][index[1:]]
-      part = np.broadcast_to(part, (E, *np.shape(part)))  # a view: one expert in memory
-    else:
-      part = arrays[0][index]
-    return np.asarray(part, like.dtype)
-
-  return make
+  return lambda index: np.asarray(how.make(arrays, index, like), like.dtype)
 
 
-def _check_read(path: str, array: np.ndarray, like: Any) -> np.ndarray:
+def _check_read(path: str, array: Any, like: Any) -> Any:
   """array, if it has the announced shape."""
   if tuple(array.shape) != tuple(like.shape):
     raise ConfigError(f'{path}: read an array of shape {tuple(array.shape)}, '

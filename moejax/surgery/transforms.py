@@ -1,0 +1,282 @@
+"""What a new leaf is made of: one class per way, each giving any slice of the leaf and no more.
+
+A device asks for its own slice of the leaf, so a leaf larger than memory is never made as a whole,
+and of the leaves stacked over experts at most one expert is held besides the slice. What is drawn
+at random depends on the seed and the expert alone, not on who asks for which slice.
+
+Dimensions: E experts, D model, F hidden units, G shards of an MLP (granularity).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+Index = tuple[slice, ...]
+Shape = tuple[int, ...]
+
+
+class Transform:
+  """Base of all.
+
+  Attributes:
+    fate: what the receipt calls it.
+    with_fresh: whether the last of `arrays` is the fresh value of the new leaf.
+  """
+  fate: ClassVar[str] = ''
+  with_fresh: ClassVar[bool] = False
+
+  def fits(self, given: Sequence[Shape], wanted: Shape) -> bool:
+    """Whether sources of the shapes `given` can become a leaf of the shape `wanted`."""
+    raise NotImplementedError
+
+  def make(self, arrays: Sequence[Any], index: Index, like: Any) -> np.ndarray:
+    """The values of one slice of the new leaf (shape and dtype: like's), in any dtype."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy(Transform):
+  """The leaf as it is. Also of a fresh value alone."""
+  fate: str = 'copied'
+
+  def fits(self, given, wanted):
+    return all(shape == wanted for shape in given)
+
+  def make(self, arrays, index, like):
+    return arrays[0][index]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transpose(Transform):
+  """Axes permuted, as numpy's; () reverses them."""
+  axes: tuple[int, ...] = ()
+  fate: ClassVar[str] = 'transposed'
+
+  def fits(self, given, wanted):
+    axes = self.axes or tuple(reversed(range(len(given[0]))))
+    return (sorted(axes) == list(range(len(given[0])))
+            and wanted == tuple(given[0][a] for a in axes))
+
+  def make(self, arrays, index, like):
+    return np.transpose(arrays[0], self.axes or None)[index]
+
+
+class Stack(Transform):
+  """All sources along a new first axis."""
+  fate = 'stacked'
+
+  def fits(self, given, wanted):
+    return all(wanted == (len(given), *shape) for shape in given)
+
+  def make(self, arrays, index, like):
+    return np.stack([a[index[1:]] for a in arrays[index[0]]])
+
+
+class Tile(Transform):
+  """Repeated along a new first axis, as often as the target's shape says."""
+  fate = 'tiled'
+
+  def fits(self, given, wanted):
+    return len(wanted) > 0 and wanted[1:] == given[0]
+
+  def make(self, arrays, index, like):
+    part = arrays[0][index[1:]]
+    E = len(_experts(index, like))
+    return np.broadcast_to(part, (E, *np.shape(part)))   # a view: one expert in memory
+
+
+class Mean(Transform):
+  """The average over the first axis, as w0 + mean(w_i - w0): exact if all are the same."""
+  fate = 'averaged'
+
+  def fits(self, given, wanted):
+    return len(given[0]) > 0 and given[0][0] > 0 and given[0][1:] == wanted
+
+  def make(self, arrays, index, like):
+    first = np.asarray(arrays[0][0][index], np.float64)
+    total = sum((np.asarray(w[index], np.float64) - first for w in arrays[0]),
+                np.zeros_like(first))
+    return first + total / len(arrays[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice(Transform):
+  """The first units of the hidden axis, as many as the target has, times `scale`.
+
+  Attributes:
+    axis: of hidden units; None: the leaf has none (wo_bias) and is taken whole.
+  """
+  axis: int | None
+  scale: float = 1.0
+  fate: ClassVar[str] = 'sliced'
+
+  def fits(self, given, wanted):
+    if self.axis is None:
+      return given[0] == wanted
+    if len(given[0]) != len(wanted) or not wanted:
+      return False
+    units = wanted[self.axis]
+    return units <= given[0][self.axis] and _resized(given[0], self.axis, units) == wanted
+
+  def make(self, arrays, index, like):
+    whole = arrays[0]
+    if self.axis is not None:
+      whole = _units(whole, self.axis, 0, like.shape[self.axis])
+    return _scaled(whole[index], self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset(Transform):
+  """The first `copies` experts are the source, the others keep their fresh values."""
+  copies: int
+  fate: ClassVar[str] = 'tiled in part'
+  with_fresh: ClassVar[bool] = True
+
+  def fits(self, given, wanted):
+    return len(wanted) > 0 and wanted[1:] == given[0] and self.copies <= wanted[0]
+
+  def make(self, arrays, index, like):
+    out = np.array(arrays[1][index], like.dtype)
+    for i, e in enumerate(_experts(index, like)):
+      if e < self.copies:
+        out[i] = arrays[0][index[1:]]
+    return out
+
+
+class _Experts(Transform):
+  """Experts that differ, made one at a time."""
+
+  def expert(self, source: np.ndarray, e: int) -> np.ndarray:
+    """The whole leaf of expert e."""
+    raise NotImplementedError
+
+  def fits(self, given, wanted):
+    return len(wanted) > 0 and wanted[1:] == given[0]
+
+  def make(self, arrays, index, like):
+    experts, out = _experts(index, like), None
+    for i, e in enumerate(experts):
+      part = self.expert(arrays[0], e)[index[1:]]
+      if out is None:
+        out = np.empty((len(experts), *np.shape(part)), like.dtype)
+      out[i] = part
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise(_Experts):
+  """Each expert is the source plus its own N(0, (std * s)^2), s the source's standard deviation.
+
+  Attributes:
+    std: relative to s, so that it means the same for every leaf; a constant leaf gets none.
+    seed: integers, of this leaf; the expert's number is added to them.
+  """
+  std: float
+  seed: tuple[int, ...]
+  fate: ClassVar[str] = 'tiled with noise'
+
+  def expert(self, source, e):
+    wide = np.asarray(source, np.float64)
+    rng = np.random.default_rng((*self.seed, e))
+    return wide + self.std * wide.std() * rng.standard_normal(wide.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reinit(_Experts):
+  """Each expert is the source with some hidden units drawn anew (Drop-Upcycling).
+
+  Attributes:
+    fraction: r, of the hidden units.
+    axis: of hidden units.
+    units_seed: integers; which units expert e loses follows from them and e, so leaves of a layer
+      with the same units_seed lose the same units.
+    seed: integers, of this leaf, for the new values.
+  """
+  fraction: float
+  axis: int
+  units_seed: tuple[int, ...]
+  seed: tuple[int, ...]
+  fate: ClassVar[str] = 're-initialised'
+
+  def expert(self, source, e):
+    out = np.moveaxis(np.array(source, np.float64), self.axis, 0)    # hidden units first
+    F = len(out)
+    lost = np.random.default_rng((*self.units_seed, e)).permutation(F)[:round(self.fraction * F)]
+    if len(lost):
+      old = out[lost]
+      out[lost] = np.random.default_rng((*self.seed, e)).normal(old.mean(), old.std(), old.shape)
+    return np.moveaxis(out, 0, self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard(_Experts):
+  """Expert e is shard e mod G of the source's hidden units, times `scale` (virtual groups).
+
+  Attributes:
+    groups: G.
+    axis: of hidden units; None: the leaf has none (wo_bias) and every expert gets all of it.
+  """
+  groups: int
+  axis: int | None
+  scale: float = 1.0
+
+  @property
+  def fate(self) -> str:
+    kind = 'tiled' if self.groups == 1 or self.axis is None else 'sharded'
+    return kind if self.scale == 1 else f'{kind}, scaled'
+
+  def fits(self, given, wanted):
+    if len(wanted) == 0 or self.axis is None:
+      return wanted[1:] == given[0] and len(wanted) > 0
+    F = given[0][self.axis]
+    return F % self.groups == 0 and wanted[1:] == _resized(given[0], self.axis, F // self.groups)
+
+  def expert(self, source, e):
+    if self.axis is not None:
+      size = source.shape[self.axis] // self.groups
+      source = _units(source, self.axis, e % self.groups * size, size)
+    return _scaled(source, self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat(Transform):
+  """The fresh value's first columns, each repeated G times in a row: a router of groups of G.
+
+  All G experts of a group have the same logit until the router has learnt to tell them apart.
+  """
+  groups: int
+  fate: ClassVar[str] = 'fresh'
+  with_fresh: ClassVar[bool] = True
+
+  def fits(self, given, wanted):
+    return len(wanted) > 0 and wanted[-1] % self.groups == 0
+
+  def make(self, arrays, index, like):
+    columns = np.arange(like.shape[-1])[index[-1]] // self.groups
+    whole = arrays[-1][(slice(None),) * len(like.shape)]
+    return np.asarray(whole)[*index[:-1]][..., columns]
+
+
+def _experts(index: Index, like: Any) -> range:
+  """Numbers of the experts in a slice."""
+  return range(*index[0].indices(like.shape[0]))
+
+
+def _units(array: np.ndarray, axis: int, start: int, size: int) -> np.ndarray:
+  """A view of hidden units start .. start + size."""
+  where = [slice(None)] * array.ndim
+  where[axis] = slice(start, start + size)
+  return array[tuple(where)]
+
+
+def _scaled(array: np.ndarray, scale: float) -> np.ndarray:
+  return array if scale == 1 else np.asarray(array, np.float64) * scale
+
+
+def _resized(shape: Shape, axis: int, size: int) -> Shape:
+  """shape with another size of one axis."""
+  sizes = list(shape)
+  sizes[axis] = size
+  return tuple(sizes)
