@@ -10,7 +10,7 @@ import heapq
 import re
 from collections.abc import Collection
 
-from moejax.config import check, fail
+from moejax.config import check, fail, nearest
 
 NO_GRAD = re.compile(r'/no_grad/')  # state kept among the parameters; the train step writes it
 
@@ -56,9 +56,11 @@ def check_settings(groups: tuple, freeze: str) -> tuple:
   if freeze.startswith(REGEX):
     _check_regex('optimizer.freeze', freeze.removeprefix(REGEX))
   elif freeze and freeze.removeprefix(ALL_BUT) not in PARTS:
-    known = '; '.join(f'{name}: {meaning}' for name, (_, meaning) in PARTS.items())
-    fail('optimizer.freeze', freeze, f"'' (nothing), '{REGEX}REGEX', or NAME or {ALL_BUT}NAME of",
-         known + '.')
+    known = ', '.join(f'{name} ({meaning})' for name, (_, meaning) in PARTS.items())
+    near = nearest(freeze, [*PARTS, *(ALL_BUT + name for name in PARTS)])
+    fail('optimizer.freeze', freeze,
+         f"'' (nothing), '{REGEX}REGEX', or NAME or {ALL_BUT}NAME with NAME one of {known}",
+         f'Did you mean {near!r}?' if near else 'Choose one of these.')
   return tuple((regex, float(rate), float(decay)) for regex, rate, decay in groups)
 
 

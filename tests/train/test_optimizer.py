@@ -1,4 +1,4 @@
-"""Optimizers against optax, stacked experts against separate runs, groups by hand."""
+"""Optimizers against optax, stacked experts against separate runs."""
 
 import re
 
@@ -54,10 +54,16 @@ EXPERT_SHAPES = {  # of one expert; with E = 16 plain Adafactor factors (E, D) o
     'matrix': (12, 20), 'vector': (24,), 'narrow': (4, 32)}
 
 
+GROUPS = (('matrix', 0.3, 2.0), ('vector', 2.0, 0.0), ('.', 1.0, 5.0))
+
+
 @pytest.mark.parametrize('config', [
     OptimizerConfig(name='adamw', weight_decay=0.1),
     OptimizerConfig(name='adafactor', weight_decay=0.1, adafactor=FACTOR_8),
-    OptimizerConfig(name='sgd', momentum=0.9)], ids=lambda c: c.name)
+    OptimizerConfig(name='sgd', momentum=0.9),
+    OptimizerConfig(name='adamw', weight_decay=0.1, groups=GROUPS),
+    OptimizerConfig(name='adafactor', weight_decay=0.1, adafactor=FACTOR_8, groups=GROUPS)],
+    ids=lambda c: c.name + (' in groups' if c.groups else ''))
 @pytest.mark.parametrize('name', EXPERT_SHAPES)
 def test_stacked_experts_equal_separate_runs(config, name):
   E, shape = 16, EXPERT_SHAPES[name]
