@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from moejax.models.t5 import T5, T5Config
+from moejax.models.layers import at_least_float32
+from moejax.models.t5 import T5, T5Config, init_cache
 from moejax.models.vit import ViT, ViTConfig
 
 Config = T5Config | ViTConfig
@@ -25,11 +26,19 @@ class Model:
       their training capacity; with a key too, dropout is drawn, for each example by the key and
       batch['index'] alone. logits are at least float32; aux is {path of an MoE layer: its sums}.
     shapes: the parameters as ShapeDtypeStructs.
+    encode, init_cache, decode_step: T5 only, decoding token by token; see t5.py. (params, batch) ->
+      encoded; (encoded, length) -> cache; (params, encoded, cache, ids (B,), position ()) ->
+      (logits (B, V), cache).
+    features: ViT only, (params, batch) -> (B, D), at least float32: what the head reads.
   """
   config: Config
   init: Callable[[jax.Array], dict]
   apply: Callable[..., tuple[jax.Array, dict]]
   shapes: dict[str, Any]
+  encode: Callable[[dict, dict], Any] | None = None
+  init_cache: Callable[[Any, int], dict] | None = None
+  decode_step: Callable[..., tuple[jax.Array, dict]] | None = None
+  features: Callable[[dict, dict], jax.Array] | None = None
 
   def rows_per_group(self, encoder_length: int = 0, decoder_length: int = 0) -> int:
     """See `rows_per_group`."""
@@ -58,8 +67,20 @@ def build(config: Config) -> Model:
       keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch['index'])
     return nnx.merge(graphdef, params)(batch, train=train, keys=keys)
 
+  def method(name):
+    return lambda params, *args: getattr(nnx.merge(graphdef, params), name)(*args)
+
+  def features(params, batch):
+    x, _ = nnx.merge(graphdef, params).features(batch, train=False, keys=None)
+    return x.astype(at_least_float32(x.dtype))
+
   graphdef, shapes = nnx.eval_shape(split, jax.random.key(0))
-  return Model(config, init, apply, nnx.to_pure_dict(shapes))
+  if config.family == 't5':
+    more = {'encode': method('encode'), 'decode_step': method('decode_step'),
+            'init_cache': init_cache}
+  else:
+    more = {'features': features}
+  return Model(config, init, apply, nnx.to_pure_dict(shapes), **more)
 
 
 class _InitKeys:

@@ -36,13 +36,17 @@ class Attention(nnx.Module):
     self.factor = head_dim ** -0.5 if scaled else 1.0
     self.dropout_rate = dropout_rate
 
-  def __call__(self, x: jax.Array, source: jax.Array, bias: jax.Array | None,
+  def project(self, source: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of source (B, M, D): two arrays (B, M, H, K)."""
+    return self._heads(self.k(source)), self._heads(self.v(source))
+
+  def __call__(self, x: jax.Array, source: tuple[jax.Array, jax.Array], bias: jax.Array | None,
                mask: jax.Array | None, keys: jax.Array | None) -> jax.Array:
-    """Attends from x to source.
+    """Attends from x to a source.
 
     Args:
-      x: (B, L, D) queries.
-      source: (B, M, D) keys and values; x itself for self-attention.
+      x: (B, L, D) from which the queries are made.
+      source: keys and values (B, M, H, K), as from `project`, perhaps kept from earlier steps.
       bias: (1, H, L, M) added to the logits, or None.
       mask: broadcastable to (B, H, L, M) bool, False where not to look; or None.
       keys: (B,) for dropout on the probabilities, or None.
@@ -50,8 +54,7 @@ class Attention(nnx.Module):
     Returns:
       (B, L, D) in x's dtype.
     """
-    heads = lambda y: y.reshape(*y.shape[:2], self.num_heads, -1)   # (B, L, H, K)
-    q, k, v = heads(self.q(x) * self.factor), heads(self.k(source)), heads(self.v(source))
+    q, (k, v) = self._heads(self.q(x) * self.factor), source        # (B, L, H, K)
     logits = jnp.einsum('BLHK,BMHK->BHLM', q, k,
                         preferred_element_type=layers.at_least_float32(x.dtype))
     if bias is not None:
@@ -61,6 +64,10 @@ class Attention(nnx.Module):
     probs = jax.nn.softmax(logits, axis=-1).astype(x.dtype)         # (B, H, L, M)
     out = jnp.einsum('BHLM,BMHK->BLHK', layers.dropout(probs, self.dropout_rate, keys), v)
     return self.o(out.reshape(*x.shape[:2], -1))
+
+  def _heads(self, y: jax.Array) -> jax.Array:
+    """(B, L, H*K) -> (B, L, H, K)."""
+    return y.reshape(*y.shape[:2], self.num_heads, -1)
 
 
 class RelativeBias(nnx.Module):
@@ -77,11 +84,19 @@ class RelativeBias(nnx.Module):
 
   def __call__(self, L: int, M: int, dtype) -> jax.Array:
     """(1, H, L, M): entry (i, j) is the bias of key position j seen from query position i."""
-    distance = np.arange(1 - L, M)                                  # key minus query: L+M-1 values
+    return _toeplitz(self._by_distance(L, M, dtype), L, M)[None]
+
+  def row(self, position: jax.Array, M: int, dtype) -> jax.Array:
+    """(1, H, 1, M): what the query at `position`, a traced scalar in [0, M), sees of M keys."""
+    by_distance = self._by_distance(M, M, dtype)                    # (H, 2M-1)
+    return jax.lax.dynamic_slice_in_dim(by_distance, M - 1 - position, M, axis=1)[None, :, None]
+
+  def _by_distance(self, L: int, M: int, dtype) -> jax.Array:
+    """(H, L+M-1): the bias of each key position minus query position, from 1 - L on."""
+    distance = np.arange(1 - L, M)
     buckets = relative_buckets(distance, self.num_buckets, self.max_distance, self.bidirectional)
     one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=dtype)
-    by_distance = (one_hot @ self.embedding[...].astype(dtype)).T   # (H, L+M-1)
-    return _toeplitz(by_distance, L, M)[None]
+    return (one_hot @ self.embedding[...].astype(dtype)).T
 
 
 def relative_buckets(distance: np.ndarray, num_buckets: int, max_distance: int,

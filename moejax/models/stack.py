@@ -1,11 +1,13 @@
 """Transformer blocks, dense or sparse, and stacks of them: the trunk of T5's two halves and of ViT.
 
-Dimensions: B batch, L length (queries), M length (cross-attended source), D model, H heads.
+Dimensions: B batch, L length (queries), M length (keys), D model, H heads, K head
+width.
 """
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moejax.models import attention, layers
@@ -79,16 +81,28 @@ class Block(nnx.Module):
       self.mlp = spec.make_mlp(rngs)
     self.dropout_rate = spec.dropout_rate
 
-  def __call__(self, x, *, bias, mask, source, source_mask, token_mask, train, keys):
-    """x (B, L, D) -> (x (B, L, D), aux of the MoE layer, or None).
+  def __call__(self, x, *, bias, mask, source, source_mask, token_mask, train, keys,
+               cache=None, position=None):
+    """x (B, L, D) -> (x (B, L, D), aux of the MoE layer, or None, new cache).
 
-    keys are PLACES arrays (B,), or None for each; the other arguments are Stack's.
+    Args:
+      keys: PLACES arrays (B,), or None for each.
+      source: keys and values (B, M, H, K) to cross-attend to, or None.
+      cache: keys and values (B, Lmax, H, K) of earlier tokens, among which those of x are written
+        at `position`; None: x is all there is.
+      (The others are Stack's.)
+
+    The new cache is what x attended to: keys and values of the whole sequence.
     """
     inside, after, cross_inside, cross_after, mlp_inside, mlp_after = keys
     add = lambda x, y, keys: x + layers.dropout(y, self.dropout_rate, keys)
     with jax.named_scope('attention'):
       h = self.attention_norm(x)
-      x = add(x, self.attention(h, h, bias, mask, inside), after)
+      kept = self.attention.project(h)
+      if cache is not None:
+        kept = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
+                     for old, new in zip(cache, kept))
+      x = add(x, self.attention(h, kept, bias, mask, inside), after)
     if self.cross:
       with jax.named_scope('cross_attention'):
         h = self.cross_attention_norm(x)
@@ -97,10 +111,10 @@ class Block(nnx.Module):
     with jax.named_scope('moe' if self.sparse else 'mlp'):
       h = self.mlp_norm(x)
       if self.sparse:
-        h, aux = self.moe(h, token_mask, train=train, keys=mlp_inside)
+        h, aux = self.moe(h, token_mask, train=train, keys=mlp_inside, no_drop=cache is not None)
       else:
         h = self.mlp(h, mlp_inside)
-      return add(x, h, mlp_after), aux
+      return add(x, h, mlp_after), aux, kept
 
 
 def _make_moe(spec: BlockSpec, moe: MoEConfig, num_experts: int, rngs: nnx.Rngs) -> MoELayer:
@@ -133,7 +147,7 @@ class Stack(nnx.Module):
     self.dropout_rate = spec.dropout_rate
 
   def __call__(self, x: jax.Array, *, mask: jax.Array | None, token_mask: jax.Array, train: bool,
-               keys: jax.Array | None, source: jax.Array | None = None,
+               keys: jax.Array | None, source: dict | None = None,
                source_mask: jax.Array | None = None) -> tuple[jax.Array, dict]:
     """Runs the blocks.
 
@@ -143,7 +157,7 @@ class Stack(nnx.Module):
       token_mask: (B, L) bool, False at tokens that routers must treat as padding.
       train: chooses the routers' capacity factor.
       keys: (B,) jax keys, one per example; None: no dropout.
-      source: (B, M, D) sequence to cross-attend to.
+      source: what to cross-attend to, as from `project`.
       source_mask: (B, 1, 1, M) bool, False at its padding.
 
     Returns:
@@ -157,8 +171,44 @@ class Stack(nnx.Module):
     auxes = {}
     for i, (name, block) in enumerate(self.layers.items()):
       with jax.named_scope(name):
-        x, aux = block(x, bias=bias, mask=mask, source=source, source_mask=source_mask,
-                       token_mask=token_mask, train=train, keys=keys[PLACES * i:PLACES * (i + 1)])
+        x, aux, _ = block(
+            x, bias=bias, mask=mask, source=source and source[name], source_mask=source_mask,
+            token_mask=token_mask, train=train, keys=keys[PLACES * i:PLACES * (i + 1)])
       if aux is not None:
         auxes[f'layers/{name}'] = aux
     return self.final_norm(x), auxes
+
+  def project(self, source: jax.Array) -> dict:
+    """Keys and values of a sequence (B, M, D) in each block's cross-attention.
+
+    Returns:
+      {'00': (keys, values)}, each (B, M, H, K).
+    """
+    return {name: block.cross_attention.project(source) for name, block in self.layers.items()}
+
+  def step(self, x: jax.Array, *, cache: dict, position: jax.Array, source: dict,
+           source_mask: jax.Array) -> tuple[jax.Array, dict]:
+    """Runs the blocks on one token of each sequence: what __call__ gives at that position.
+
+    MoE layers drop nothing, so that a token's output depends on no other.
+
+    Args:
+      x: (B, 1, D) embeddings.
+      cache: {'00': (keys, values)}, each (B, Lmax, H, K), filled in before `position`.
+      position: int scalar in [0, Lmax), the same for all sequences.
+      source, source_mask: as in __call__.
+
+    Returns:
+      (B, 1, D) after the final norm, and the cache with `position` filled in.
+    """
+    M = jax.tree.leaves(cache)[0].shape[1]
+    bias = self.relative_bias.row(position, M, layers.at_least_float32(x.dtype))
+    mask = jnp.arange(M) <= position                                  # what comes later is empty
+    kept = {}
+    for name, block in self.layers.items():
+      with jax.named_scope(name):
+        x, _, kept[name] = block(
+            x, bias=bias, mask=mask, source=source[name], source_mask=source_mask,
+            token_mask=jnp.ones(x.shape[:2], bool), train=False, keys=[None] * PLACES,
+            cache=cache[name], position=position)
+    return self.final_norm(x), kept

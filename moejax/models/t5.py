@@ -4,10 +4,12 @@ v1.1 differs from the paper's T5 in the gated MLP (Shazeer 2020) and the untied 
 logits are not scaled, nothing has a bias, and dropout comes after the embedding, on attention
 probabilities, on hidden MLP activations, on sublayer outputs and after the final norms.
 
-Dimensions: B batch, L length, D model, H heads, V vocabulary.
+Dimensions: B batch, L length (queries), M length (keys), D model, H heads, K head width,
+V vocabulary.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from moejax.models import attention, layers
 from moejax.models.stack import BlockSpec, Stack
 from moejax.moe.layer import MoEConfig
 
-PAD = 0
+PAD, EOS = 0, 1   # PAD also starts every decoder input
 NORM_EPS = 1e-6
 DTYPES = ('float32', 'bfloat16', 'float64')
 
@@ -71,6 +73,8 @@ class T5Config:
     if self.sparse_layers('decoder'):
       check(self.decoder_moe.router != 'expert_choice', 'model.decoder_moe.router', 'expert_choice',
             'top_k', 'Expert choice lets a token see the tokens after it, so it cannot decode.')
+      check(not self.decoder_moe.batch_priority, 'model.decoder_moe.batch_priority', True, 'False',
+            'A token would be dropped because of the tokens after it.')
 
   def sparse_layers(self, stack: str) -> dict[int, int]:
     """{block number: number of experts} of the 'encoder' or the 'decoder'."""
@@ -101,6 +105,27 @@ def config(size: str, **changes) -> T5Config:
   return T5Config(**(SIZES[size] | changes))
 
 
+class Encoded(NamedTuple):
+  """What decoding needs of the sources.
+
+  Attributes:
+    source: {'00': (keys, values)}, each (B, M, H, K): of each decoder block's cross-attention.
+    mask: (B, 1, 1, M) bool, False at padding.
+  """
+  source: dict
+  mask: jax.Array
+
+
+def init_cache(encoded: Encoded, length: int) -> dict:
+  """The cache of T5.decode_step before its first step.
+
+  Returns:
+    {'00': (keys, values)}, each (B, length, H, K) zeros of the compute dtype.
+  """
+  empty = lambda x: jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype)
+  return jax.tree.map(empty, encoded.source)
+
+
 class T5(nnx.Module):
   """Parameters token_embed, encoder, decoder, head."""
 
@@ -126,25 +151,57 @@ class T5(nnx.Module):
     Returns:
       logits (B, L', V), at least float32, and {'encoder/layers/01': aux of that MoE layer}.
     """
-    tokens = batch['encoder_input'] != PAD                           # (B, L)
-    source_mask = tokens[:, None, None, :]
-    encoder_keys, encoded_keys, decoder_keys, decoded_keys = layers.split(keys, 4)
-    with jax.named_scope('encoder'):
-      x = self.token_embed(batch['encoder_input'], self.dtype)
-      encoded, encoder_aux = self.encoder(
-          x, mask=source_mask, token_mask=tokens, train=train, keys=encoder_keys)
-      encoded = layers.dropout(encoded, self.dropout_rate, encoded_keys)
+    *encoder_keys, decoder_keys, decoded_keys = layers.split(keys, 4)
+    encoded, encoder_aux = self._encode(batch['encoder_input'], train, encoder_keys)
     with jax.named_scope('decoder'):
       x = self.token_embed(batch['decoder_input'], self.dtype)
       causal = jnp.tri(x.shape[1], dtype=bool)                       # (L', L')
       x, decoder_aux = self.decoder(
           x, mask=causal, token_mask=batch['weight'] > 0, train=train, keys=decoder_keys,
-          source=encoded, source_mask=source_mask)
+          source=encoded.source, source_mask=encoded.mask)
       x = layers.dropout(x, self.dropout_rate, decoded_keys)
-    with jax.named_scope('head'):
-      logits = self.head(x, layers.at_least_float32(self.dtype))
+    logits = self._logits(x)
     aux = {f'encoder/{path}': value for path, value in encoder_aux.items()}
     return logits, aux | {f'decoder/{path}': value for path, value in decoder_aux.items()}
+
+  def encode(self, batch: dict) -> Encoded:
+    """Runs the encoder in evaluation on 'encoder_input' (B, M)."""
+    return self._encode(batch['encoder_input'], False, [None, None])[0]
+
+  def decode_step(self, encoded: Encoded, cache: dict, ids: jax.Array,
+                  position: jax.Array) -> tuple[jax.Array, dict]:
+    """One token of each sequence: the logits that __call__ gives there when no MoE layer drops.
+
+    Args:
+      encoded: the sources.
+      cache: keys and values of the tokens at 0 to position - 1.
+      ids: (B,) int, the decoder's input at `position`.
+      position: int scalar in [0, length of the cache).
+
+    Returns:
+      logits (B, V) of the next token, at least float32, and the cache with `position` filled in.
+    """
+    with jax.named_scope('decoder'):
+      x = self.token_embed(ids[:, None], self.dtype)                 # (B, 1, D)
+      x, cache = self.decoder.step(x, cache=cache, position=position, source=encoded.source,
+                                   source_mask=encoded.mask)
+    return self._logits(x)[:, 0], cache
+
+  def _encode(self, ids, train, keys) -> tuple[Encoded, dict]:
+    """ids (B, M) -> what the decoder needs of them, and the encoder's aux."""
+    inside_keys, after_keys = keys
+    tokens = ids != PAD
+    mask = tokens[:, None, None, :]
+    with jax.named_scope('encoder'):
+      x = self.token_embed(ids, self.dtype)
+      x, aux = self.encoder(x, mask=mask, token_mask=tokens, train=train, keys=inside_keys)
+      x = layers.dropout(x, self.dropout_rate, after_keys)
+    with jax.named_scope('decoder'):
+      return Encoded(self.decoder.project(x), mask), aux
+
+  def _logits(self, x: jax.Array) -> jax.Array:
+    with jax.named_scope('head'):
+      return self.head(x, layers.at_least_float32(self.dtype))
 
 
 def _stack(config: T5Config, name: str, rngs: nnx.Rngs) -> Stack:

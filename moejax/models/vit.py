@@ -137,6 +137,13 @@ class ViT(nnx.Module):
     Returns:
       logits (B, classes), at least float32, and {'encoder/layers/01': aux of that MoE layer}.
     """
+    pooled, aux = self.features(batch, train=train, keys=keys)
+    with jax.named_scope('head'):
+      return self.head(pooled, layers.at_least_float32(self.dtype)), aux
+
+  def features(self, batch: dict, *, train: bool,
+               keys: jax.Array | None) -> tuple[jax.Array, dict]:
+    """What the head reads, (B, D) in the compute dtype, and aux; arguments as in __call__."""
     with jax.named_scope('patch_embed'):
       x = layers.patches(batch['image'].astype(self.dtype), self.patch_size)
       x = self.patch_embed(x)                                        # (B, L, D)
@@ -148,7 +155,5 @@ class ViT(nnx.Module):
     with jax.named_scope('encoder'):
       real = jnp.broadcast_to(batch['weight'][:, None] > 0, x.shape[:2])
       x, aux = self.encoder(x, mask=None, token_mask=real, train=train, keys=keys)
-    with jax.named_scope('head'):
       pooled = x[:, 0] if self.pool == 'cls' else x.mean(axis=1)     # (B, D)
-      logits = self.head(pooled, layers.at_least_float32(self.dtype))
-    return logits, {f'encoder/{path}': value for path, value in aux.items()}
+    return pooled, {f'encoder/{path}': value for path, value in aux.items()}

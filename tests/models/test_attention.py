@@ -37,14 +37,14 @@ def test_attention_head_by_head(scaled):
     probs = np.exp(logits) * mask
     heads.append(probs / probs.sum(-1, keepdims=True) @ v)
   wanted = np.concatenate(heads, -1) @ layer.o.kernel[...] + layer.o.bias[...]
-  found = layer(x[None], source[None], bias[None], mask, None)[0]
+  found = layer(x[None], layer.project(source[None]), bias[None], mask, None)[0]
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_to_nothing_is_finite():
   """A filler example is padding throughout; NaN in its row would reach every gradient."""
   layer, x = make_attention(False), normal(1, 3, 6)
-  run = lambda x: layer(x, x, None, jnp.zeros((1, 1, 1, 3), bool), None).sum()
+  run = lambda x: layer(x, layer.project(x), None, jnp.zeros((1, 1, 1, 3), bool), None).sum()
   value, grad = jax.jit(jax.value_and_grad(run))(x)
   assert np.isfinite(value) and np.isfinite(grad).all()
 
@@ -58,6 +58,15 @@ def test_relative_bias_is_its_table_looked_up_by_bucket(L, M, bidirectional):
   table = np.asarray(bias.embedding[...])
   wanted = table[attention.relative_buckets(distance, 8, 6, bidirectional)].transpose(2, 0, 1)
   np.testing.assert_array_equal(found, wanted[None])
+
+
+@pytest.mark.parametrize('bidirectional', [True, False])
+def test_row_is_that_of_the_whole_bias(bidirectional):
+  bias = attention.RelativeBias(8, 4 + 2, 3, bidirectional=bidirectional, rngs=RNGS())
+  row = jax.jit(lambda position: bias.row(position, 9, jnp.float32))
+  whole = bias(9, 9, jnp.float32)
+  for position in range(9):
+    np.testing.assert_array_equal(row(position), whole[:, :, position:position + 1])
 
 
 def test_relative_buckets_by_hand():

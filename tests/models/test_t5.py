@@ -150,6 +150,8 @@ def test_bfloat16_is_near_float32_and_gives_float32():
 @pytest.mark.parametrize('change, message', [
     ({'decoder_moe': MoEConfig(layers='1')},
      r"model\.decoder_moe\.router: got 'expert_choice'.*top_k"),
+    ({'decoder_moe': MoEConfig(layers='1', router='top_k', batch_priority=True)},
+     r'model\.decoder_moe\.batch_priority: got True'),
     ({'encoder_moe': MoEConfig(layers='2')}, r'model\.encoder_moe\.layers'),
     ({'dtype': 'float23'}, r"model\.dtype: got 'float23'.*Did you mean 'float32'"),
     ({'d_kv': 0}, r'model\.d_kv: got 0'),
