@@ -101,6 +101,10 @@ class _Step:
   target: str
   how: Transform
 
+  @property
+  def needs_fresh(self) -> bool:
+    return bool(self.target) and (self.how.with_fresh or not self.sources)
+
 
 def copy(source: str, target: str | tuple[str, ...] = r'\g<0>') -> Rule:
   """The leaf as it is, by default under the same path; or under several."""
@@ -180,7 +184,7 @@ def apply(rules: Iterable[Rule], source_shapes: Mapping[str, Any], target_shapes
     read_once = [_check_read(p, read(p), source_shapes[p]) for p in steps[0].sources]
     for step in steps:
       like, arrays = target_shapes[step.target], read_once
-      if step.how.with_fresh or not step.sources:
+      if step.needs_fresh:
         arrays = [*arrays, _check_read(step.target, make_fresh(step.target), like)]
       target[step.target] = place(step.target, _maker(step.how, arrays, like), tuple(like.shape),
                                   like.dtype)

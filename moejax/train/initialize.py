@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax import trees
 from moejax.checkpoints import native
 from moejax.config import check, check_choice, fail
-from moejax.surgery import rules, upcycle
+from moejax.surgery import depth_tile, expert_init, rules, upcycle
 from moejax.surgery.receipt import Receipt
 from moejax.train import optimizer
 from moejax.train.step import TrainState
@@ -24,7 +25,13 @@ from moejax.train.step import TrainState
 if TYPE_CHECKING:
   from moejax.train.settings import RunConfig
 
-MODES = ('scratch', 'continue', 'upcycle')
+MODES = ('scratch', 'continue', 'upcycle', 'depth_tile')
+
+
+# Settings that mean nothing to the other modes: a value other than the default is a mistake there.
+USED_BY = {key: ('upcycle',) for key in ('experts', 'copied_experts', 'noise_std',
+                                         'reinit_fraction', 'scaling')}
+USED_BY |= {'tiling': ('depth_tile',), 'new_head': ('continue', 'upcycle')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,22 +39,53 @@ class InitConfig:
   """Start of a run.
 
   Attributes:
-    mode: 'scratch'; 'continue' a parent of the same model; 'upcycle' a dense (or less sparse) one.
+    mode: 'scratch'; 'continue' a parent of the same model; 'upcycle' one of the same depth and
+      width in which other layers are sparse, or none; 'depth_tile' one with fewer blocks.
     parent: workdir of the parent run.
     step: which of its checkpoints; -1 is its trunk, the last step before its cooldown.
-    optimizer: 'carry' the parent's optimizer slots (tiled over experts) or 'reset' them to zero.
+    optimizer: 'carry' the parent's optimizer slots as far as they mean something for the new leaves
+      (which of these start from zero instead: see moejax.surgery.expert_init, upcycle), or 'reset'
+      all of them to zero.
+    experts: 'upcycle': new experts are each a 'copy' of the MLP, all fresh ('random'), copies of it
+      in a 'subset', copies with 'noise', or copies with some hidden units drawn anew ('drop').
+    copied_experts: 'subset': how many are copies.
+    noise_std: 'noise': of each leaf, relative to the standard deviation of its entries.
+    reinit_fraction: 'drop': r, of the hidden units.
+    scaling: 'upcycle' by copies whose weights do not sum to 1, or that are granular: 'none', or
+      scale wo ('output') or the matrices alike ('all') so that the layer starts as the MLP did.
+    tiling: 'depth_tile': repeat the whole 'stack' (A B A B) or each 'layer' (A A B B).
+    new_head: leave the parent's head and start a fresh one, as for fine-tuning on another task.
   """
   mode: str = 'scratch'
   parent: str = ''
   step: int = -1
   optimizer: str = 'carry'
+  experts: str = 'copy'
+  copied_experts: int = 0
+  noise_std: float = 0.0
+  reinit_fraction: float = 0.5
+  scaling: str = 'none'
+  tiling: str = 'stack'
+  new_head: bool = False
 
   def __post_init__(self):
     check_choice('config.init.mode', self.mode, MODES)
     check_choice('config.init.optimizer', self.optimizer, ('carry', 'reset'))
     check(bool(self.parent) == (self.mode != 'scratch'), 'config.init.parent', self.parent,
-          'the workdir of a finished run for continue and upcycle, empty for scratch',
+          'empty for scratch, otherwise the workdir of a finished run',
           'Set --config.init.parent=DIR, or --config.init.mode.')
+    check_choice('config.init.tiling', self.tiling, depth_tile.TILINGS)
+    _expert_init(self)
+    for key, modes in USED_BY.items():
+      value, default = getattr(self, key), InitConfig.__dataclass_fields__[key].default
+      check(self.mode in modes or value == default, f'config.init.{key}', value,
+            f'{default!r} with mode={self.mode!r}', f'It is a setting of {" and ".join(modes)}.')
+
+  @property
+  def settings(self) -> dict:
+    """Every setting, for the receipt; those that this mode does not use are left out."""
+    return {key: value for key, value in dataclasses.asdict(self).items()
+            if self.mode in USED_BY.get(key, MODES)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +141,8 @@ def first_state(config: 'RunConfig', model, parallel, parent: Parent | None
   else:
     target = state_shapes(config, model, parallel)
     target = {'params': target.params, 'opt_state': target.opt_state}
-    tree, receipt = _from_parent(config.init, target, parent, lambda paths: _some_params(
-        model, param_key, paths))
+    tree, receipt = _from_parent(config, target, parent, lambda paths: _some_params(
+        model, param_key, paths, parallel))
     step = parent.reader.step
   put = lambda x: jax.device_put(x, parallel.replicated())
   state = TrainState(put(jnp.int32(step)), tree['params'], tree['opt_state'],
@@ -117,30 +155,90 @@ def _params_and_slots(model, config, key) -> dict:
   return {'params': params, 'opt_state': optimizer.init(config, params)}
 
 
-def _some_params(model, key, paths) -> dict:
-  """The leaves 'params/...' at `paths` of a fresh model, computing no others."""
-  pick = lambda key: {p: leaf for p, leaf in trees.flatten({'params': model.init(key)}).items()
-                      if p in paths}
-  return jax.device_get(jax.jit(pick)(key))
+def _some_params(model, key, paths, parallel) -> dict:
+  """The leaves 'params/...' at `paths` of a fresh model, computing no others.
+
+  Experts, which may be most of a model, come as the devices hold them; the rest as numpy arrays.
+  """
+  def pick(wanted):
+    def init(key):
+      params = trees.flatten({'params': model.init(key)})
+      return trees.unflatten({p: params[p] for p in wanted})
+    return init
+  experts = {p for p in paths if '/experts/' in p}
+  held = trees.flatten(parallel.init(pick(experts), key)) if experts else {}
+  rest = jax.device_get(jax.jit(pick(paths - experts))(key))
+  return {p: _OnDevices(leaf) for p, leaf in held.items()} | trees.flatten(rest)
 
 
-def _from_parent(config: InitConfig, target: dict, parent: Parent, fresh_params):
+@dataclasses.dataclass(frozen=True)
+class _OnDevices:
+  """An array of which each device's slice can be had, and no other."""
+  array: jax.Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.array.shape
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.array.dtype
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    return next(np.asarray(shard.data) for shard in self.array.addressable_shards
+                if shard.index == index)
+
+
+def _expert_init(config: InitConfig, run: 'RunConfig | None' = None) -> expert_init.ExpertInit:
+  """The surgery's settings for new experts; without a run only to be checked. ConfigError."""
+  own = {key: getattr(config, key) for key in ('experts', 'copied_experts', 'noise_std',
+                                               'reinit_fraction', 'scaling')}
+  if run is None:
+    return expert_init.ExpertInit(**own)
+  model = run.model
+  moes = {'encoder': model.moe} if model.family == 'vit' else {
+      'encoder': model.encoder_moe, 'decoder': model.decoder_moe}
+  gates = {stack: gate for stack, moe in moes.items() if (gate := _gate(moe))}
+  return expert_init.ExpertInit(**own, seed=run.seed, gates=gates,
+                                squared=model.activation == 'squared_relu')
+
+
+def _gate(moe) -> expert_init.Gate | None:
+  """What a token's weights sum to at step 0; None for routers that promise nothing."""
+  if moe.router == 'expert_choice':
+    return expert_init.Gate(moe.capacity_factor, False, 'softmax', moe.renormalize)
+  if moe.router == 'top_k':
+    return expert_init.Gate(moe.k, True, moe.score, moe.renormalize, moe.weight_scale)
+  return None
+
+
+def _table(config: 'RunConfig', source: dict, shapes: dict) -> list[rules.Rule]:
+  """The rules of the run's kind of surgery."""
+  init = config.init
+  if init.mode == 'depth_tile':
+    return upcycle.depth_tile_rules(source, shapes, init.optimizer, init.tiling)
+  if init.mode == 'continue':
+    return upcycle.continue_rules(source, shapes, init.optimizer, new_head=init.new_head)
+  return upcycle.upcycle_rules(source, shapes, init.optimizer, _expert_init(init, config),
+                               new_head=init.new_head)
+
+
+def _from_parent(config: 'RunConfig', target: dict, parent: Parent, fresh_params):
   """Surgery, leaf by leaf, straight into the target's shardings."""
   source = {p: s for p, s in parent.reader.shapes.items()
             if p.startswith(('params/', 'opt_state/'))}
   shapes = trees.flatten(target)
-  make_rules = upcycle.upcycle_rules if config.mode == 'upcycle' else upcycle.continue_rules
-  table = make_rules(source, shapes, optimizer=config.optimizer)
+  table = _table(config, source, shapes)
   fresh = fresh_params({s.target for s in rules.plan(table, source, shapes)
-                        if s.rule.kind == 'fresh' and s.target.startswith('params/')})
+                        if s.needs_fresh and s.target.startswith('params/')})
   place = lambda path, make, shape, dtype: jax.make_array_from_callback(
       shape, shapes[path].sharding, make)
   flat, entries = rules.apply(
       table, source, shapes, read=parent.reader.read,
       make_fresh=upcycle.fresh_values(shapes, fresh.__getitem__), place=place)
   tree = trees.map_with_path(lambda path, _: flat[path], target)
-  return tree, Receipt.of(entries, mode=config.mode, parent=config.parent,
-                          step=parent.reader.step, optimizer=config.optimizer)
+  about = config.init.settings | {'seed': config.seed, 'step': parent.reader.step}
+  return tree, Receipt.of(entries, **about)
 
 
 def parent_params(parent: Parent, model, parallel) -> dict:
