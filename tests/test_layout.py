@@ -17,7 +17,7 @@ ORDER = [
     ['moe', 'models.layers'],
     ['models'],
     ['tasks'],
-    ['evaluate'],
+    ['evaluate', 'decoding'],
     ['train'],
     ['main'],
 ]
