@@ -1,14 +1,43 @@
-"""Run configs: one file is one run, get_config(arg) its ConfigDict; ':runlocal' makes it tiny."""
+"""Run configs: one file is one run, get_config(arg) its ConfigDict.
+
+The argument after the file's name, as in --config=configs/vit_glyphs_upcycled.py:switch,runlocal,
+holds words: 'runlocal' makes any run tiny; in a sparse config the name of a preset (moe/presets.py)
+replaces its routing.
+"""
 
 from ml_collections import ConfigDict
 
-from moejax.config import check_choice
+from moejax import config as config_lib
+from moejax.config import check, check_choice
+from moejax.moe import presets
+
+SIZES = ('layers', 'num_experts', 'experts_per_layer', 'group_size')   # a config's, not a preset's
 
 
 def is_runlocal(arg: str | None) -> bool:
-  """True for ':runlocal'. Raises ConfigError on any other argument but none."""
-  check_choice('config argument', arg or 'runlocal', ['runlocal'])
-  return arg == 'runlocal'
+  """Whether 'runlocal' is among the words of a config's argument."""
+  return 'runlocal' in words(arg)
+
+
+def words(arg: str | None, presets_too: bool = True) -> list[str]:
+  """The words of a config's argument, at most one of them a preset. ConfigError on any other."""
+  found = [word.strip() for word in arg.split(',')] if arg else []
+  for word in found:
+    check_choice('config argument', word, ['runlocal', *(presets.BY_NAME if presets_too else ())])
+  names = [word for word in found if word != 'runlocal']
+  check(len(names) <= 1, 'config argument', arg, 'one preset', 'Drop the others.')
+  return found
+
+
+def preset(arg: str | None) -> str | None:
+  """The preset named in a config's argument, or None."""
+  return next((word for word in words(arg) if word != 'runlocal'), None)
+
+
+def set_moe(moe: ConfigDict, name: str) -> None:
+  """Makes `moe`, an MoEConfig as ConfigDict, the preset's in all but SIZES."""
+  sizes = {key: moe[key] for key in SIZES}
+  moe.update(config_lib.as_config_dict(presets.preset(name, **sizes)))
 
 
 def shrink(config: ConfigDict) -> None:

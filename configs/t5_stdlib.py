@@ -4,7 +4,7 @@ The size is one that 2 CPU cores train in minutes. The trunk (before cooldown) i
 t5_stdlib_upcycled.py starts from.
 """
 
-from configs import is_runlocal, shrink
+from configs import shrink, words
 from moejax.models import t5
 from moejax.train import settings
 
@@ -29,6 +29,6 @@ def get_config(arg=None):
   config.schedule.cooldown_steps = 1_920
   config.schedule.cooldown_to = 0.02
 
-  if is_runlocal(arg):
+  if words(arg, presets_too=False):
     shrink(config)
   return config

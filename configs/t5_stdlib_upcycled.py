@@ -3,14 +3,16 @@
 As the paper does for language (Komatsuzaki et al. 2023): every second layer sparse, expert choice
 with C = 2 in the encoder, top-2 with load-balance loss in the decoder, weights not renormalised,
 optimizer state not carried over. The paper's loss weight 0.01 is flaxformer's, whose fractions of
-assignments sum to k = 2; here they sum to 1, hence 0.02.
+assignments sum to k = 2; here they sum to 1, hence 0.02. An argument such as :switch or :mixtral
+replaces the routing of both stacks by that preset's; expert choice stays out of the decoder.
 """
 
-from configs import is_runlocal, t5_stdlib
+from configs import is_runlocal, preset, set_moe, t5_stdlib
+from moejax.moe import presets
 
 
 def get_config(arg=None):
-  config = t5_stdlib.get_config(arg)
+  config = t5_stdlib.get_config('runlocal' if is_runlocal(arg) else None)
   config.init.mode = 'upcycle'
   config.init.parent = 'runs/t5_stdlib'
   config.init.optimizer = 'reset'
@@ -24,6 +26,10 @@ def get_config(arg=None):
   config.model.decoder_moe.router = 'top_k'
   config.model.decoder_moe.k = 2
   config.model.decoder_moe.balance_weight = 0.02
+  if preset(arg):
+    set_moe(config.model.encoder_moe, preset(arg))
+    if presets.preset(preset(arg)).causal:
+      set_moe(config.model.decoder_moe, preset(arg))
   if not is_runlocal(arg):
     config.steps = 4_800   # 20 % of the parent's
     config.eval_every = config.checkpoint_every = 800

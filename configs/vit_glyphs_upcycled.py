@@ -1,14 +1,15 @@
 """Upcycles a run of vit_glyphs.py: --config.init.parent=DIR names its workdir.
 
 As the paper does for vision (Komatsuzaki et al. 2023, B.6-B.7): expert choice with C = 2 in the
-last half of the blocks, weights renormalised, the optimizer's state carried over.
+last half of the blocks, weights renormalised, the optimizer's state carried over. An argument such
+as :switch or :vmoe replaces the routing by that preset's.
 """
 
-from configs import is_runlocal, vit_glyphs
+from configs import is_runlocal, preset, set_moe, vit_glyphs
 
 
 def get_config(arg=None):
-  config = vit_glyphs.get_config(arg)
+  config = vit_glyphs.get_config('runlocal' if is_runlocal(arg) else None)
   config.init.mode = 'upcycle'
   config.init.parent = 'runs/vit_glyphs'
   config.model.moe.layers = 'last_2'
@@ -17,6 +18,8 @@ def get_config(arg=None):
   config.model.moe.capacity_factor = config.model.moe.eval_capacity_factor = 2.0
   config.model.moe.renormalize = True
   config.model.moe.group_size = 64   # 4 images of 16 patches
+  if preset(arg):
+    set_moe(config.model.moe, preset(arg))
   if not is_runlocal(arg):
     config.steps = 4_800   # 20 % of the parent's
     config.eval_every = config.checkpoint_every = 800
