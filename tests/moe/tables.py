@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.moe import routing
+
 # One group of four tokens and three experts. Probabilities, token by token:
 #   t0  1 2 3 -> 1/6  1/3  1/2
 #   t1  4 1 1 -> 2/3  1/6  1/6
@@ -47,14 +49,22 @@ def assert_buffers(slots, expected, group=0):
       assert have[token] == pytest.approx(weight, rel=1e-6), (token, found)
 
 
+def token_routing(expert, weight, valid=None):
+  """TokenRouting of one group from (S, K) lists."""
+  expert = jnp.asarray([expert], jnp.int32)
+  valid = jnp.ones_like(expert, bool) if valid is None else jnp.asarray([valid])
+  return routing.TokenRouting(expert, jnp.where(valid, jnp.asarray([weight], jnp.float32), 0.0),
+                              valid)
+
+
 def choices(tokens, group=0):
-  """TokenRouting -> per token [(expert, weight), ...] in order of choice; None at padding."""
+  """TokenRouting -> per token [(expert, weight), ...] of the valid choices; None at padding."""
   expert, weight, valid = (np.asarray(a)[group] for a in
                            (tokens.expert, tokens.weight, tokens.valid))
   assert expert.dtype == np.int32 and weight.dtype == np.float32 and valid.dtype == bool
   assert (weight[~valid] == 0).all(), 'an invalid choice has a weight'
-  assert (valid.all(axis=1) | ~valid.any(axis=1)).all()
-  return [list(zip(e.tolist(), w.tolist(), strict=True)) if v.all() else None
+  assert (valid[:, :-1] >= valid[:, 1:]).all(), 'a valid choice comes after an invalid one'
+  return [list(zip(e[v].tolist(), w[v].tolist(), strict=True)) if v.any() else None
           for e, w, v in zip(expert, weight, valid, strict=True)]
 
 

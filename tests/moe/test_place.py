@@ -7,15 +7,7 @@ import pytest
 
 from moejax.moe import routing
 
-from .tables import ODDS, assert_buffers, buffers, logs, real
-
-
-def token_routing(expert, weight, valid=None):
-  """TokenRouting of one group from (S, K) lists."""
-  expert = jnp.asarray([expert], jnp.int32)
-  valid = jnp.ones_like(expert, bool) if valid is None else jnp.asarray([valid])
-  return routing.TokenRouting(expert, jnp.where(valid, jnp.asarray([weight], jnp.float32), 0.0),
-                              valid)
+from .tables import ODDS, assert_buffers, buffers, logs, real, token_routing
 
 
 def test_place_drops_the_later_tokens_however_sure_they_are():
@@ -61,41 +53,138 @@ def test_place_gives_padding_no_slot():
 def test_place_gradient_stops_at_dropped_choices_only():
   tokens = token_routing([[0], [0], [1], [0]], [[.1], [.2], [.3], [.9]])
 
-  def total(weight):
-    routed = routing.TokenRouting(tokens.expert, weight, tokens.valid)
-    return jnp.sum(routing.place(routed, 2, 2).weight)
+  def grad(order, prioritised):
+    def total(weight):
+      routed = routing.TokenRouting(tokens.expert, weight, tokens.valid)
+      priority = weight[..., 0] if prioritised else None
+      return jnp.sum(routing.place(routed, 2, 2, order=order, priority=priority).weight)
+    return np.asarray(jax.jit(jax.grad(total))(tokens.weight))[0, :, 0]
 
-  grad = jax.jit(jax.grad(total))(tokens.weight)
-  np.testing.assert_array_equal(np.asarray(grad)[0, :, 0], [1, 1, 1, 0])
+  for order in ('choice', 'token'):
+    np.testing.assert_array_equal(grad(order, prioritised=False), [1, 1, 1, 0])
+    np.testing.assert_array_equal(grad(order, prioritised=True), [0, 1, 1, 1])
 
 
-def place_naively(tokens, num_experts, capacity):
+# First choices e1 e1 e0 e0, second choices the other expert.
+TWO_EACH = [[1, 0], [1, 0], [0, 1], [0, 1]], [[.6, .4], [.7, .3], [.8, .2], [.9, .1]]
+
+
+def queues(slots, group=0):
+  """Per expert the tokens of its valid slots, in their order."""
+  return [index[valid].tolist() for index, valid in
+          zip(np.asarray(slots.index[group]), np.asarray(slots.valid[group]), strict=True)]
+
+
+@pytest.mark.parametrize('capacity, expected', [
+  (1, [[0], [0]]),                        # both choices of t0
+  (2, [[0, 1], [0, 1]]),
+  (3, [[0, 1, 2], [0, 1, 2]]),
+  (4, [[0, 1, 2, 3], [0, 1, 2, 3]]),
+])
+def test_place_token_by_token(capacity, expected):
+  slots = routing.place(token_routing(*TWO_EACH), 2, capacity, order='token')
+  assert queues(slots) == expected
+  weight = [{0: .4, 1: .3, 2: .8, 3: .9}, {0: .6, 1: .7, 2: .2, 3: .1}]
+  assert_buffers(slots, [{t: weight[e][t] for t in row} for e, row in enumerate(expected)])
+
+
+@pytest.mark.parametrize('order, capacity, expected', [
+  # First choices t3 t2 t1 t0, then second choices t3 t2 t1 t0.
+  ('choice', 1, [[3], [1]]),
+  ('choice', 3, [[3, 2, 1], [1, 0, 3]]),
+  ('choice', 4, [[3, 2, 1, 0], [1, 0, 3, 2]]),
+  # Both choices of t3, then of t2, ...
+  ('token', 1, [[3], [3]]),
+  ('token', 3, [[3, 2, 1], [3, 2, 1]]),
+])
+def test_place_by_priority(order, capacity, expected):
+  tokens = token_routing(*TWO_EACH)
+  priority = tokens.weight[..., 0]
+  slots = jax.jit(routing.place, static_argnums=(1, 2), static_argnames='order')(
+      tokens, 2, capacity, order=order, priority=priority)
+  assert queues(slots) == expected
+  weight = [{0: .4, 1: .3, 2: .8, 3: .9}, {0: .6, 1: .7, 2: .2, 3: .1}]
+  assert_buffers(slots, [{t: weight[e][t] for t in row} for e, row in enumerate(expected)])
+
+
+def test_place_by_priority_serves_ties_in_sequence():
+  tokens = token_routing([[0], [0], [0], [0]], [[.5], [.7], [.5], [.7]])
+  slots = routing.place(tokens, 1, 3, priority=tokens.weight[..., 0])
+  assert queues(slots) == [[1, 3, 0]]
+  same = routing.place(token_routing(*TWO_EACH), 2, 3, priority=jnp.ones((1, 4)))
+  jax.tree.map(np.testing.assert_array_equal, same, routing.place(token_routing(*TWO_EACH), 2, 3))
+
+
+@pytest.mark.parametrize('order', ['choice', 'token'])
+def test_a_choice_taken_back_takes_no_slot(order):
+  # t0's second choice, e0, is refused: its slot goes to the next in line.
+  valid = [[True, False], [True, True], [True, True], [True, False]]
+  slots = routing.place(token_routing(*TWO_EACH, valid), 2, 3, order=order)
+  # 'choice': e0 first t2 t3, then t1; e1 first t0 t1, then t2. 'token': t1 t2 t3; t0 t1 t2.
+  assert queues(slots) == [[2, 3, 1] if order == 'choice' else [1, 2, 3], [0, 1, 2]]
+  # A token without any valid choice is padding to everybody.
+  valid = [[False] * 2, [True, False], [True, False], [False] * 2]
+  slots = routing.place(token_routing(*TWO_EACH, valid), 2, 1, order=order,
+                        priority=jnp.asarray([[9., 1., 1., 9.]]))
+  assert_buffers(slots, [{2: .8}, {1: .7}])
+
+
+def test_a_misspelt_order_is_an_error():
+  with pytest.raises(KeyError, match='tokens'):
+    routing.place(token_routing(*TWO_EACH), 2, 3, order='tokens')
+
+
+def place_naively(tokens, num_experts, capacity, order='choice', priority=None):
   """Per group and expert {token: weight}, by the rule as it is written."""
   expert, weight, valid = (np.asarray(a) for a in (tokens.expert, tokens.weight, tokens.valid))
   G, S, K = expert.shape
   tables = [[{} for _ in range(num_experts)] for _ in range(G)]
   for g in range(G):
-    for k in range(K):
-      for s in range(S):
-        buffer = tables[g][expert[g, s, k]]
-        if valid[g, s, k] and len(buffer) < capacity:
-          buffer[s] = weight[g, s, k]
+    turn = range(S) if priority is None else sorted(range(S), key=lambda s: -priority[g, s])
+    line = ([(s, k) for k in range(K) for s in turn] if order == 'choice' else
+            [(s, k) for s in turn for k in range(K)])
+    for s, k in line:
+      buffer = tables[g][expert[g, s, k]]
+      if valid[g, s, k] and len(buffer) < capacity:
+        buffer[s] = weight[g, s, k]
   return tables
 
 
+@pytest.mark.parametrize('order', ['choice', 'token'])
+@pytest.mark.parametrize('prioritised', [False, True])
 @pytest.mark.parametrize('G, S, E, k, capacity', [
   (3, 9, 4, 2, 3), (2, 7, 5, 3, 1), (2, 8, 3, 3, 8), (1, 6, 1, 1, 4), (2, 1, 4, 2, 1),
   (2, 10, 2, 2, 5),
 ])
-def test_place_equals_the_naive_rule(G, S, E, k, capacity):
+def test_place_equals_the_naive_rule(G, S, E, k, capacity, prioritised, order):
   rng = np.random.default_rng(G * 100 + S)
   logits = jnp.asarray(rng.normal(size=(G, S, E)) * 2, jnp.float32)
   mask = jnp.asarray(rng.random((G, S)) < 0.8)
-  tokens = routing.top_k(logits, mask, k)
-  slots = jax.jit(routing.place, static_argnums=(1, 2))(tokens, E, capacity)
-  assert slots.index.shape == (G, E, capacity)
-  for group, expected in enumerate(place_naively(tokens, E, capacity)):
-    assert_buffers(slots, expected, group)
+  priority = rng.integers(0, 4, (G, S)).astype(np.float32) if prioritised else None   # with ties
+  place = jax.jit(routing.place, static_argnums=(1, 2), static_argnames='order')
+  for tokens in (routing.top_k(logits, mask, k), routing.top_p(logits, mask, 0.7, k)):
+    slots = place(tokens, E, capacity, order=order, priority=priority)
+    assert slots.index.shape == (G, E, capacity)
+    for group, expected in enumerate(place_naively(tokens, E, capacity, order, priority)):
+      assert_buffers(slots, expected, group)
+
+
+@pytest.mark.parametrize('order', ['choice', 'token'])
+def test_place_within_a_shard_equals_place_outside(order):
+  """Groups are routed inside shard_map, where not every jnp function works."""
+  rng = np.random.default_rng(4)
+  logits = jnp.asarray(rng.normal(size=(4, 9, 3)), jnp.float32)
+  mask = jnp.asarray(rng.random((4, 9)) < 0.8)
+  uniform = jnp.asarray(rng.random((4, 9)), jnp.float32)
+
+  def route(logits, mask, uniform):
+    tokens = routing.keep_second(routing.top_k(logits, mask, 2), uniform, 0.5)
+    return routing.place(tokens, 3, 4, order=order, priority=tokens.weight[..., 0])
+
+  mesh, groups = jax.sharding.Mesh(jax.devices()[:2], 'data'), jax.sharding.PartitionSpec('data')
+  sharded = jax.jit(jax.shard_map(route, mesh=mesh, in_specs=groups, out_specs=groups))
+  jax.tree.map(np.testing.assert_array_equal, sharded(logits, mask, uniform),
+               jax.jit(route)(logits, mask, uniform))
 
 
 def test_place_at_capacity_of_the_group_drops_nothing_and_cannot_see_later_tokens():
@@ -115,3 +204,30 @@ def test_place_with_binding_capacity_leaks_backwards():
   taken = token_routing([[1, 0], [0, 1]], [[.6, .4], [.7, .3]])
   assert buffers(routing.place(alone, 2, 1))[0].keys() == {0}
   assert buffers(routing.place(taken, 2, 1))[0].keys() == {1}
+
+
+def test_place_token_by_token_is_causal_under_any_capacity():
+  rng = np.random.default_rng(7)
+  logits = jnp.asarray(rng.normal(size=(1, 6, 3)), jnp.float32)
+  later = logits.at[:, 3:].set(jnp.asarray(rng.normal(size=(1, 3, 3)) * 5, jnp.float32))
+  place = lambda l, order: buffers(routing.place(routing.top_k(l, real(l), 2), 3, 2, order=order))
+  early = lambda tables: [{t: w for t, w in b.items() if t < 3} for b in tables]
+  assert early(place(logits, 'token')) == early(place(later, 'token'))
+  assert sum(map(len, early(place(logits, 'token')))) < 6   # and capacity did bind for them
+  assert early(place(logits, 'choice')) != early(place(later, 'choice'))
+
+
+@pytest.mark.parametrize('order', ['choice', 'token'])
+def test_permuting_experts_permutes_the_buffers(order):
+  rng = np.random.default_rng(9)
+  logits = jnp.asarray(rng.normal(size=(2, 8, 5)), jnp.float32)
+  permutation = np.array([3, 0, 4, 1, 2])
+
+  def route(logits):
+    tokens = routing.top_k(logits, real(logits), 2)
+    return routing.place(tokens, 5, 3, order=order, priority=tokens.weight[..., 0])
+
+  old, new = route(logits), route(logits[..., permutation])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:, permutation], b, rtol=1e-6),
+               jax.tree.map(lambda a: jnp.where(old.valid, a, 0), old),
+               jax.tree.map(lambda a: jnp.where(new.valid, a, 0), new))

@@ -1,4 +1,4 @@
-"""Routers against tables worked by hand: G groups, S group size, E experts, K selected, C capacity.
+"""Capacity, expert choice and what all routers share, against tables worked by hand.
 
 The logits are logs of small integers, so a token's probabilities are those integers over their sum.
 """
@@ -10,7 +10,7 @@ import pytest
 
 from moejax.moe import routing
 
-from .tables import ODDS, assert_buffers, assert_choices, buffers, choices, logs, real
+from .tables import ODDS, assert_buffers, buffers, choices, logs, real
 
 
 @pytest.mark.parametrize('tokens, experts, factor, minimum, expected', [
@@ -179,65 +179,6 @@ def test_expert_choice_gradient_is_finite_where_probability_underflows():
   grad = np.asarray(jax.jit(jax.grad(total))(logits))
   assert np.isfinite(grad).all()
   np.testing.assert_array_equal(grad[0, 2], 0)  # padding
-
-
-# Ties (t1, t2 second; t3 first) go to the expert of lower number.
-TOP_2 = [[(2, 1/2), (1, 1/3)], [(0, 2/3), (1, 1/6)], [(0, 1/2), (1, 1/4)], [(1, 2/5), (2, 2/5)]]
-
-
-def test_top_1():
-  logits = logs(ODDS)
-  tokens = routing.top_k(logits, real(logits), 1)
-  assert_choices(tokens, [c[:1] for c in TOP_2])
-  assert tokens.expert.shape == tokens.weight.shape == tokens.valid.shape == (1, 4, 1)
-
-
-def test_top_2_weights_are_the_raw_probabilities():
-  logits = logs(ODDS)
-  assert_choices(routing.top_k(logits, real(logits), 2), TOP_2)
-
-
-def test_top_2_renormalized():
-  logits = logs(ODDS)
-  # 1/2 and 1/3 of 5/6; 2/3 and 1/6 of 5/6; 1/2 and 1/4 of 3/4; 2/5 twice.
-  assert_choices(routing.top_k(logits, real(logits), 2, renormalize=True),
-                 [[(2, 3/5), (1, 2/5)], [(0, 4/5), (1, 1/5)], [(0, 2/3), (1, 1/3)],
-                  [(1, 1/2), (2, 1/2)]])
-
-
-@pytest.mark.parametrize('renormalize', [False, True])
-def test_top_k_of_all_experts_is_the_softmax(renormalize):
-  logits = logs(ODDS)
-  assert_choices(routing.top_k(logits, real(logits), 3, renormalize=renormalize),
-                 [[(2, 1/2), (1, 1/3), (0, 1/6)], [(0, 2/3), (1, 1/6), (2, 1/6)],
-                  [(0, 1/2), (1, 1/4), (2, 1/4)], [(1, 2/5), (2, 2/5), (0, 1/5)]])
-
-
-@pytest.mark.parametrize('renormalize', [False, True])
-def test_top_k_at_padding(renormalize):
-  logits = logs([ODDS, ODDS])
-  mask = jnp.asarray([[True, False, True, False], [False] * 4])
-  tokens = routing.top_k(logits, mask, 3, renormalize=renormalize)
-  assert_choices(tokens, [[(2, 1/2), (1, 1/3), (0, 1/6)], None,
-                          [(0, 1/2), (1, 1/4), (2, 1/4)], None], group=0)
-  assert_choices(tokens, [None] * 4, group=1)
-  assert (tokens.expert >= 0).all() and (tokens.expert < 3).all()
-
-
-def test_top_k_weight_carries_the_routers_gradient():
-  logits = logs(ODDS)
-
-  def grad(k, renormalize):
-    def weight(logits):
-      return routing.top_k(logits, real(logits), k, renormalize=renormalize).weight[0, 0, 0]
-    return np.asarray(jax.jit(jax.grad(weight))(logits))[0]
-
-  # p2 = 1/2: dp2/dl = (-1/2 * 1/6, -1/2 * 1/3, 1/2 * 1/2).
-  np.testing.assert_allclose(grad(1, False)[0], [-1/12, -1/6, 1/4], rtol=1e-5)
-  # p2 / (p1 + p2) = 3/5, a softmax over e1 and e2: 3/5 * 2/5.
-  np.testing.assert_allclose(grad(2, True)[0], [0, -6/25, 6/25], rtol=1e-5, atol=1e-7)
-  # The dead router that configs refuse: one renormalised weight is constant.
-  np.testing.assert_allclose(grad(1, True), 0, atol=1e-7)
 
 
 @pytest.mark.parametrize('router', ['expert_choice', 'top_k'])
