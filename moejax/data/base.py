@@ -9,7 +9,11 @@ class Source:
   """Splits of examples with random access.
 
   kind: 'classification', examples {'image': (H, W, C) uint8, 'label': int}; or 'seq2seq', examples
-    {'text': UTF-8 bytes} to be span-corrupted.
+    {'text': UTF-8 bytes} to be span-corrupted, or pairs.
+  pairs: examples are {'input': UTF-8 bytes, 'target': UTF-8 bytes, 'task': int}; with 'references',
+    a tuple of UTF-8 bytes, where more answers than 'target' are right.
+  tasks: names that 'task' indexes; () where there is one thing to learn.
+  metric: how answers to pairs are scored: 'exact_match' or 'pronunciation'; '' without pairs.
   splits: 'train', 'validation', 'test' -> sequence (len, [i]).
   digest: SHA-256 hex of the contents.
   num_classes, channels: of images; 0 for text.
@@ -21,3 +25,6 @@ class Source:
   num_classes: int = 0
   channels: int = 0
   same_shape: bool = False
+  pairs: bool = False
+  tasks: tuple[str, ...] = ()
+  metric: str = ''

@@ -296,16 +296,26 @@ def stdlib_files(root: pathlib.Path) -> list[pathlib.Path]:
   return sorted(files, key=lambda f: f.as_posix())
 
 
+def stdlib_root() -> pathlib.Path:
+  """The folder of the running Python's standard library."""
+  return pathlib.Path(sysconfig.get_paths()['stdlib'])
+
+
+def stdlib_split(name: str) -> str:
+  """A file's split in stdlib_text: 90 / 5 / 5 % by a hash of its path relative to the root."""
+  draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big') % 100
+  return 'train' if draw < 90 else 'validation' if draw < 95 else 'test'
+
+
 def stdlib_text(config: DataConfig, window_bytes: int) -> Source:
-  """Python's own standard library: 90 / 5 / 5 % of the files by a hash of their relative path."""
+  """Python's own standard library, split by file (stdlib_split)."""
   del config
-  root = pathlib.Path(sysconfig.get_paths()['stdlib'])
+  root = stdlib_root()
   parts: dict[str, list[bytes]] = {'train': [], 'validation': [], 'test': []}
   sha = hashlib.sha256()
   for path in stdlib_files(root):
     text, name = (root / path).read_bytes(), path.as_posix()
-    draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big') % 100
-    split = 'train' if draw < 90 else 'validation' if draw < 95 else 'test'
+    split = stdlib_split(name)
     parts[split].append(text)
     sha.update(f'{split} {name} {len(text)}\n'.encode() + text)
   splits = {name: TextChunks(files, window_bytes) for name, files in parts.items()}

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -18,11 +18,13 @@ import numpy as np
 from moejax.config import check, check_choice
 from moejax.data import sources
 from moejax.data.image import ImageProcessor
+from moejax.data.pairs import references
 from moejax.data.settings import DataConfig
 
 EVAL_SEED = 20221209   # the same examples, windows and distortions whatever the run's seed
 # Settings that change how fast or where from, not what a split contains.
 NOT_SHAPING = ('batch_size', 'eval_batch_size', 'cache_dir', 'data_dir', 'threads')
+CORRUPTING = ('window', 'noise_density', 'mean_span_length')   # of text, where pairs are not
 
 Batch = dict[str, np.ndarray]
 
@@ -33,7 +35,10 @@ class Dataset:
   kind: 'classification' (image (B, S, S, C) float32, label (B,) int32, weight (B,) float32) or
     'seq2seq' (encoder_input (B, Le), decoder_input, target (B, Ld) int32, weight (B, Ld) float32).
     Every batch also has index (B,) int32, the row in the GLOBAL batch. Filler rows of a last
-    evaluation batch are all zero but for index.
+    evaluation batch are all zero but for index. Batches of pairs have task (B,) and example (B,)
+    int32 too, the example's number in its split.
+  tasks: names of what is learnt from pairs, which a batch's task indexes; () if it is one thing.
+  metric: how answers to pairs are scored, see moejax.scores; '' where there are no pairs.
   num_classes, image_shape / vocab_size, encoder_length, decoder_length: 0 or () where they do not
     apply.
   vocabulary: of text (encode, decode), else None.
@@ -53,6 +58,7 @@ class Dataset:
     self._config, self._host, self._hosts = config, host, hosts
     source, self._processor = sources.build(config)
     self.kind = source.kind
+    self.tasks, self.metric, self._pairs = source.tasks, source.metric, source.pairs
     self.num_classes = source.num_classes
     image = isinstance(self._processor, ImageProcessor)
     self.image_shape = self._processor.image_shape if image else ()
@@ -87,6 +93,32 @@ class Dataset:
     check_choice('split', split, self._splits)
     return self._prefetch(self._eval_pipeline(split))
 
+  def references(self, split: str, batch: Batch) -> list[tuple[str, ...]]:
+    """The right answers of each row of one of a split's batches of pairs; () for a filler row.
+
+    The first of a row is its target. Answers are whole texts, whatever the vocabulary made of them:
+    compare them with `vocabulary.decode` of what a model said.
+    """
+    examples, real = self._pairs_of(split), batch['weight'].any(axis=1)
+    return [references(examples[int(n)]) if r else () for n, r in zip(batch['example'], real)]
+
+  def answers(self, split: str) -> tuple[list[tuple[str, ...]], list[int]]:
+    """(right answers, task) of every example that `examples[split]` counts, in no useful order.
+
+    For the score of always giving the commonest answer (moejax.scores.baseline). It reads the
+    split once.
+    """
+    examples = self._pairs_of(split)
+    ds = self._numbers(split).shuffle(EVAL_SEED)[:self.examples[split]]
+    found = [examples[int(n)] for n in ds]
+    return [references(e) for e in found], [int(e['task']) for e in found]
+
+  def _pairs_of(self, split: str) -> Sequence:
+    check(self._pairs, 'data.source', self._config.source, 'a source of pairs',
+          'Only those have answers to compare: stdlib_tasks, cmudict, data.tfds.input and target.')
+    check_choice('split', split, self._splits)
+    return self._splits[split]
+
   def _train_pipeline(self, seed: int) -> grain.MapDataset:
     rows = self._config.batch_size // self._hosts
     ds = self._numbers('train').seed(seed).shuffle().random_map(self._reader('train'))
@@ -118,6 +150,8 @@ class Dataset:
   def _reader(self, split: str, fixed: bool = False) -> Callable:
     examples = self._splits[split]
     draw = self._processor.draw_fixed if fixed else self._processor.draw
+    if self._pairs:
+      return lambda number, rng: {**draw(examples[number], rng), 'example': np.int32(number)}
     return lambda number, rng: draw(examples[number], rng)
 
   def _evaluated(self, split: str) -> int:
@@ -144,6 +178,10 @@ def _stack(examples: list[Batch]) -> Batch:
 def _fingerprint(config: DataConfig, source: sources.Source) -> str:
   shaping = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SHAPING}
   shaping.pop('text' if source.kind == 'classification' else 'image')
+  if source.pairs:
+    shaping['text'] = {k: v for k, v in shaping['text'].items() if k not in CORRUPTING}
+  else:   # and results from before there were pairs keep their fingerprints
+    del shaping['tfds']['input'], shaping['tfds']['target']
   counts = {split: len(examples) for split, examples in source.splits.items()}
   record = json.dumps([shaping, counts, source.digest], sort_keys=True)
   return hashlib.sha256(record.encode()).hexdigest()

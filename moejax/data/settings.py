@@ -5,7 +5,7 @@ import dataclasses
 from moejax.config import check, check_choice
 
 AUGMENTS = ('none', 'mild', 'flip_crop')
-EMBEDDED = ('glyphs', 'digits', 'stdlib_text')
+EMBEDDED = ('glyphs', 'digits', 'stdlib_text', 'stdlib_tasks', 'cmudict')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,15 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-  """T5's span corruption (Raffel et al. 2020, section 3.1.4) of windows of text.
+  """T5's span corruption (Raffel et al. 2020, section 3.1.4) of windows of text, or pairs.
 
+  encoder_length, decoder_length: tokens, eos included. The input of a pair is cut at its end to
+    fit; a target that does not fit is an error.
   window: tokens cut from the text per example; 0 = as many as fill encoder_length after
     corruption (the t5 library's rule: 127 tokens for 113, 568 for 512).
   vocabulary: 'bytes' or the path of a SentencePiece model.
+
+  window, noise_density and mean_span_length are of span corruption; pairs do not read them.
   """
   encoder_length: int = 113
   decoder_length: int = 22
@@ -66,6 +70,8 @@ class TextConfig:
 class TfdsConfig:
   """Which TFDS split (TFDS slicing syntax, as 'train[:95%]') serves as which; '' = by rule.
 
+  input, target: string features that make a dataset text-to-text; '' = image and label, or text.
+
   The rule: `test`, for reporting, is the dataset's own test split if it is labelled, else its own
   validation split. `validation`, for choosing, is the dataset's own if that is still free, else
   the last 5 % of train, which `train` then leaves out.
@@ -73,8 +79,12 @@ class TfdsConfig:
   train: str = ''
   validation: str = ''
   test: str = ''
+  input: str = ''
+  target: str = ''
 
   def __post_init__(self):
+    check(bool(self.input) == bool(self.target), 'data.tfds.input and target',
+          (self.input, self.target), 'both or none', 'Name the feature to read and the one to say.')
     given = [bool(self.train), bool(self.validation), bool(self.test)]
     check(all(given) or not any(given), 'data.tfds', (self.train, self.validation, self.test),
           'all three of train, validation and test, or none',
@@ -85,7 +95,8 @@ class TfdsConfig:
 class DataConfig:
   """What a run reads.
 
-  source: 'glyphs', 'digits', 'stdlib_text' or 'tfds:NAME' ('tfds:cifar10', 'tfds:c4/en').
+  source: 'glyphs', 'digits', 'stdlib_text', 'stdlib_tasks', 'cmudict' or 'tfds:NAME'
+    ('tfds:cifar10', 'tfds:c4/en').
   batch_size, eval_batch_size: global examples per step; both divide by the number of hosts.
   eval_examples: evaluate the first n of each split's fixed order; 0 = the whole split.
   cache_dir: '' = $MOEJAX_CACHE or ~/.cache/moejax.

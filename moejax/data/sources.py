@@ -9,20 +9,24 @@ from typing import Any
 import numpy as np
 
 from moejax.config import ConfigError, check, check_choice
-from moejax.data import embedded
+from moejax.data import cmudict, embedded, stdlib_tasks
 from moejax.data.base import Source
 from moejax.data.image import ImageProcessor
+from moejax.data.pairs import PairProcessor, PairTable
 from moejax.data.settings import EMBEDDED, DataConfig
 from moejax.data.text import TextProcessor
 
 # A new embedded source is a function (config, window_bytes) -> Source, here and in EMBEDDED.
 REGISTRY: dict[str, Callable[[DataConfig, int], Source]] = {
-    'glyphs': embedded.glyphs, 'digits': embedded.digits, 'stdlib_text': embedded.stdlib_text}
+    'glyphs': embedded.glyphs, 'digits': embedded.digits, 'stdlib_text': embedded.stdlib_text,
+    'stdlib_tasks': stdlib_tasks.stdlib_tasks, 'cmudict': cmudict.cmudict}
 TEXT_SOURCES = ('stdlib_text',)
 SAMPLED = 16   # examples per TFDS split that go into its digest
 
+Processor = ImageProcessor | TextProcessor | PairProcessor
 
-def build(config: DataConfig) -> tuple[Source, ImageProcessor | TextProcessor]:
+
+def build(config: DataConfig) -> tuple[Source, Processor]:
   """The source that config.source names, and what turns its examples into batches."""
   if config.source in REGISTRY:
     text = TextProcessor(config.text) if config.source in TEXT_SOURCES else None
@@ -31,8 +35,23 @@ def build(config: DataConfig) -> tuple[Source, ImageProcessor | TextProcessor]:
     check(config.source.startswith('tfds:'), 'data.source', config.source,
           f'{", ".join(EMBEDDED)} or tfds:NAME', 'Choose one of these.')
     source = tfds_source(config)
-    text = TextProcessor(config.text) if source.kind == 'seq2seq' else None
+    text = TextProcessor(config.text) if source.kind == 'seq2seq' and not source.pairs else None
+  if source.pairs:
+    return source, _pair_processor(config, source)
   return source, text or ImageProcessor(config.image, source.channels, source.same_shape)
+
+
+def _pair_processor(config: DataConfig, source: Source) -> PairProcessor:
+  """The processor, once the targets fit: all those in memory, of others the ones of the digest."""
+  processor = PairProcessor(config.text)
+  targets: set[bytes] = set()
+  for examples in source.splits.values():
+    targets |= (examples.targets if isinstance(examples, PairTable)
+                else {examples[i]['target'] for i in _sampled(examples)})
+  # The longest in bytes first, so that the length asked for is (for bytes) enough for all.
+  for target in sorted(targets, key=lambda t: (-len(t), t)):
+    processor.check_target(target)
+  return processor
 
 
 class TfdsExamples:
@@ -62,12 +81,22 @@ def _to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def _read_text(example: dict) -> dict[str, Any]:
-  text = example['text']
-  return {'text': text if isinstance(text, bytes) else str(text).encode()}
+  return {'text': _bytes(example['text'])}
+
+
+def _pair_reader(input: str, target: str) -> Callable[[dict], dict[str, Any]]:
+  """TFDS example -> a pair of two of its features."""
+  def read(example):
+    return {'input': _bytes(example[input]), 'target': _bytes(example[target]), 'task': 0}
+  return read
+
+
+def _bytes(text: Any) -> bytes:
+  return text if isinstance(text, bytes) else str(text).encode()
 
 
 def tfds_source(config: DataConfig) -> Source:
-  """A prepared TFDS dataset: image + label, or text, from array_record files.
+  """A prepared TFDS dataset: two named texts, image + label, or text, from array_record files.
 
   Raises:
     ConfigError: the package or the folder is missing, the name is unknown, the files are tfrecord,
@@ -75,7 +104,12 @@ def tfds_source(config: DataConfig) -> Source:
   """
   builder = _builder(config)
   features = builder.info.features
-  if {'image', 'label'} <= set(features) and hasattr(features['label'], 'num_classes'):
+  if config.tfds.input:
+    for key in ('input', 'target'):
+      strings = [name for name in features if _is_string(features[name])]
+      check_choice(f'data.tfds.{key}', getattr(config.tfds, key), strings)
+    kind, read = 'seq2seq', _pair_reader(config.tfds.input, config.tfds.target)
+  elif {'image', 'label'} <= set(features) and hasattr(features['label'], 'num_classes'):
     kind, read = 'classification', _read_image
     check(config.image.classes == 0, 'data.image.classes', config.image.classes,
           '0 for a TFDS source', 'Remove it.')
@@ -83,7 +117,8 @@ def tfds_source(config: DataConfig) -> Source:
     kind, read = 'seq2seq', _read_text
   else:
     raise ConfigError(f'data.source: {config.source} has features {", ".join(sorted(features))}; '
-                      'moejax reads datasets with image and label, or with text. Choose another.')
+                      'moejax reads datasets with image and label, with text, or with two texts '
+                      'that data.tfds.input and data.tfds.target name. Choose another.')
   splits = {name: TfdsExamples(_open(builder, config, split), read)
             for name, split in _choose_splits(builder, config, kind).items()}
   image = kind == 'classification'
@@ -91,7 +126,14 @@ def tfds_source(config: DataConfig) -> Source:
   channels = (features['image'].shape[-1] or 3) if image else 0
   return Source(kind=kind, splits=splits, digest=_digest(builder, splits),
                 num_classes=features['label'].num_classes if image else 0,
-                channels=1 if channels == 1 else 3 if image else 0)
+                channels=1 if channels == 1 else 3 if image else 0,
+                pairs=bool(config.tfds.input),
+                metric='exact_match' if config.tfds.input else '')
+
+
+def _is_string(feature: Any) -> bool:
+  """Whether a TFDS feature is one string (Text, or a scalar Tensor of strings)."""
+  return feature.shape == () and np.dtype(feature.np_dtype).kind in 'OSU'
 
 
 def _builder(config: DataConfig) -> Any:
@@ -165,6 +207,11 @@ def _labelled(builder: Any, config: DataConfig, kind: str) -> bool:
   return kind != 'classification' or int(_open(builder, config, 'test')[0]['label']) >= 0
 
 
+def _sampled(examples: Sequence) -> np.ndarray:
+  """Numbers of SAMPLED evenly spaced examples, or of all if there are fewer."""
+  return np.linspace(0, len(examples) - 1, min(SAMPLED, len(examples))).astype(int)
+
+
 def _digest(builder: Any, splits: dict[str, TfdsExamples]) -> str:
   """SHA-256 hex of a TFDS dataset too large to read whole.
 
@@ -179,7 +226,7 @@ def _digest(builder: Any, splits: dict[str, TfdsExamples]) -> str:
       sha.update(file.read_bytes())
   for name, examples in sorted(splits.items()):
     sha.update(f'{name} {len(examples)}\n'.encode())
-    for i in np.linspace(0, len(examples) - 1, min(SAMPLED, len(examples))).astype(int):
+    for i in _sampled(examples):
       for key, value in sorted(examples[i].items()):
         value = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.asarray(value)
         sha.update(f'{key} {value.dtype.str} {value.shape}'.encode() + value.tobytes())
