@@ -1,0 +1,161 @@
+"""Autoregressive decoding: greedy and beam search over a model's cached steps.
+
+Both are one jax.lax.while_loop that ends when every sequence has: they jit, and run unchanged under
+a mesh or a pmap. The decoder starts from pad, as it was trained to. Pad is never chosen (our
+choice: it is weighted 0 in every loss, so its logit says nothing), so it stands only after eos.
+
+Dimensions: B batch, N beams, L tokens at most, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moejax import sharding
+from moejax.models.t5 import EOS, PAD
+
+
+def greedy(model, params: dict, batch: dict, max_length: int) -> jax.Array:
+  """The most probable token at each step.
+
+  Args:
+    model: models.Model of a T5.
+    params: its parameters.
+    batch: with 'encoder_input' (B, M), 0 at padding; a row of nothing else (filler) decodes to
+      padding.
+    max_length: L.
+
+  Returns:
+    (B, L) int32 ids: up to and with eos, then pad; without eos where L tokens did not suffice.
+  """
+  encoded, real = model.encode(params, batch), _real(batch)
+
+  def unfinished(state):
+    position, _, _, done, _ = state
+    return (position < max_length) & ~done.all()
+
+  def advance(state):
+    position, ids, last, done, cache = state
+    logits, cache = model.decode_step(params, encoded, cache, last, position)
+    last = jnp.where(done, PAD, _forbid_pad(logits).argmax(-1)).astype(jnp.int32)
+    ids = jax.lax.dynamic_update_slice_in_dim(ids, last[:, None], position, axis=1)
+    return position + 1, ids, last, done | (last == EOS), cache
+
+  B, = real.shape
+  start = jnp.full(B, PAD, jnp.int32)
+  state = (jnp.int32(0), jnp.full((B, max_length), PAD, jnp.int32), start, ~real,
+           model.init_cache(encoded, max_length))
+  return jax.lax.while_loop(unfinished, advance, state)[1]
+
+
+class Beams(NamedTuple):
+  """State of a beam search; both kinds of hypotheses best first.
+
+  Attributes:
+    position: int32 scalar, tokens chosen so far.
+    live: (B, N, 1 + L) int32 ids of hypotheses without eos, after the pad that starts them.
+    live_score: (B, N) their log-probabilities; -inf for none.
+    finished: (B, N, 1 + L) int32 ids of hypotheses that end in eos.
+    finished_score: (B, N) log-probabilities over length penalty; -inf for none.
+    cache: of the live hypotheses, leaves (B*N, L, ...).
+  """
+  position: jax.Array
+  live: jax.Array
+  live_score: jax.Array
+  finished: jax.Array
+  finished_score: jax.Array
+  cache: dict
+
+
+def beam_search(model, params: dict, batch: dict, max_length: int, beams: int,
+                alpha: float = 0.6) -> jax.Array:
+  """The finished hypothesis of the highest score found with a beam of N.
+
+  The score is log P(y) / ((5 + |y|) / 6)^alpha, |y| counting eos (Wu et al. 2016, eq. 14, without
+  its coverage). A step keeps the N best unfinished continuations, and those that end in eos if they
+  are among the N best of all; a sequence is done when none of its hypotheses can still beat its N
+  finished ones. With N = 1 and alpha = 0 this is `greedy`. (t5x also lets in endings up to rank 2N,
+  which makes its beam of one differ from greedy.)
+
+  Args:
+    model, params, batch, max_length: as for `greedy`.
+    beams: N.
+    alpha: >= 0; 0 compares plain log-probabilities, which favours short outputs.
+
+  Returns:
+    (B, L) int32 ids as of `greedy`; the best unfinished hypothesis where none is finished.
+  """
+  N = beams
+  real = _real(batch)
+  B, = real.shape
+  encoded = jax.tree.map(lambda x: _repeat(x, N), model.encode(params, batch))
+
+  def unfinished(state: Beams):
+    hope = state.live_score[:, 0] / length_penalty(max_length, alpha)
+    return (state.position < max_length) & (hope > state.finished_score[:, -1]).any()
+
+  def advance(state: Beams) -> Beams:
+    position = state.position
+    last = jax.lax.dynamic_index_in_dim(state.live, position, axis=2, keepdims=False)  # (B, N)
+    logits, cache = model.decode_step(params, encoded, state.cache, last.reshape(B * N), position)
+    score = _forbid_pad(jax.nn.log_softmax(logits, axis=-1)).reshape(B, N, -1)
+    score, flat = _top_k(_flat(state.live_score[..., None] + score), 2 * N)            # (B, 2N)
+    parent, token = jnp.divmod(flat, logits.shape[-1])
+    ids = jax.lax.dynamic_update_slice_in_dim(
+        _take(state.live, parent), token[..., None].astype(jnp.int32), position + 1, axis=2)
+    ends = token == EOS   # at most N of the 2N, as a hypothesis has one way to end
+
+    ended = jnp.where(ends & (jnp.arange(2 * N) < N),
+                      score / length_penalty(position + 1, alpha), -jnp.inf)
+    finished_score, best = _top_k(jnp.concatenate([state.finished_score, ended], 1), N)
+    finished = _take(jnp.concatenate([state.finished, ids], 1), best)
+    live_score, kept = _top_k(jnp.where(ends, -jnp.inf, score), N)
+    parent = _take(parent, kept)
+    cache = jax.tree.map(
+        lambda x: _take(x.reshape(B, N, *x.shape[1:]), parent).reshape(x.shape), cache)
+    return Beams(position + 1, _take(ids, kept), live_score, finished, finished_score, cache)
+
+  nothing = jnp.full((B, N, 1 + max_length), PAD, jnp.int32)
+  none = jnp.full((B, N), -jnp.inf)
+  state = jax.lax.while_loop(unfinished, advance, Beams(
+      jnp.int32(0), nothing, none.at[:, 0].set(jnp.where(real, 0.0, -jnp.inf)), nothing, none,
+      model.init_cache(encoded, max_length)))
+  any_finished = state.finished_score[:, :1] > -jnp.inf
+  ids = jnp.where(any_finished, state.finished[:, 0], state.live[:, 0])
+  return jnp.where(real[:, None], ids[:, 1:], PAD)
+
+
+def length_penalty(length, alpha: float) -> jax.Array:
+  """((5 + length) / 6)^alpha, by which a log-probability is divided (Wu et al. 2016, eq. 14)."""
+  return ((5.0 + length) / 6.0)**alpha
+
+
+def _real(batch: dict) -> jax.Array:
+  """(B,) bool, False for filler rows."""
+  return (batch['encoder_input'] != PAD).any(axis=1)
+
+
+def _forbid_pad(logits: jax.Array) -> jax.Array:
+  """(..., V) with -inf for pad."""
+  return logits.at[..., PAD].set(-jnp.inf)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+  """(B, N, V) -> (B, N*V)."""
+  return x.reshape(x.shape[0], -1)
+
+
+def _repeat(x: jax.Array, N: int) -> jax.Array:
+  """(B, ...) -> (B*N, ...), each row N times in a row."""
+  return jnp.broadcast_to(x[:, None], (x.shape[0], N, *x.shape[1:])).reshape(-1, *x.shape[1:])
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+  """(B, N, ...) and (B, n) -> (B, n, ...): entries of each row, which stays on its device."""
+  return jax.vmap(lambda row, i: row[i])(x, index)
+
+
+def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """jax.lax.top_k of (B, n), each row on its device: the compiler would gather the whole batch."""
+  return sharding.over_groups(lambda x, weights, **_: (jax.lax.top_k(x, k), ()))(x, ())[0]
