@@ -17,7 +17,7 @@ ORDER = [
     ['moe', 'models.layers'],
     ['models'],
     ['tasks', 'scores'],
-    ['evaluate', 'decoding'],
+    ['evaluate', 'decoding', 'probe'],
     ['train'],
     ['main'],
 ]
