@@ -250,7 +250,7 @@ def _scale(init: ExpertInit, size: _Size, layer: str, name: str) -> float:
 
 def _gate(init: ExpertInit, size: _Size, layer: str) -> Gate:
   """The gate of the layer's stack, checked against the groups."""
-  stack = layer.split('/layers/')[0]
+  stack = layer.removeprefix('params/').split('/layers/')[0]
   if stack not in init.gates:
     fail('config.init.scaling', init.scaling, f"'none' in {stack}",
          'What weights sum to is known for the routers top_k and expert_choice.')

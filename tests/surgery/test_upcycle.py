@@ -1,55 +1,14 @@
 """Upcycling tables on hand-made states of both backbones, with optimizer state of both kinds."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moejax import trees
 from moejax.config import ConfigError
-from moejax.surgery import rules, upcycle
-from moejax.train import optimizer
-from moejax.train.optimizer import AdafactorConfig, OptimizerConfig
-
-D, F, E = 4, 6, 3
-T5 = {'wi_gate': (D, F), 'wi_up': (D, F), 'wo': (F, D)}
-VIT = {'wi': (D, F), 'wi_bias': (F,), 'wo': (F, D), 'wo_bias': (D,)}
-ADAMW = OptimizerConfig()
-ADAFACTOR = OptimizerConfig(name='adafactor', adafactor=AdafactorConfig(min_dim_size_to_factor=4))
-
-
-update = jax.jit(optimizer.update, static_argnums=0)
-
-
-def make_params(mlp: dict, moe: dict, stacks=('encoder',), depth=4, E=E, seed=0) -> dict:
-  """Random parameters; moe: {stack: layers that are MoE}."""
-  rng = np.random.default_rng(seed)
-  shapes = {'embed/embedding': (7, D)}
-  for stack in stacks:
-    for layer in range(depth):
-      path = f'{stack}/layers/{layer:02d}'
-      shapes[f'{path}/attention/q/kernel'] = (D, D)
-      if layer in moe.get(stack, ()):
-        shapes |= {f'{path}/moe/experts/{n}': (E, *s) for n, s in mlp.items()}
-        shapes[f'{path}/moe/router/kernel'] = (D, E)
-      else:
-        shapes |= {f'{path}/mlp/{n}': s for n, s in mlp.items()}
-  return trees.unflatten({p: jnp.asarray(rng.normal(size=s), jnp.float32)
-                          for p, s in shapes.items()})
-
-
-def make_state(params: dict, config: OptimizerConfig, steps: int = 3) -> dict:
-  """A state as after that many steps, flat: random slots (positive, as nu must be), counts."""
-  rng = np.random.default_rng(steps)
-  opt_state = jax.tree.map(
-      lambda x: jnp.full_like(x, steps) if x.dtype == jnp.int32
-      else jnp.asarray(rng.uniform(0.1, 1, x.shape), x.dtype), optimizer.init(config, params))
-  return trees.flatten({'step': jnp.int32(steps), 'params': params, 'opt_state': opt_state})
-
-
-def surgery(table, source, target):
-  values = upcycle.fresh_values(target, lambda path: np.full(target[path].shape, 7, np.float32))
-  return rules.apply(table, source, target, lambda p: np.asarray(source[p]), values)
+from moejax.surgery import upcycle
+from tests.surgery import states
+from tests.surgery.states import ADAFACTOR, ADAMW, T5, VIT, E, make_params, make_state, surgery
 
 
 @pytest.mark.parametrize('config', [ADAMW, ADAFACTOR], ids=['adamw', 'adafactor'])
@@ -84,16 +43,14 @@ def test_carried_state_continues_each_expert_as_the_parent(config):
   source = make_state(make_params(T5, {}, depth=2), config)
   target = make_state(make_params(T5, {'encoder': (1,)}, depth=2), config, steps=0)
   made, _ = surgery(upcycle.upcycle_rules(source, target, 'carry'), source, target)
-  parent = trees.unflatten({p: jnp.asarray(v) for p, v in source.items()})
-  child = trees.unflatten({p: jnp.asarray(v) for p, v in made.items()})
+  parent, child = states.nested(source), states.nested(made)
   grad = {p: jnp.asarray(np.random.default_rng(1).normal(size=v.shape), jnp.float32)
           for p, v in trees.flatten(parent['params']).items()}
   grads = trees.map_with_path(
       lambda p, v: jnp.zeros_like(v) if '/router/' in p
       else jnp.broadcast_to(grad[p.replace('/moe/experts/', '/mlp/')], v.shape), child['params'])
-  new, _ = update(config, grads, child['opt_state'], child['params'], 0.1)
-  old, _ = update(config, trees.unflatten(grad), parent['opt_state'], parent['params'],
-                            0.1)
+  new, _ = states.update(config, grads, child['opt_state'], child['params'], 0.1)
+  old, _ = states.update(config, trees.unflatten(grad), parent['opt_state'], parent['params'], 0.1)
   new, old = trees.flatten(new), trees.flatten(old)
   for name in T5:
     for e in range(E):
@@ -171,7 +128,7 @@ def test_misnamed_matrix():
 
 def test_misfits():
   dense, moe = make_params(T5, {}), make_params(T5, {'encoder': (1,)})
-  wide = make_params(T5 | {'wo': (F + 1, D)}, {'encoder': (1,)})
+  wide = make_params(T5 | {'wo': (states.F + 1, states.D)}, {'encoder': (1,)})
   deep = make_params(T5, {'encoder': (1,)}, depth=5)
   more = make_params(T5, {'encoder': (1, 2)}, E=E + 1)
   for source, target, message in ((dense, wide, r'tile .*wo \(6, 4\).* -> .*wo \(3, 7, 4\)'),
