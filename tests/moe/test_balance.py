@@ -1,4 +1,7 @@
-"""Auxiliary losses and telemetry against hand tables. G groups, S group size, E experts."""
+"""Auxiliary losses and balancing biases against hand tables. G groups, S group size, E experts."""
+
+import math
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +10,10 @@ import pytest
 
 from moejax.moe import balance, routing
 
-from .tables import token_routing
+from .tables import logs, real, token_routing
 
-load_balance = jax.jit(balance.load_balance)
+load_balance = jax.jit(balance.load_balance, static_argnames='first_only')
+load = jax.jit(balance.load, static_argnums=3, static_argnames='exclude_self')
 
 
 def routed(expert, mask=None):
@@ -60,6 +64,25 @@ def test_load_balance_of_a_collapsed_router_is_the_number_of_experts(E):
   assert loss([[1.0] + [0.0] * (E - 1)] * 3, [[0]] * 3) == E
 
 
+def test_load_balance_of_first_choices_only():
+  # f = (2, 0, 1) / 3 with p = (5, 2, 2) / 9: 3 * (2/3 * 5/9 + 1/3 * 2/9) = 12/9.
+  probs = jnp.asarray([[[1/2, 1/3, 1/6], [1/2, 1/6, 1/3], [2/3, 1/6, 1/6]]])
+  tokens, mask = routed([[0, 1], [2, 0], [0, 1]])
+  found = load_balance(probs, tokens, mask, first_only=True)
+  np.testing.assert_allclose(found, [4/3], rtol=1e-6)
+  # All choices: f = (3, 2, 1) / 6.
+  np.testing.assert_allclose(load_balance(probs, tokens, mask), [7/6], rtol=1e-6)
+
+
+def test_load_balance_counts_valid_choices_only():
+  probs = jnp.asarray([[[1/2, 1/3, 1/6], [1/2, 1/6, 1/3], [2/3, 1/6, 1/6]]])
+  tokens = token_routing([[0, 1], [0, 2], [0, 1]], [[.5, .3]] * 3,
+                         valid=[[True, True], [True, False], [True, False]])
+  # f = (3, 1, 0) / 4: 3 * (3/4 * 5/9 + 1/4 * 2/9) = 17/12.
+  found = balance.load_balance(probs, tokens, jnp.ones((1, 3), bool))
+  np.testing.assert_allclose(found, [17/12], rtol=1e-6)
+
+
 def test_load_balance_does_not_see_padding():
   probs = [[0.0, 1.0], *PROBS[:2], [1.0, 0.0], *PROBS[2:]]
   expert = [[1], [0], [0], [0], [0], [1]]
@@ -73,7 +96,7 @@ def test_load_balance_is_per_group_and_zero_for_padding():
   mask = jnp.asarray([[True] * 4, [False] * 4, [True, False, False, True]])
   valid = mask[..., None]
   tokens = routing.TokenRouting(expert, valid.astype(jnp.float32), valid)
-  found = balance.load_balance(probs, tokens, mask)
+  found = load_balance(probs, tokens, mask)
   # Last group: tokens 0 and 3 choose e1 and e0, a balanced load.
   np.testing.assert_allclose(found, [17/16, 0, 1], rtol=1e-6)
   assert found.dtype == jnp.float32
@@ -127,107 +150,225 @@ def test_router_z_of_large_and_of_bfloat16_logits():
   np.testing.assert_allclose(low, [(3 + np.log(4))**2], rtol=1e-6)
 
 
-# Two groups of four tokens, three experts, two slots each. Group 0: t3 is padding; e0 holds t0 and
-# t1, e1 holds t0, and its empty slot points at t2, whom nobody processes. Group 1: only t1 is real,
-# and e2 holds it.
-MASK = [[True, True, True, False], [False, True, False, False]]
-INDEX = [[[0, 1], [0, 2], [0, 0]], [[0, 0], [0, 0], [1, 1]]]
-VALID = [[[True, True], [True, False], [False, False]], [[False] * 2, [False] * 2, [True, False]]]
-# Entropies in nats: ln 2, 0, ln 3, (padding) and ln 2 for the one token of group 1.
-ROUTER = [[[1/2, 1/2, 0], [1, 0, 0], [1/3, 1/3, 1/3], [1/3, 1/3, 1/3]],
-          [[1/3, 1/3, 1/3], [0, 1/2, 1/2], [1/2, 1/2, 0], [1, 0, 0]]]
+def test_entropy_penalty_sums_over_real_tokens():
+  probs = jnp.asarray([[[1/2, 1/2, 0], [1, 0, 0], [1/3, 1/3, 1/3]], [[1/2, 1/4, 1/4]] * 3])
+  mask = jnp.asarray([[True, True, False], [True, False, True]])
+  found = balance.entropy_penalty(probs, mask)
+  # ln 2 + 0; twice 1/2 ln 2 + 1/2 ln 4 = 3/2 ln 2.
+  np.testing.assert_allclose(found, [math.log(2), 3 * math.log(2)], rtol=1e-6)
+  assert found.dtype == jnp.float32
 
 
-def telemetry(asked, mask=MASK, index=INDEX, valid=VALID, probs=ROUTER):
-  valid = jnp.asarray(valid)
-  slots = routing.SlotRouting(jnp.asarray(index, jnp.int32), valid.astype(jnp.float32), valid)
-  asked = None if asked is None else jnp.float32(asked)
-  found = jax.jit(balance.telemetry)(
-    slots, jnp.asarray(probs, jnp.float32), jnp.asarray(mask), asked)
-  assert all(v.dtype == jnp.float32 for v in found.values())
-  return {name: np.asarray(v) for name, v in found.items()}
+def test_entropy_penalty_gradient_sharpens_and_stays_finite():
+  logits = jnp.asarray([[[math.log(3), 0.0], [0.0, 0.0], [0.0, -200.0]]])
+  total = lambda l: balance.entropy_penalty(jax.nn.softmax(l), real(l)).sum()
+  grad = np.asarray(jax.jit(jax.grad(total))(logits))[0]
+  # dH/dl0 = -p0 p1 (ln p0 - ln p1) = -3/16 ln 3: descent makes the likelier expert likelier.
+  np.testing.assert_allclose(grad[0], [-3/16 * math.log(3), 3/16 * math.log(3)], rtol=1e-5)
+  np.testing.assert_allclose(grad[1:], 0, atol=1e-7)   # flat, and sure beyond float32
 
 
-def test_telemetry_of_token_choice():
-  found = telemetry(asked=7)
-  assert set(found) == {'tokens', 'load', 'assigned', 'dropped', 'unchosen', 'single', 'entropy'}
-  assert found['tokens'] == 4
-  np.testing.assert_array_equal(found['load'], [2, 1, 1])
-  assert found['assigned'] == 7   # four real tokens asked for two experts each, but one for one
-  assert found['dropped'] == 3    # and four slots are filled
-  assert found['unchosen'] == 1   # t2 of group 0
-  assert found['single'] == 2     # t1 of group 0 and t1 of group 1
-  assert found['entropy'] == pytest.approx(2 * np.log(2) + np.log(3), rel=1e-6)
+def test_importance_is_the_squared_coefficient_of_variation():
+  mask = jnp.ones((4, 2), bool).at[1, 1].set(False).at[3].set(False)
+  weights = jnp.asarray([[[2, 1], [1, 0]],            # sums 3 and 1: mean 2, variance 1
+                         [[1/5, 4/5], [9, 0]],        # padding: 1/5 and 4/5, mean 1/2, var 9/100
+                         [[1/4, 3/4], [3/4, 1/4]],    # even
+                         [[1, 2], [3, 4]]], jnp.float32)   # padding only
+  found = balance.importance(weights, mask)
+  np.testing.assert_allclose(found, [1/4, 9/25, 0, 0], rtol=1e-5, atol=1e-12)
+  assert found.dtype == jnp.float32
+  # One expert of E has all: mean 1/E, E[x^2] / mean^2 - 1 = E - 1.
+  np.testing.assert_allclose(balance.importance(jnp.eye(4)[:1, None], jnp.ones((1, 1), bool)), [3])
 
 
-def test_telemetry_of_expert_choice_asks_for_what_it_fills():
-  found = telemetry(asked=None)
-  assert found['assigned'] == 4
-  assert found['dropped'] == 0
-  np.testing.assert_array_equal(found['load'], [2, 1, 1])
-  assert found['unchosen'] == 1 and found['single'] == 2 and found['tokens'] == 4
+def test_importance_gradient():
+  weights = jnp.asarray([[[2, 1], [1, 0]], [[1, 1], [2, 2]], [[1, 2], [3, 4]]], jnp.float32)
+  mask = jnp.asarray([[True, True], [True, False], [False, False]])
+  grad = np.asarray(jax.jit(jax.grad(lambda w: balance.importance(w, mask).sum()))(weights))
+  # ((a - b) / (a + b))^2 of sums a = 3, b = 1: 4 b (a - b) / (a + b)^3 and -4 a (a - b) / ...
+  np.testing.assert_allclose(grad[0], [[1/8, -3/8]] * 2, rtol=1e-5)
+  np.testing.assert_allclose(grad[1:], 0, atol=1e-7)   # even, and padding
 
 
-@pytest.mark.parametrize('asked', [None, (6, 2)])
-def test_telemetry_is_additive_over_groups(asked):
-  whole = telemetry(asked and sum(asked))
-  halves = [telemetry(asked and asked[i], MASK[i:i + 1], INDEX[i:i + 1], VALID[i:i + 1],
-                      ROUTER[i:i + 1]) for i in range(2)]
-  for name, value in whole.items():
-    np.testing.assert_allclose(value, halves[0][name] + halves[1][name], rtol=1e-6)
-
-
-@pytest.mark.parametrize('asked', [None, 0])
-def test_telemetry_of_padding_is_zero(asked):
-  found = telemetry(asked, mask=[[False] * 4] * 2, valid=[[[False] * 2] * 3] * 2)
-  for name, value in found.items():
-    np.testing.assert_array_equal(value, np.zeros_like(value), err_msg=name)
-
-
-@pytest.mark.parametrize('router', ['expert_choice', 'top_k', 'top_p'])
-def test_telemetry_of_a_router_agrees_with_counting(router):
-  rng = np.random.default_rng(8)
-  logits = jnp.asarray(rng.normal(size=(3, 10, 4)), jnp.float32)
-  mask = jnp.asarray(rng.random((3, 10)) < 0.7)
-  asked = None
-  if router == 'expert_choice':
-    slots = routing.expert_choice(logits, mask, 2)
-  else:
-    tokens = (routing.top_k(logits, mask, 2) if router == 'top_k' else
-              routing.top_p(logits, mask, 0.5, 3))
-    asked = balance.asked(tokens, 4).sum()
-    slots = routing.place(tokens, 4, 2)
-  experts_of = np.zeros((3, 10), int)
-  load = np.zeros(4)
-  for g, e, c in np.argwhere(np.asarray(slots.valid)):
-    experts_of[g, slots.index[g, e, c]] += 1
-    load[e] += 1
-  found = balance.telemetry(slots, jax.nn.softmax(logits), mask, asked)
-  real = np.asarray(mask)
-  np.testing.assert_array_equal(found['load'], load)
-  assert found['unchosen'] == ((experts_of == 0) & real).sum() > 0
-  assert found['single'] == ((experts_of == 1) & real).sum() > 0
-  wanted = {'expert_choice': load.sum(), 'top_k': 2 * real.sum()}
-  if router == 'top_p':   # as many experts as it takes to reach a half
-    sums = np.cumsum(-np.sort(-np.asarray(jax.nn.softmax(logits)), axis=-1), axis=-1)
-    wanted['top_p'] = (np.minimum((sums < 0.5).sum(-1) + 1, 3) * real).sum()
-    assert real.sum() < wanted['top_p'] < 2 * real.sum()
-  assert found['assigned'] == wanted[router]
-  assert found['dropped'] == wanted[router] - load.sum()
-
-
-def test_telemetry_without_capacity_reads_the_choices():
-  # t0 asks for e1 and e0, t1 for e1 only, t2 is padding; nothing is dropped.
-  tokens = token_routing([[1, 0], [1, 2], [0, 1]], [[.6, .3], [.5, .4], [.5, .3]],
+def test_gates_are_the_weights_by_expert():
+  tokens = token_routing([[2, 0], [1, 0], [0, 1]], [[.6, .4], [.7, .3], [.8, .2]],
                          valid=[[True, True], [True, False], [False, False]])
-  probs = jnp.asarray([[[1/3, 2/3, 0], [0, 1, 0], [1/3, 1/3, 1/3]]], jnp.float32)
-  found = balance.telemetry(tokens, probs, jnp.asarray([[True, True, False]]))
-  np.testing.assert_array_equal(found['load'], [1, 2, 0])
-  assert {name: float(found[name]) for name in ('tokens', 'assigned', 'dropped', 'unchosen',
-                                                'single')} == {
-      'tokens': 2, 'assigned': 3, 'dropped': 0, 'unchosen': 0, 'single': 1}
-  # As of slots for everybody.
-  slots = routing.place(tokens, 3, 3)
-  same = balance.telemetry(slots, probs, jnp.asarray([[True, True, False]]),
-                           balance.asked(tokens, 3).sum())
-  jax.tree.map(np.testing.assert_array_equal, found, same)
+  found = balance.gates(tokens, 3)
+  np.testing.assert_allclose(found, [[[.4, 0, .6], [0, .7, 0], [0, 0, 0]]], rtol=1e-6)
+  # Shazeer's importance: sums 2/5, 7/10 and 3/5; mean 17/30, squares 101/100.
+  mean = 17/30
+  np.testing.assert_allclose(balance.importance(found, jnp.asarray([[True, True, False]])),
+                             [(1.01 / 3 - mean**2) / mean**2], rtol=1e-5)
+
+
+def normal(x):
+  """Phi, the standard normal's distribution function."""
+  return (1 + math.erf(x / math.sqrt(2))) / 2
+
+
+def cv_squared(values):
+  mean = sum(values) / len(values)
+  return sum((v - mean)**2 for v in values) / len(values) / mean**2
+
+
+# One token: e1 wins, e0 is second, e2 last.
+CLEAN, NOISY = [[[0., 1., -1.]]], [[[0.5, 2., -1.]]]
+
+
+@pytest.mark.parametrize('k, exclude_self, thresholds', [
+  (1, True, [2, 0.5, 2]),       # to win, e1 has to beat e0 and the others e1
+  (1, False, [2, 2, 2]),        # and here e1 its own lucky draw
+  (2, True, [-1, -1, 0.5]),     # to be among two: e0 and e1 have to beat e2
+  (2, False, [0.5, 0.5, 0.5]),
+  (3, False, [-1, -1, -1]),
+])
+def test_load(k, exclude_self, thresholds):
+  mask = jnp.ones((1, 1), bool)
+  for std in (1.0, 0.5):
+    expected = cv_squared([normal((c - t) / std) for c, t in zip(CLEAN[0][0], thresholds)])
+    found = load(jnp.asarray(CLEAN), jnp.asarray(NOISY), std, k, mask,
+                         exclude_self=exclude_self)
+    np.testing.assert_allclose(found, [expected], rtol=2e-5)
+    assert found.dtype == jnp.float32
+  std = [0.5, 2.0, 1.0]   # learnt, for each token and expert
+  expected = cv_squared([normal((c - t) / s) for c, t, s in zip(CLEAN[0][0], thresholds, std)])
+  found = load(jnp.asarray(CLEAN), jnp.asarray(NOISY), jnp.asarray([[std]]), k, mask,
+                       exclude_self=exclude_self)
+  np.testing.assert_allclose(found, [expected], rtol=2e-5)
+
+
+def test_load_sums_over_real_tokens_first():
+  clean = jnp.asarray([[CLEAN[0][0], [1., 0., 0.], [9., 0., 5.]]] * 2)
+  noisy = jnp.asarray([[NOISY[0][0], [1., 0.5, 0.], [9., 0., 5.]]] * 2)
+  mask = jnp.asarray([[True, True, False], [False] * 3])
+  # The second token's thresholds at k = 1: e0 has to beat 1/2, the others 1.
+  loads = [normal(-2) + normal(0.5), normal(0.5) + normal(-1), normal(-3) + normal(-1)]
+  found = load(clean, noisy, 1.0, 1, mask, exclude_self=True)
+  np.testing.assert_allclose(found, [cv_squared(loads), 0], rtol=2e-5)
+
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_load_is_how_often_an_expert_is_chosen_when_its_noise_is_drawn_again(k):
+  rng = np.random.default_rng(0)
+  clean = rng.normal(size=(4, 4))
+  std = rng.uniform(0.5, 1.5, (4, 4))
+  noisy = clean + std * rng.normal(size=(4, 4))
+  draws = [statistics.NormalDist().inv_cdf((i + 0.5) / 1000) for i in range(1000)]
+  loads = []
+  for e in range(4):
+    others = np.sort(np.delete(noisy, e, axis=1), axis=1)
+    drawn = clean[:, e, None] + std[:, e, None] * np.asarray(draws)
+    loads.append((drawn > others[:, -k, None]).mean(1).sum())
+  found = load(*(jnp.asarray(a, jnp.float32)[None] for a in (clean, noisy, std)), k,
+                       jnp.ones((1, 4), bool), exclude_self=True)
+  np.testing.assert_allclose(found, [cv_squared(loads)], rtol=5e-3)
+  assert cv_squared(loads) > 0.01
+
+
+def test_load_of_ties_and_of_all_experts():
+  mask, logits = jnp.ones((1, 1), bool), jnp.asarray([[[1., 1., 0.]]])
+  # k = 1: e0 and e1 have to beat each other.
+  found = load(logits, logits, 1.0, 1, mask, exclude_self=True)
+  np.testing.assert_allclose(found, [cv_squared([normal(0), normal(0), normal(-1)])], rtol=2e-5)
+  # k = E: every expert is chosen whatever its noise.
+  loss = lambda clean: balance.load(clean, clean, 1.0, 3, mask, exclude_self=True)[0]
+  value, grad = jax.value_and_grad(loss)(logits)
+  assert value == 0
+  np.testing.assert_array_equal(grad, 0)
+
+
+@pytest.mark.parametrize('exclude_self', [True, False])
+def test_load_gradient_pushes_down_the_busy_expert(exclude_self):
+  logits = jnp.asarray([[[1., 0.]]])
+  loss = lambda l: balance.load(l, l, 1.0, 1, real(l), exclude_self=exclude_self)[0]
+  grad = np.asarray(jax.jit(jax.grad(loss))(logits))[0, 0]
+  density = math.exp(-0.5) / math.sqrt(2 * math.pi)   # of the normal at 1
+  if exclude_self:   # P = Phi(1), Phi(-1): loss (2 Phi(1) - 1)^2
+    expected = 4 * density * (2 * normal(1) - 1)
+  else:              # the threshold is l0 itself: P = Phi(0), Phi(l1 - l0), only the second moves
+    a, b = normal(0), normal(-1)
+    expected = 4 * a * (a - b) / (a + b)**3 * density
+  np.testing.assert_allclose(grad, [expected, -expected], rtol=1e-4)
+
+
+def test_load_gradient_is_finite_when_noise_vanishes():
+  clean = jnp.asarray([[[3., -2., 0.]]])
+
+  def loss(clean, std):
+    return balance.load(clean, clean, std, 1, real(clean), exclude_self=True)[0]
+
+  for std in (0.0, 1e-30, 1e-3):
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(clean, jnp.full((1, 1, 3), std))
+    np.testing.assert_allclose(value, 2, rtol=1e-5)   # one expert of three has the whole load
+    for grad in grads:
+      np.testing.assert_allclose(grad, 0, atol=1e-6)
+
+
+def test_load_of_bfloat16_logits_is_computed_in_float32():
+  low = jnp.asarray(NOISY, jnp.bfloat16)
+  found = load(low, low, 0.3, 2, real(low), exclude_self=True)
+  assert found.dtype == jnp.float32
+  high = low.astype(jnp.float32)
+  np.testing.assert_array_equal(
+      found, load(high, high, 0.3, 2, real(low), exclude_self=True))
+
+
+def test_losses_do_not_depend_on_the_order_of_experts_and_asked_follows_it():
+  rng = np.random.default_rng(2)
+  logits = jnp.asarray(rng.normal(size=(2, 8, 5)), jnp.float32)
+  noisy = logits + 0.2 * jnp.asarray(rng.normal(size=logits.shape), jnp.float32)
+  mask = jnp.asarray(rng.random((2, 8)) < 0.8)
+  order = np.array([3, 0, 4, 1, 2])
+
+  @jax.jit
+  def losses(clean, noisy):
+    probs, tokens = jax.nn.softmax(noisy), routing.top_k(noisy, mask, 2)
+    each = [balance.load_balance(probs, tokens, mask),
+            balance.load_balance(probs, tokens, mask, first_only=True),
+            balance.importance(probs, mask), balance.importance(balance.gates(tokens, 5), mask),
+            balance.load(clean, noisy, 0.2, 2, mask, exclude_self=True),
+            balance.load(clean, noisy, 0.2, 2, mask, exclude_self=False),
+            balance.entropy_penalty(probs, mask), balance.router_z(noisy, mask)]
+    return jnp.stack(each), balance.asked(tokens, 5)
+
+  old, asked = losses(logits, noisy)
+  new, permuted = losses(logits[..., order], noisy[..., order])
+  np.testing.assert_allclose(old, new, rtol=2e-5)
+  assert old.shape == (8, 2) and (old > 0).all()
+  np.testing.assert_array_equal(asked[order], permuted)
+  # Padding adds nothing to any of them, whatever stands there.
+  junk = lambda l: jnp.where(mask[..., None], l, 7 * l[::-1])
+  np.testing.assert_array_equal(losses(junk(logits), junk(noisy))[0], old)
+
+
+def test_asked_counts_valid_choices_over_groups():
+  tokens = token_routing([[2, 0], [1, 0], [0, 1]], [[.6, .4], [.7, .3], [.8, .2]],
+                         valid=[[True, True], [True, False], [False, False]])
+  two = jax.tree.map(lambda a: jnp.concatenate([a, a]), tokens)
+  found = balance.asked(two, 4)
+  np.testing.assert_array_equal(found, [2, 2, 2, 0])
+  assert found.dtype == jnp.float32
+
+
+def test_update_bias_moves_one_step_against_the_load():
+  found = balance.update_bias(jnp.asarray([0., 0.1, -0.1, 0.2]), jnp.asarray([6., 2., 1., 3.]), .01)
+  # The mean is 3: down, up, up, stay.
+  np.testing.assert_allclose(found, [-0.01, 0.11, -0.09, 0.2], rtol=1e-6)
+  assert found.dtype == jnp.float32
+  np.testing.assert_array_equal(balance.update_bias(found, jnp.zeros(4), 0.01), found)
+
+
+def test_bias_balances_a_lopsided_router_without_a_loss():
+  rng = np.random.default_rng(3)
+  logits = logs(np.exp(rng.normal(size=(4, 64, 8)) + np.linspace(0, 2, 8)))
+
+  @jax.jit
+  def step(bias):
+    asked = balance.asked(routing.top_k(logits, real(logits), 2, score='sigmoid', bias=bias), 8)
+    return balance.update_bias(bias, asked, 0.003), asked.max() / asked.mean() - 1   # MaxVio
+
+  bias, before = step(jnp.zeros(8))
+  for _ in range(300):
+    bias, after = step(bias)
+  assert before > 0.9
+  assert after < 0.1
