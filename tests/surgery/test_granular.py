@@ -118,7 +118,7 @@ def test_scaling_all_matrices_is_exact_for_homogeneous_activations(form, activat
       changed = [g for g, gate in zip(gaps, (*SUMMED.values(), *UNIFORM.values()))
                  if abs(G / gate.total(E) - 1) > 1e-6]
       assert len(changed) >= 6
-      assert min(changed) > 0.01 and max(changed) < 0.2
+      assert min(changed) > 0.01 and max(changed) < 0.3
 
 
 def test_the_published_factor():
