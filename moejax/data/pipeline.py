@@ -103,14 +103,16 @@ class Dataset:
     return [references(examples[int(n)]) if r else () for n, r in zip(batch['example'], real)]
 
   def answers(self, split: str) -> tuple[list[tuple[str, ...]], list[int]]:
-    """(right answers, task) of every example that `examples[split]` counts, in no useful order.
+    """(right answers, task) of every example that `examples[split]` counts.
 
     For the score of always giving the commonest answer (moejax.scores.baseline). It reads the
     split once.
     """
-    examples = self._pairs_of(split)
-    ds = self._numbers(split).shuffle(EVAL_SEED)[:self.examples[split]]
-    found = [examples[int(n)] for n in ds]
+    examples, n = self._pairs_of(split), self.examples[split]
+    numbers = range(n)   # of a whole split the order does not matter, and Grain's is slow to list
+    if n < len(examples):
+      numbers = self._numbers(split).shuffle(EVAL_SEED)[:n]
+    found = [examples[int(number)] for number in numbers]
     return [references(e) for e in found], [int(e['task']) for e in found]
 
   def _pairs_of(self, split: str) -> Sequence:

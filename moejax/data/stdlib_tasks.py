@@ -84,8 +84,13 @@ def name_groups(source: str, tree: ast.AST) -> Iterator[Group]:
         continue                                                   # no code, or on the same line
       kept = [n for n in kept if not doc.lineno - 1 <= n < doc.end_lineno]
     if node.name.strip('_') and len(node.name.encode()) <= NAME_BYTES:
-      code = textwrap.dedent('\n'.join(lines[n] for n in kept if lines[n].strip()))
+      code = '\n'.join(_outdented(lines[n], node.col_offset) for n in kept if lines[n].strip())
       yield (Pair(f'name: {masked(code, node.name)}'.encode(), node.name.encode(), NAME),)
+
+
+def _outdented(line: str, indent: int) -> str:
+  """line, `indent` columns to the left; a comment may start further left than its function."""
+  return line.lstrip() if line[:indent].strip() else line[indent:]
 
 
 def swap_groups(path: str, source: str, tree: ast.AST) -> Iterator[Group]:
