@@ -199,21 +199,25 @@ class MLP(nnx.Module):
     return {name: getattr(self, name)[...] for name in self.names}
 
   def apply(self, weights: dict[str, jax.Array], x: jax.Array,
-            drop: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+            drop: Callable[[jax.Array], jax.Array] | None = None, rows=None) -> jax.Array:
     """Runs the MLP with the given weights.
 
     Args:
       weights: as from `weights()`, or a slice of its expert axis.
-      x: (N, D), or (E, N, D) with stacked weights.
+      x: (N, D), or (E, N, D) with stacked weights, or (N, D) with stacked weights and `rows`.
       drop: applied to the hidden activations, (N, F) or (E, N, F).
+      rows: moe.grouped.Rows, which say whose weights each row of x is for; or None.
 
     Returns:
       The shape and dtype of x.
     """
     def project(name, h):
-      y = h @ weights[name].astype(h.dtype)
+      kernel = weights[name].astype(h.dtype)
+      y = h @ kernel if rows is None else rows.matmul(h, kernel)
       if not self.has_bias:
         return y
+      if rows is not None:
+        return y + rows.expand(weights[f'{name}_bias'], h.dtype)
       bias = weights[f'{name}_bias'].astype(h.dtype)                # (F,) or (E, F)
       return y + (bias if bias.ndim == 1 else bias[:, None])
 

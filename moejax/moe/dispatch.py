@@ -4,11 +4,14 @@ Every function here has one signature and computes the same thing,
 
   y[g, s] = sum over slots (e, c) of group g holding token s of weight[g, e, c] * expert_e(x[g, s])
 
-and differs only in how. None sees a logit. `apply(weights, x)` runs all experts on their buffers:
-weights is a dict of arrays with a leading E, x is (E, N, D), one batched matmul for all experts.
-`exchange` moves buffers between devices when experts live on several (see sharding.exchange).
+and differs only in how. None sees a logit. `gather` and `einsum` fill every expert's buffer up to a
+capacity: `apply(weights, x)` then runs all experts on them, weights being a dict of arrays with a
+leading E and x (E, N, D), one batched matmul for all experts. `grouped` has no capacity and drops
+nothing: `apply(weights, x, rows=rows)` gets x (P, D), one row per assignment, sorted by expert, and
+multiplies with `rows.matmul` (see grouped.Rows). `exchange` moves buffers between devices when
+experts live on several (see sharding.exchange).
 
-Dimensions: G groups, S tokens per group, D model, E experts, C slots per expert and group.
+Dimensions: G groups, S tokens per group, D model, E experts, C slots per expert and group, P rows.
 """
 
 from collections.abc import Callable
@@ -17,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax import config as config_lib
+from moejax.moe.grouped import by_expert
 from moejax.moe.routing import SlotRouting, TokenRouting
 
-Apply = Callable[[dict, jax.Array], jax.Array]
+Apply = Callable[..., jax.Array]
 
 
 def gather(routing: SlotRouting, x: jax.Array, weights: dict, apply: Apply,
@@ -65,6 +70,44 @@ def einsum(routing: SlotRouting, x: jax.Array, weights: dict, apply: Apply,
   return jnp.einsum('GSEC,GECD->GSD', combine, out)
 
 
+def grouped(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict, apply: Apply,
+            exchange: Callable | None = None) -> jax.Array:
+  """One row per assignment, sorted by expert, and one grouped matmul per weight: dropless.
+
+  Every valid choice of a token is computed, however many tokens an expert gets (MegaBlocks, Gale et
+  al. 2022); of a SlotRouting every valid slot. Memory linear in assignments; FLOPs those of the
+  assignments, and of less than a block of padding per expert.
+
+  Args:
+    routing: TokenRouting, or SlotRouting as the others.
+    x: (G, S, D) tokens.
+    weights: expert weights, each (E, ...).
+    apply: the experts, (weights, (P, D), rows=grouped.Rows) -> (P, D); what they do with rows that
+      are not `rows.valid` has no effect and no gradient, as long as it stays in its row.
+    exchange: None; there is no other way.
+
+  Returns:
+    (G, S, D) in x's dtype; 0 for tokens of no valid choice.
+
+  Raises:
+    ConfigError: experts are spread over devices.
+  """
+  config_lib.check(exchange is None, 'moe.dispatch', 'grouped',
+                   "'gather' or 'einsum' where config.mesh.expert > 1",
+                   'Set config.mesh.expert = 1: without a capacity the number of rows that one '
+                   'device sends another has no fixed size.')
+  G, S, D = x.shape
+  E = jax.tree.leaves(weights)[0].shape[0]
+  expert, token = _flat_assignments(routing, G, S)                  # (N,) each
+  rows = by_expert(expert, routing.valid.reshape(-1), E)
+  token = token[rows.order]                                         # (P,) in [0, G*S)
+  buffer = jnp.where(rows.valid[:, None], x.reshape(G * S, D)[token], 0)
+  out = apply(weights, buffer, rows=rows)
+  weight = routing.weight.reshape(-1)[rows.order].astype(out.dtype)
+  out = jnp.where(rows.valid[:, None], out * weight[:, None], 0)    # (P, D)
+  return jnp.zeros_like(x).reshape(G * S, D).at[token].add(out).reshape(G, S, D)
+
+
 def reference(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict,
               apply: Apply) -> jax.Array:
   """The definition, as a Python loop over slots (or choices): what the rest must equal."""
@@ -77,7 +120,7 @@ def reference(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict,
   return y
 
 
-BY_NAME = {'gather': gather, 'einsum': einsum}
+BY_NAME = {'gather': gather, 'einsum': einsum, 'grouped': grouped}
 
 
 def _run(buffers, weights, apply, exchange):
@@ -86,6 +129,15 @@ def _run(buffers, weights, apply, exchange):
   run = apply if exchange is None else exchange(apply)
   out = run(weights, buffers.swapaxes(0, 1).reshape(E, G * C, D))
   return out.reshape(E, G, C, D).swapaxes(0, 1)
+
+
+def _flat_assignments(routing, G, S):
+  """Expert and token (in [0, G*S)) of all N slots or choices, each (N,), in the routing's order."""
+  named = routing.index if isinstance(routing, SlotRouting) else routing.expert
+  group, middle, _ = (jax.lax.broadcasted_iota(jnp.int32, named.shape, i) for i in range(3))
+  if isinstance(routing, SlotRouting):
+    return middle.reshape(-1), (group * S + named).reshape(-1)
+  return named.reshape(-1), (group * S + middle).reshape(-1)
 
 
 def _assignments(routing):

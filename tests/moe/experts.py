@@ -6,12 +6,15 @@ import numpy as np
 from flax import nnx
 
 
-def apply(weights, x):
-  """Gated tanh-GELU MLP of each expert, without biases: (E, N, D) -> (E, N, D) in x's dtype."""
+def apply(weights, x, rows=None):
+  """Gated tanh-GELU MLP of each expert, without biases: (E, N, D) -> (E, N, D) in x's dtype.
+
+  With rows (moe.grouped.Rows) x is (P, D), each row for the expert they say.
+  """
+  matmul = jnp.matmul if rows is None else rows.matmul
   w = {name: leaf.astype(x.dtype) for name, leaf in weights.items()}
-  hidden = jax.nn.gelu(jnp.einsum('end,edf->enf', x, w['wi_gate']), approximate=True)
-  hidden = hidden * jnp.einsum('end,edf->enf', x, w['wi'])
-  return jnp.einsum('enf,efd->end', hidden, w['wo'])
+  hidden = jax.nn.gelu(matmul(x, w['wi_gate']), approximate=True) * matmul(x, w['wi'])
+  return matmul(hidden, w['wo'])
 
 
 def random_weights(rng, E, D, F):
@@ -37,6 +40,6 @@ class Experts(nnx.Module):
   def weights(self):
     return {name: getattr(self, name)[...] for name in ('wi_gate', 'wi', 'wo')}
 
-  def apply(self, weights, x, drop=None):
+  def apply(self, weights, x, drop=None, rows=None):
     assert drop is None, 'no dropout was asked for'
-    return apply(weights, x)
+    return apply(weights, x, rows)
