@@ -148,8 +148,6 @@ def ridge(x: np.ndarray, labels: np.ndarray, test_x: np.ndarray, classes: np.nda
   mean, std = x.mean(0), x.std(0) + STD_FLOOR
   x, test_x = (x - mean) / std, (test_x - mean) / std
   y = 2.0 * (labels[:, None] == classes) - 1.0                      # (N, C)
-  intercept = y.mean(0)   # of centred features
-  y = y - intercept
   N, D = x.shape
   if l2 == 0:
     weights = np.linalg.lstsq(x, y, rcond=None)[0]
@@ -157,4 +155,4 @@ def ridge(x: np.ndarray, labels: np.ndarray, test_x: np.ndarray, classes: np.nda
     weights = np.linalg.solve(x.T @ x + l2 * np.eye(D), x.T @ y)
   else:   # the same by the dual, N x N
     weights = x.T @ np.linalg.solve(x @ x.T + l2 * np.eye(N), y)
-  return test_x @ weights + intercept
+  return test_x @ weights + y.mean(0)   # the intercept, as x is centred
