@@ -76,27 +76,166 @@ def batch(config):
           'weight': (tokens[:, 1:7] > 0).astype(np.float32), 'index': index}
 
 
-def child_state(parent, **init):
+def child_state(parent, model=None, where=None, mode='upcycle', **init):
   family, workdir, _ = parent
-  config = run_config(SPARSE[family], mode='upcycle', parent=workdir, **init)
+  config = run_config(model or SPARSE[family], mode=mode, parent=workdir, **init)
   model = models.build(config.model)
-  state, receipt = initialize.first_state(config, model, one_device(),
+  state, receipt = initialize.first_state(config, model, where or one_device(),
                                           initialize.open_parent(config.init))
   return model, jax.device_get(state), receipt
 
 
-def test_an_upcycled_model_is_its_parent(parent):
-  family, _, dense = parent
-  sparse, state, _ = child_state(parent)
+def with_moe(family, **changes):
+  """The sparse model of a family with other MoE settings."""
+  model = SPARSE[family]
+  names = ('moe',) if family == 'vit' else ('encoder_moe', 'decoder_moe')
+  return dataclasses.replace(model, **{
+      name: dataclasses.replace(getattr(model, name), **changes) for name in names})
+
+
+def flat(state):
+  return trees.flatten({'params': state.params, 'opt_state': state.opt_state})
+
+
+def check_same_function(family, dense, model, state):
+  """The child's logits are the parent's."""
   x = batch(DENSE[family])
   expected, _ = models.build(DENSE[family]).apply(dense.params, x)
-  logits, aux = sparse.apply(state.params, x)
+  logits, aux = model.apply(state.params, x)
   assert len(aux) == (2 if family == 't5' else 1)
   assert all(layer['unchosen'] == 0 and layer['dropped'] == 0 for layer in aux.values())
   real = x['weight'] > 0
   expected, logits = np.asarray(expected)[real], np.asarray(logits)[real]
   assert np.abs(expected).max() > 0.1
   np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_an_upcycled_model_is_its_parent(parent):
+  family, _, dense = parent
+  sparse, state, _ = child_state(parent)
+  check_same_function(family, dense, sparse, state)
+
+
+def test_virtual_groups_are_their_parent(parent):
+  """Eight experts of half the width in groups of two, wo scaled: the layer's own k and weights."""
+  family, _, dense = parent
+  model = with_moe(family, router='top_k', k=4, granularity=2, num_experts=8,
+                   capacity_factor=8.0, eval_capacity_factor=8.0)
+  sparse, state, receipt = child_state(parent, model, scaling='output')
+  check_same_function(family, dense, sparse, state)
+  fates = {e.target: e.fate for e in receipt.entries}
+  for path, leaf in flat(state).items():
+    if path.endswith('router/kernel'):
+      np.testing.assert_array_equal(leaf[:, ::2], leaf[:, 1::2])   # the two of a group tie
+      assert len(np.unique(leaf[0])) == 4
+    if path.endswith('experts/wo'):
+      assert fates[path] == 'sharded, scaled'
+  with pytest.raises(ConfigError, match="init.scaling: got 'all', allowed: 'none' in encoder"):
+    child_state(parent, dataclasses.replace(
+        model, **{n: dataclasses.replace(getattr(model, n), router='top_p')
+                  for n in ('moe', 'encoder_moe') if hasattr(model, n)}), scaling='all')
+
+
+def test_gates_are_the_configs():
+  """What surgery is told of the routers, T being what their weights sum to."""
+  for moe, total in ((MoEConfig(router='top_k', k=2, num_experts=8), 2 / 8),
+                     (MoEConfig(router='top_k', k=2, renormalize=True, weight_scale=2.5), 2.5),
+                     (MoEConfig(router='top_k', k=2, score='sigmoid'), 1.0),
+                     (MoEConfig(router='top_k', k=2, score='softmax_of_chosen'), 1.0),
+                     (MoEConfig(capacity_factor=3.0), 3 / 8), (MoEConfig(renormalize=True), 1.0)):
+    model = vit.config('tiny', activation='squared_relu', moe=moe)
+    init = initialize._expert_init(InitConfig(), run_config(model))
+    assert init.gates['encoder'].total(8) == pytest.approx(total)
+    assert init.gates['encoder'].multiple == (moe.router == 'top_k')
+    assert init.squared
+  model = t5.config('tiny', decoder_moe=MoEConfig(router='top_p'))
+  init = initialize._expert_init(InitConfig(), run_config(model))
+  assert set(init.gates) == {'encoder'} and not init.squared
+
+
+def test_fresh_experts_are_the_models_own_on_any_mesh(parent):
+  """One key each, and that of the expert wherever it lives; their slots start from nothing."""
+  init = {'vit': dict(experts='random'), 't5': dict(experts='subset', copied_experts=2)}[parent[0]]
+  copies = init.get('copied_experts', 0)
+  where = parallel.make('mesh', MeshConfig(data=1, expert=4, model=2))
+  _, state, receipt = child_state(parent, **init)
+  one, eight = flat(state), flat(child_state(parent, where=where, **init)[1])
+  for path, leaf in one.items():
+    # What truncated normal draws go through is rounded differently in pieces of another size.
+    np.testing.assert_allclose(leaf, eight[path], rtol=0, atol=2e-7 if '/experts/' in path else 0)
+    if not path.startswith('params') or '/experts/' not in path or path.endswith('_bias'):
+      continue
+    old = trees.flatten({'params': parent[2].params})[path.replace('/moe/experts/', '/mlp/')]
+    same = [np.array_equal(leaf[e], old) for e in range(E)]
+    assert same == [e < copies for e in range(E)]
+    assert not any(np.isclose(leaf[-1], leaf[e]).all() for e in range(E - 1))
+    fan = leaf.shape[1] if parent[0] == 't5' else sum(leaf.shape[1:]) / 2
+    np.testing.assert_allclose(leaf[-1].std(), fan ** -0.5, rtol=0.15)
+    slot = path.replace('params/', 'opt_state/')
+    np.testing.assert_array_equal(one[f'{slot}/count'], [3] * copies + [0] * (E - copies))
+    assert not one[f'{slot}/mu'][copies:].any() and not one[f'{slot}/nu'][copies:].any()
+  assert receipt.about['experts'] == init['experts']
+
+
+def test_depth_tiling(parent):
+  family, _, dense = parent
+  depth = ('num_layers',) if family == 'vit' else ('encoder_layers', 'decoder_layers')
+  deeper = dataclasses.replace(DENSE[family], **{name: 4 for name in depth})
+  _, state, receipt = child_state(parent, deeper, mode='depth_tile', tiling='layer')
+  old = flat(dense)
+  for path, leaf in flat(state).items():
+    for new in range(4):
+      path = path.replace(f'/layers/{new:02d}/', f'/layers/=0{new // 2}/')
+    np.testing.assert_array_equal(leaf, old[path.replace('=', '')], err_msg=path)
+  assert set(receipt.counts) == {'copied', 'repeated'}
+  assert receipt.about['tiling'] == 'layer' and 'experts' not in receipt.about
+  with pytest.raises(ConfigError, match="allowed: a model with more blocks than the parent"):
+    child_state(parent, DENSE[family], mode='depth_tile')
+
+
+@pytest.mark.parametrize('mode', ['continue', 'upcycle'])
+def test_a_new_head(parent, mode):
+  family, _, dense = parent
+  base = {'continue': DENSE, 'upcycle': SPARSE}[mode][family]
+  other = dataclasses.replace(base, **({'num_classes': 3} if family == 'vit' else {}))
+  _, state, receipt = child_state(parent, other, mode=mode, new_head=True)
+  old = flat(dense)
+  heads = 0
+  for path, leaf in flat(state).items():
+    if path.startswith('params/head/kernel'):
+      heads += 1
+      assert family == 't5' or leaf.shape == (16, 3)
+      np.testing.assert_allclose(leaf.std(), 16 ** -0.5, rtol=0.15)
+    elif path.startswith('opt_state/head/'):
+      assert not np.any(leaf)
+    elif '/moe/' not in path and '/head/' not in path:
+      np.testing.assert_array_equal(leaf, old[path])
+  assert heads == 1 and receipt.about['new_head'] is True
+  if family == 'vit':
+    with pytest.raises(ConfigError, match=r'copy params/head/kernel \(16, 10\)'):
+      child_state(parent, other, mode=mode)
+
+
+@pytest.mark.parametrize('init, message', [
+    (dict(mode='continue', experts='random'), "init.experts: got 'random', allowed: 'copy' with"),
+    (dict(mode='depth_tile', new_head=True), "init.new_head: got True, allowed: False with"),
+    (dict(mode='upcycle', tiling='layer'), "init.tiling: got 'layer', allowed: 'stack' with"),
+    (dict(mode='upcycle', tiling='both'), "init.tiling: got 'both', allowed: stack, layer"),
+    (dict(mode='upcycle', experts='subset'), 'init.copied_experts: got 0'),
+    (dict(mode='upcycle', experts='noise', scaling='all'), 'config.init.noise_std: got 0.0'),
+    (dict(mode='upcycled'), "init.mode: got 'upcycled'.*Did you mean 'upcycle'"),
+    (dict(mode='scratch'), "init.parent: got 'somewhere', allowed: empty for scratch"),
+])
+def test_settings_that_do_not_go_together(init, message):
+  with pytest.raises(ConfigError, match=message):
+    InitConfig(parent='somewhere', **init)
+
+
+def test_the_receipt_says_how(parent):
+  about = child_state(parent, experts='drop', reinit_fraction=0.25)[2].about
+  assert about == dict(mode='upcycle', parent=parent[1], step=STEP, optimizer='carry',
+                       experts='drop', copied_experts=0, noise_std=0.0, reinit_fraction=0.25,
+                       scaling='none', new_head=False, seed=0)
 
 
 def test_every_leaf_has_its_fate(parent):
