@@ -190,9 +190,7 @@ def keep_second(routing: TokenRouting, uniform: jax.Array, threshold: float) -> 
   Returns:
     TokenRouting with second choices that are not kept no longer valid.
   """
-  total = routing.weight.sum(-1)                                    # (G, S)
-  share = routing.weight[..., 1] / jnp.where(total > 0, total, 1.0)
-  keep = uniform * threshold < share
+  keep = uniform * threshold * routing.weight.sum(-1) < routing.weight[..., 1]    # (G, S)
   valid = routing.valid & jnp.stack([jnp.ones_like(keep), keep], axis=-1)
   return TokenRouting(routing.expert, jnp.where(valid, routing.weight, 0.0), valid)
 
