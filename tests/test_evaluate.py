@@ -1,11 +1,20 @@
-"""Sums over a split, whatever its batches, with a model whose logits stand in the batch."""
+"""Sums over a split, with a model whose logits stand in the batch; decoding on many devices."""
+
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import evaluate
+from moejax import evaluate, models
+from moejax.config import ConfigError
+from moejax.models import t5, vit
+from moejax.moe.layer import MoEConfig
+from moejax.sharding import MeshConfig
+from moejax.train import parallel
+from tests.models.helpers import made
 
 LN2 = np.log(2)
 # Five examples: log probabilities of two classes, and labels.
@@ -69,3 +78,92 @@ def test_sums_are_added_in_float64():
 def test_an_empty_split_is_an_error():
   with pytest.raises(ValueError, match='the split is empty'):
     evaluate.total(evaluate.make_eval_step(apply), {}, [])
+
+
+class Letters:
+  """Ids from 3 on are letters."""
+
+  def decode(self, ids):
+    return ''.join(chr(ord('a') + i - 3) for i in ids if i >= 3)
+
+
+def test_predictions_leave_fillers_out_and_stop_in_time():
+  ids = np.array([[3, 1, 0], [9, 9, 9], [4, 5, 1]], np.int32)
+  seen = []
+
+  def step(params, batch):
+    seen.append(batch)
+    return {'ids': params + ids, 'real': np.array([True, False, batch == 0])}
+  run = functools.partial(evaluate.predictions, step, 0, range(3), Letters())
+  assert run() == ['a', 'bc', 'a', 'a'] and seen == [0, 1, 2]
+  seen.clear()
+  assert run(examples=2) == ['a', 'bc'] and seen == [0]
+  assert run(examples=3) == ['a', 'bc', 'a']
+  assert evaluate.predictions(step, 0, [], Letters()) == []
+
+
+SEQ2SEQ = t5.config('tiny', encoder_layers=1, decoder_layers=1,
+                    encoder_moe=MoEConfig(layers='0', num_experts=4, group_size=2 * 5),
+                    decoder_moe=MoEConfig(layers='0', num_experts=4, router='top_k'))
+
+
+def sources(B=16):
+  """Sources of all lengths; a filler on some devices and not on others."""
+  rng = np.random.default_rng(0)
+  source = rng.integers(1, 64, (B, 5)) * (np.arange(5) < rng.integers(1, 6, (B, 1)))
+  weight = np.ones((B, 4), np.float32)
+  weight[:, 2:] = 0
+  weight[[3, 14, 15]] = source[[3, 14, 15]] = 0
+  return {'encoder_input': source.astype(np.int32), 'weight': weight,
+          'target': np.zeros((B, 4), np.int32)}
+
+
+@functools.cache
+def decoded(way, beams):
+  name, mesh, n = {
+      'one': ('mesh', MeshConfig(), 1), 'pmap': ('pmap', MeshConfig(), 8),
+      'mesh': ('mesh', MeshConfig(data=1, fsdp=2, expert=2, model=2), 8)}[way]
+  where = parallel.make(name, mesh, jax.devices()[:n])
+  gather = lambda x: x
+  if name == 'pmap':
+    gather = lambda x: jax.lax.all_gather(x, parallel.PMAP_AXIS, tiled=True)
+  model, params, _ = made(SEQ2SEQ)
+  step = evaluate.make_decode_step(model, evaluate.DecodeConfig(beams=beams), gather)
+  params = jax.device_put(params, where.shardings(params))
+  return jax.device_get(where.compile(step)(params, where.put(sources())))
+
+
+@pytest.mark.parametrize('way', ['pmap', 'mesh'])
+@pytest.mark.parametrize('beams', [1, 3])
+def test_many_devices_decode_as_one(way, beams):
+  one, many = decoded('one', beams), decoded(way, beams)
+  assert one['ids'].shape == (16, 4) and len({tuple(ids) for ids in one['ids'].tolist()}) > 6
+  np.testing.assert_array_equal(one['real'], sources()['weight'].any(1))
+  np.testing.assert_array_equal(many['real'], one['real'])
+  np.testing.assert_array_equal(many['ids'], one['ids'])
+
+
+@pytest.mark.parametrize('config, length', [
+    (evaluate.DecodeConfig(), 4), (evaluate.DecodeConfig(max_length=7), 7),
+    (evaluate.DecodeConfig(beams=2, max_length=2), 2)])
+def test_decode_config_reaches_the_search(config, length, monkeypatch):
+  """length: of the targets, or as set."""
+  calls = []
+
+  def search(*args):
+    calls.append(args[3:])
+    return jnp.zeros((16, args[3]), jnp.int32)
+  monkeypatch.setattr(evaluate.decoding, 'greedy', search)
+  monkeypatch.setattr(evaluate.decoding, 'beam_search', search)
+  model = types.SimpleNamespace(decode_step=print, config=SEQ2SEQ)
+  ids = evaluate.make_decode_step(model, config)({}, sources())['ids']
+  assert ids.shape == (16, length)
+  assert calls == [(length,) if config.beams == 1 else (length, config.beams, config.alpha)]
+
+
+def test_what_cannot_decode_is_refused():
+  with pytest.raises(ConfigError, match="model.family: got 'vit', allowed: t5"):
+    evaluate.make_decode_step(models.build(vit.config('tiny')), evaluate.DecodeConfig())
+  for key, value in (('beams', 0), ('alpha', -0.1), ('max_length', -1), ('examples', -1)):
+    with pytest.raises(ConfigError, match=f'decode.{key}: got {value}'):
+      evaluate.DecodeConfig(**{key: value})

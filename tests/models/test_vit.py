@@ -70,6 +70,15 @@ def test_fillers_share_no_expert_with_examples_of_their_group():
   assert np.abs(apply(params, real)[0][2] - a[2]).max() > 1e-6
 
 
+@pytest.mark.parametrize('config', [GAP, CLS], ids=['gap', 'cls'])
+def test_features_are_what_the_head_reads(config):
+  model, params, apply = made(config)
+  features = jax.jit(model.features)(params, make_batch())
+  assert features.shape == (4, 16) and features.dtype == jnp.float32
+  logits = features @ params['head']['kernel'] + params['head']['bias']
+  np.testing.assert_allclose(apply(params, make_batch())[0], logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize('config', [GAP, CLS, SPARSE], ids=['gap', 'cls', 'sparse'])
 def test_every_parameter_is_used(config):
   model, params, _ = made(config)
