@@ -126,8 +126,8 @@ def top_k(logits: jax.Array, mask: jax.Array, k: int, *, score: str = 'softmax',
     renormalize: divide a token's k weights by their sum. With 'softmax' that is
       'softmax_of_chosen', which it leaves as it is.
     scale: factor of all weights, after that (2.5 in DeepSeek-V3).
-    bias: (E,) added to the scores to choose experts, never to weigh them, and without gradient
-      (Wang et al. 2024, 2408.15664).
+    bias: (E,), or with axes of groups and tokens before it, added to the scores to choose experts,
+      never to weigh them, and without gradient (Wang et al. 2024, 2408.15664).
 
   Returns:
     TokenRouting with K = k, best expert first by score plus bias. At k=1 renormalised weights are
