@@ -61,9 +61,11 @@ def test_names_by_hand():
 
 def test_calls_by_hand():
   code = ('if f(b, max(a, b)):\n  g(*x, y)\n  h((p), q + 1)\n\n  k(m[0], s="é", *z)\n'
-          '  é = call("é",  n, key=0)\n  two(1,\n      2)\n')
+          '  é = call("é",  n, key=0)\n  two(1,\n      2)\n'
+          '  say(f"{f(x, y)}")\n')
   # Line 1: b with max(a, b); max itself is symmetric. g has one plain argument; in h parentheses
-  # would stay behind; k has one; columns after é are bytes; two's arguments are on two lines.
+  # would stay behind; k has one; columns after é are bytes; two's arguments are on two lines; say's
+  # call in an f-string is left alone.
   groups = list(tasks.swap_groups('f.py', code, ast.parse(code)))
   got = [[(p.input.decode(), p.target) for p in group] for group in groups]
   assert got == [
@@ -108,19 +110,17 @@ def test_repeats_and_ambiguous_inputs():
                  'test': [Pair(b'3', b'x')]}
 
 
-def test_nothing_stdlib_text_trains_on(source, monkeypatch):
-  """Splits are by file, and by files that pre-training leaves out: a mark in each file says so."""
-  root = embedded.stdlib_root()
-  paths = [p.as_posix() for p in embedded.stdlib_files(root)]
-  parsed = []
-  parse = ast.parse
-  monkeypatch.setattr(tasks.ast, 'parse', lambda text: parsed.append(text) or parse(text))
+def test_nothing_stdlib_text_trains_on(monkeypatch):
+  read, deal = {}, tasks.deal
+  monkeypatch.setattr(tasks, 'deal', lambda files: read.update(deal(files)) or deal(files))
   tasks.stdlib_tasks(CONFIG, 0)
-  held = {(root / p).read_bytes() for p in paths if embedded.stdlib_split(p) != 'train'}
-  assert len(parsed) > 40 and {text.encode() for text in parsed} <= held
-  sizes = {p: (root / p).stat().st_size for p in paths if embedded.stdlib_split(p) != 'train'}
-  split = tasks.deal(sizes)
-  assert {split[p] for p in split if p.startswith('asyncio/')} == set(tasks.SPLITS)
+  trained = embedded.stdlib_text(CONFIG, 127).splits['train']._text
+  root = embedded.stdlib_root()
+  texts = [(root / path).read_bytes() for path in read]
+  assert len(texts) > 40 and b'class ThreadPoolExecutor(_base.Executor):' in trained
+  assert not any(text in trained for text in texts if len(text) > 500)
+  asyncio = [split for path, split in read.items() if path.startswith('asyncio/')]
+  assert set(asyncio) == set(tasks.SPLITS)
 
 
 def test_every_example_comes_from_files_of_its_split(source):
