@@ -8,6 +8,8 @@ from typing import Any
 from moejax import flops, trees
 from moejax.config import check, fail
 from moejax.train import initialize
+from moejax.train.groups import check_groups
+from moejax.train.schedule import check_run
 from moejax.train.settings import RunConfig
 
 
@@ -17,21 +19,32 @@ class Plan:
 
   Attributes:
     first: steps that parents trained before this run.
-    trunk: where the cooldown begins; what other runs branch from.
+    trunk: where the cooldown begins; what other runs branch from, unless init.step says otherwise.
     end: the run's last step.
+    branches: more steps that other runs may branch from, each with a cooldown of its own: one long
+      trunk gives a cooled model for every budget.
   """
   first: int
   trunk: int
   end: int
+  branches: tuple[int, ...]
   log_every: int
   eval_every: int
   checkpoint_every: int
 
   @classmethod
   def make(cls, config: RunConfig, first: int) -> 'Plan':
+    """Raises ConfigError: a schedule that this run cannot follow."""
     end = first + config.steps
-    return cls(first, end - config.schedule.cooldown_steps, end, config.log_every,
+    check_run(config.schedule, start_step=first, end_step=end)
+    return cls(first, end - config.schedule.cooldown_steps, end,
+               tuple(first + step for step in config.branch_steps), config.log_every,
                config.eval_every, config.checkpoint_every)
+
+  @property
+  def kept(self) -> set[int]:
+    """Steps whose checkpoints stay, whatever config.keep_checkpoints says."""
+    return {self.trunk, self.end, *self.branches}
 
   def eval_due(self, step: int) -> bool:
     return step % self.eval_every == 0 or step == self.end
@@ -41,7 +54,7 @@ class Plan:
     return step % self.log_every == 0 or step == self.end
 
   def save_due(self, step: int) -> bool:
-    return step % self.checkpoint_every == 0 or step in (self.trunk, self.end)
+    return step % self.checkpoint_every == 0 or step in self.kept
 
 
 def first_step(config: RunConfig, workdir: pathlib.Path) -> int:
@@ -53,7 +66,7 @@ def first_step(config: RunConfig, workdir: pathlib.Path) -> int:
 
 
 def check_fit(config: RunConfig, dataset, model, shards: int) -> int:
-  """Checks that data, model and devices fit together.
+  """Checks that data, model, optimizer groups and devices fit together.
 
   Args:
     config: the run.
@@ -78,6 +91,7 @@ def check_fit(config: RunConfig, dataset, model, shards: int) -> int:
           'Change the model or data.image.')
   else:
     _check_at_least('vocab_size', config.model.vocab_size, dataset.vocab_size)
+  check_groups(config.optimizer, trees.flatten(model.shapes).keys())
   rows = model.rows_per_group(dataset.encoder_length, dataset.decoder_length)
   for key, size, parts in (('batch_size', config.data.batch_size, config.microbatches),
                            ('eval_batch_size', config.data.eval_batch_size, 1)):
@@ -100,6 +114,7 @@ def facts(config: RunConfig, plan: Plan, model, dataset) -> dict[str, Any]:
   lengths = {'encoder_length': dataset.encoder_length, 'decoder_length': dataset.decoder_length}
   return {
       'first_step': plan.first, 'trunk_step': plan.trunk, 'end_step': plan.end,
+      'branch_steps': list(plan.branches),
       'data_fingerprint': dataset.fingerprint,
       'parameters': total, 'parameters_active_per_token': active,
       'train_flops_per_step': flops.train_step_flops(

@@ -12,8 +12,9 @@ from moejax.checkpoints import native
 from moejax.config import ConfigError
 from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
-from moejax.train import plan, settings
+from moejax.train import loop, plan, settings
 from moejax.train.initialize import InitConfig
+from moejax.train.optimizer import OptimizerConfig
 from moejax.train.schedule import ScheduleConfig
 
 MOE = MoEConfig(layers='1', num_experts=4)
@@ -50,6 +51,32 @@ def test_due_dates_are_in_global_steps():
 def test_without_a_cooldown_the_end_is_the_trunk():
   made = plan.Plan.make(settings.RunConfig(steps=10), first=0)
   assert made.trunk == made.end == 10
+
+
+def test_branch_points_are_kept_beside_trunk_and_end():
+  """Steps 3 and 5 of a run of 10 after a parent's 7 whose last 4 cool down."""
+  config = settings.RunConfig(steps=10, branch_steps=(3, 5), log_every=4, eval_every=8,
+                              checkpoint_every=8, schedule=ScheduleConfig(cooldown_steps=4))
+  made = plan.Plan.make(config, first=7)
+  assert made.branches == (10, 12)
+  assert made.kept == {10, 12, 13, 17}
+  assert due(made.save_due) == [8, 10, 12, 13, 16, 17]
+  assert due(made.log_due) == [8, 12, 16, 17]   # a window is not cut off for a branch
+  assert plan.Plan.make(dataclasses.replace(config, branch_steps=(6,)), 7).kept == {13, 17}
+
+
+@pytest.mark.parametrize('step', [0, -1, 7, 10, 2.5])
+def test_branches_leave_the_trunk_before_its_cooldown(step):
+  with pytest.raises(ConfigError, match=r'branch_steps: got \(3, .*, allowed: .* from 1 to 6,'):
+    settings.RunConfig(steps=10, branch_steps=(3, step),
+                       schedule=ScheduleConfig(cooldown_steps=4))
+
+
+def test_a_cosine_does_not_go_on_with_a_parents():
+  config = settings.RunConfig(schedule=ScheduleConfig('cosine'))
+  plan.Plan.make(config, first=0)
+  with pytest.raises(ConfigError, match=r'schedule\.start: got .continue.*step 7'):
+    plan.Plan.make(config, first=7)
 
 
 def test_evaluations_find_the_window_of_their_step():
@@ -132,6 +159,61 @@ def test_what_does_not_fit(config, dataset, shards, expected):
 def test_more_classes_than_the_data_has_and_evaluation_without_microbatches_fit():
   fit(run(vit.config('tiny', num_classes=11)), IMAGES)
   fit(run(GROUPED, batch_size=16, eval_batch_size=4, microbatches=4), IMAGES)
+
+
+def test_groups_are_about_leaves_of_the_model():
+  def config(**changes):
+    return run(vit.config('tiny', moe=MOE), optimizer=OptimizerConfig(**changes))
+  fit(config(freeze='experts', groups=(('^head/', 10.0, 1.0),)), IMAGES)
+  with pytest.raises(ConfigError, match=r"optimizer\.groups\[0\]: got 'haed'.*head/"):
+    fit(config(groups=(('haed', 10.0, 1.0),)), IMAGES)
+  dense = run(vit.config('tiny'), optimizer=OptimizerConfig(freeze='all_but_experts'))
+  with pytest.raises(ConfigError, match=r"optimizer\.freeze: got 'all_but_experts'"):
+    fit(dense, IMAGES)
+
+
+@pytest.fixture(scope='module')
+def branches(tmp_path_factory):
+  """A trunk of 8 steps, branches at 4 and at its end: (home, {name: {(step, 'train/loss'): x}})."""
+  home = tmp_path_factory.mktemp('branches')
+  config = settings.default(vit.config('tiny', num_layers=1))
+  config.data.source, config.data.image.size = 'digits', 8
+  config.data.batch_size = config.data.eval_batch_size = config.data.eval_examples = 16
+  config.log_every, config.eval_every, config.checkpoint_every = 2, 4, 8
+  config.schedule.warmup_steps, config.eval_splits = 2, ()
+  found = {}
+  for name, steps, changes in (('trunk', 8, {'branch_steps': (4,), 'keep_checkpoints': 1}),
+                               ('early', 4, {'init.step': 4}), ('late', 4, {'init.step': -1})):
+    config.steps = steps
+    config.update_from_flattened_dict(changes)
+    if name != 'trunk':
+      config.schedule.cooldown_steps, config.branch_steps = 2, ()
+      config.init.mode, config.init.parent = 'continue', str(home / 'trunk')
+    assert loop.run(settings.resolve(config), str(home / name)) == 0
+    lines = map(json.loads, (home / name / 'metrics.jsonl').read_text().splitlines())
+    found[name] = {(line['step'], k): v for line in lines for k, v in line.items()
+                   if k.endswith('/loss')}
+  return home, found
+
+
+def test_branches_start_where_the_trunk_was(branches):
+  """Same parameters, slots, data and rate: bit for bit the trunk until their own cooldown."""
+  home, losses = branches
+  assert native.finished_steps(home / 'trunk' / native.SUBDIR) == [4, 8]
+  assert json.loads((home / 'trunk' / 'run.json').read_text())['branch_steps'] == [4]
+  trunk, early, late = (losses[name] for name in ('trunk', 'early', 'late'))
+  assert min(early) == (4, 'validation/loss') and min(late) == (8, 'validation/loss')
+  assert early[min(early)] == trunk[min(early)]
+  assert late[min(late)] == trunk[min(late)]
+  assert early[6, 'train/loss'] == trunk[6, 'train/loss']   # two updates, then it cools down
+
+
+def test_branches_end_elsewhere(branches):
+  """The trunk at 8, the branch that cooled down at 8, and the longer one: three models."""
+  _, losses = branches
+  ends = {losses['trunk'][8, 'validation/loss'], losses['early'][8, 'validation/loss'],
+          losses['late'][12, 'validation/loss']}
+  assert len(ends) == 3
 
 
 def test_facts():
