@@ -13,7 +13,7 @@ MODULES = [p for p in sorted((ROOT / 'moejax').rglob('*.py')) if p.parent != ROO
 ORDER = [
     ['trees', 'config', 'moe.routing', 'flops'],
     ['sharding', 'moe.balance'],
-    ['moe.dispatch'],
+    ['moe.dispatch', 'moe.grouped'],
     ['moe', 'models.layers'],
     ['models'],
     ['tasks', 'scores'],

@@ -69,7 +69,9 @@ class T5Config:
           '0 turns dropout off.')
     check_choice('model.activation', self.activation, layers.ACTIVATIONS)
     check_choice('model.dtype', self.dtype, DTYPES)
-    self.sparse_layers('encoder')
+    for stack in ('encoder', 'decoder'):
+      if self.sparse_layers(stack):
+        getattr(self, f'{stack}_moe').expert_d_ff(self.d_ff, f'model.{stack}_moe')
     if self.sparse_layers('decoder'):
       check(self.decoder_moe.router != 'expert_choice', 'model.decoder_moe.router', 'expert_choice',
             'top_k', 'Expert choice lets a token see the tokens after it, so it cannot decode.')

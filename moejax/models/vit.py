@@ -64,7 +64,8 @@ class ViTConfig:
     check(0 <= self.dropout_rate < 1, 'model.dropout_rate', self.dropout_rate, '[0, 1)',
           '0 turns dropout off.')
     check_choice('model.dtype', self.dtype, DTYPES)
-    self.sparse_layers()
+    if self.sparse_layers():
+      self.moe.expert_d_ff(self.d_ff, 'model.moe')
 
   def sparse_layers(self) -> dict[int, int]:
     """{block number: number of experts}."""

@@ -100,15 +100,30 @@ def open_parent(config: InitConfig) -> Parent | None:
   """Opens the parent's checkpoint; None for scratch. Raises ConfigError if it is not there."""
   if config.mode == 'scratch':
     return None
-  directory = pathlib.Path(config.parent)
+  return open_run(config.parent, 'config.init.parent', config.step)
+
+
+def open_run(path: str, key: str, step: int = -1, last: str = 'trunk_step') -> Parent:
+  """Opens a checkpoint of another run.
+
+  Args:
+    path: its workdir.
+    key: what named it, for messages.
+    step: which checkpoint; negative: the one that run.json calls `last`.
+    last: 'trunk_step', or 'end_step' for the finished model.
+
+  Raises:
+    ConfigError: there is no such run or checkpoint.
+  """
+  directory = pathlib.Path(path)
   facts = {}
   for name in ('config.json', 'run.json'):
-    path = directory / name
-    if not path.exists():
-      fail('config.init.parent', config.parent, f'the workdir of a run ({name} in it)',
-           'Train the parent first, or correct the path.')
-    facts[name] = json.loads(path.read_text())
-  step = facts['run.json']['trunk_step'] if config.step < 0 else config.step
+    file = directory / name
+    if not file.exists():
+      fail(key, path, f'the workdir of a run ({name} in it)',
+           'Train that run first, or correct the path.')
+    facts[name] = json.loads(file.read_text())
+  step = facts['run.json'][last] if step < 0 else step
   return Parent(native.Reader(directory, step), facts['config.json'], facts['run.json'])
 
 

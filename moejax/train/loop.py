@@ -13,10 +13,13 @@ import jax.numpy as jnp
 from moejax import data, evaluate, models
 from moejax.checkpoints import native
 from moejax.train import initialize, metrics, parallel, settings
+from moejax.train.final import Final
+from moejax.train.pathology import Watch
 from moejax.train.plan import Plan, check_fit, facts, first_step
 from moejax.train.progress import Log, stop_signals
 from moejax.train.schedule import schedule
 from moejax.train.step import TrainState, make_train_step
+from moejax.train.teacher import Teacher
 from moejax.train.workdir import Workdir, provenance
 
 
@@ -44,7 +47,7 @@ def run(config: settings.RunConfig, path: str) -> int:
 
   program = Program(config, plan)
   workdir.claim(config)
-  writer = native.Writer(path, config.keep_checkpoints, {plan.trunk, plan.end})
+  writer = native.Writer(path, config.keep_checkpoints, plan.kept)
   done = writer.latest_step()
   workdir.write('run.json', provenance(**facts(config, plan, program.model, program.dataset)))
   with Log(workdir, plan.first, done, plan.end) as log, stop_signals() as stop:
@@ -54,13 +57,16 @@ def run(config: settings.RunConfig, path: str) -> int:
       state = TrainState(**writer.restore(done, program.shapes.as_dict()))
       log.say(f'{path}: resumed at step {done} of {plan.end}')
     done = int(state.step)
+    watch = Watch(config, plan.first)
     log.phase('compiling', done)
     for batch in program.dataset.train_batches(done, plan.end):
-      state, marker = program.train_step(state, program.devices.put(batch))
+      state, marker = program.train_step(state, program.put(batch))
       done += 1
       log.tick(done, marker)
       if plan.log_due(done):
         window = log.train(done, state.window)
+        for line in watch.lines(done, window):
+          log.say(line)
         state = dataclasses.replace(state, window=jax.tree.map(jnp.zeros_like, state.window))
       if plan.eval_due(done):
         program.evaluate(done, state.params, log, window)
@@ -84,21 +90,39 @@ class Program:
   def __init__(self, config: settings.RunConfig, plan: Plan):
     self.config, self.plan = config, plan
     self.devices = parallel.make(config.parallel, config.mesh)
-    self.dataset = data.build(config.data, seed=config.seed, host=jax.process_index(),
-                              hosts=jax.process_count())
+    self.dataset = self._data(config.data)
     self.model = models.build(config.model)
     rows = check_fit(config, self.dataset, self.model, self.devices.shards)
+    self.teacher = Teacher(config, self.devices) if config.task.teacher else None
+    probe_data = None
+    if config.probe.source:
+      probe_data = self._data(dataclasses.replace(
+          config.data, source=config.probe.source, eval_examples=0,
+          image=dataclasses.replace(config.data.image, classes=0, augment='none')))
+    self.final = Final(config, self.model, self.devices, self.dataset, probe_data)
     learning_rate = schedule(config.schedule, config.optimizer.learning_rate,
                              start_step=plan.first, end_step=plan.end)
     make = lambda reduce: make_train_step(
-        self.model, config.optimizer, learning_rate, microbatches=config.microbatches,
-        rows_per_group=rows, reduce=reduce)
+        self.model, config.optimizer, learning_rate, task=config.task,
+        microbatches=config.microbatches, rows_per_group=rows, reduce=reduce)
     shapes = initialize.state_shapes(config, self.model, self.devices)
-    window = jax.eval_shape(make(lambda x: x), shapes, self.dataset.train_batch(0))[0].window
+    batch = self.dataset.train_batch(0)
+    if self.teacher:
+      batch |= {'teacher_logits': jax.eval_shape(self.model.apply, shapes.params, batch)[0]}
+    window = jax.eval_shape(make(lambda x: x), shapes, batch)[0].window
     small = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.devices.replicated())
     self.shapes = dataclasses.replace(shapes, window=jax.tree.map(small, window))
     self.train_step = self.devices.compile(make(self.devices.reduce), self.shapes)
     self.eval_step = self._eval_step(self.model)
+
+  def _data(self, config: data.DataConfig) -> data.Dataset:
+    return data.build(config, seed=self.config.seed, host=jax.process_index(),
+                      hosts=jax.process_count())
+
+  def put(self, batch: dict) -> dict:
+    """A train batch on its devices, with what the teacher says to it."""
+    batch = self.devices.put(batch)
+    return self.teacher(batch) if self.teacher else batch
 
   def _eval_step(self, model):
     return self.devices.compile(evaluate.make_eval_step(model.apply, self.devices.reduce))
@@ -125,27 +149,35 @@ class Program:
 
   def _step0_gap(self, parent: initialize.Parent, child: dict, log: Log) -> dict:
     """The parent's validation loss beside this run's at its first step, and what routing lost."""
+    lost = {k: v for k, v in child.items() if k.endswith(('/dropped', '/unchosen'))}
+    if self.config.init.new_head:   # the parent's answers are to other questions
+      return {'loss': child['loss'], **lost}
     model = models.build(settings.from_dict(parent.config).model)
     with log.pause('evaluating', self.plan.first):
       params = initialize.parent_params(parent, model, self.devices)
       batches = map(self.devices.put, self.dataset.eval_batches('validation'))
       sums = evaluate.total(self._eval_step(model), params, batches)
     loss = metrics.summarize(sums)['loss']
-    lost = {k: v for k, v in child.items() if k.endswith(('/dropped', '/unchosen'))}
     return {'parent_loss': loss, 'loss': child['loss'], 'step0_gap': child['loss'] - loss, **lost}
 
   def evaluate(self, step: int, params: dict, log: Log, window: dict) -> dict:
-    """Evaluates on 'validation', at the last step also on config.eval_splits; the former's values.
+    """Evaluates on 'validation'; its values. At the last step also on config.eval_splits, and what
+    is measured once.
 
     window: train metrics of this step; their router gradient norms go with every evaluation.
     """
-    splits = ['validation', *(self.config.eval_splits if step == self.plan.end else ())]
+    last = step == self.plan.end
+    splits = ['validation', *(self.config.eval_splits if last else ())]
     results = {}
     with log.pause('evaluating', step):
       for split in splits:
         batches = map(self.devices.put, self.dataset.eval_batches(split))
         values = metrics.summarize(evaluate.total(self.eval_step, params, batches))
         values |= {k: v for k, v in window.items() if k.endswith('/router_grad_norm')}
+        if last:
+          values |= self.final.decoded(params, split)
         log.report(step, split, values)
         results[split] = values
+      if last and (probed := self.final.probed(params)):
+        log.report(step, 'probe', probed)
     return results['validation']

@@ -101,11 +101,21 @@ def read_lines(path: os.PathLike | str) -> list[dict]:
   return [json.loads(line) for line in lines[:-1] if line]   # what follows the last \n is torn
 
 
+# What people look at first, where it is there; the rest is in metrics.jsonl.
+HEADLINE = ('loss', 'accuracy', 'exact_match', 'phoneme_error_rate', 'word_error_rate')
+
+
+def headline(values: Mapping[str, float]) -> str:
+  """'loss 1.2345, accuracy 0.6789' of summarised metrics, or of a probe what there is of it."""
+  chosen = [k for k in HEADLINE if k in values] or [k for k in values if not k.endswith('_std')]
+  return ', '.join(f'{k} {values[k]:.4f}' for k in chosen)
+
+
 def last_evaluation(workdir: os.PathLike | str) -> str:
   """'validation loss 1.2345, accuracy 0.6789; test ...' of a run's last step, for people."""
   last = {}
   for line in read_lines(pathlib.Path(workdir) / 'metrics.jsonl'):
-    last |= {k.split('/')[0]: line for k in line if k.endswith('/loss')}
-  return '; '.join(f'{split} loss {line[f"{split}/loss"]:.4f}, '
-                   f'accuracy {line[f"{split}/accuracy"]:.4f}'
-                   for split, line in last.items() if split != 'train')
+    for split in {k.split('/')[0] for k in line if k != 'step'} - {'train'}:
+      last[split] = {k.removeprefix(f'{split}/'): v for k, v in line.items()
+                     if k.startswith(f'{split}/')}
+  return '; '.join(f'{split} {headline(values)}' for split, values in last.items())

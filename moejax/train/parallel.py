@@ -1,5 +1,8 @@
 """Two ways to run the same pure step on many devices.
 
+Both have `reduce`, which adds a tree over devices, and `gather`, which puts rows of all devices
+together, for use inside what they compile.
+
 'mesh': arrays are global, split over the axes of moejax.sharding; the compiler and the MoE layer's
 shard_map place the communication. 'pmap': one program per device over its share of the batch, sums
 added with psum; data-parallel only, state replicated.
@@ -39,7 +42,7 @@ class MeshParallel:
   def __init__(self, config: sharding.MeshConfig, devices=None):
     self.mesh = sharding.make_mesh(config, devices)
     self.shards = int(np.prod([self.mesh.shape[a] for a in sharding.GROUP_AXES]))
-    self.reduce = lambda tree: tree
+    self.reduce = self.gather = lambda tree: tree
 
   def shardings(self, tree):
     """Shardings of a tree of parameters or optimizer slots (or shapes thereof)."""
@@ -67,6 +70,10 @@ class MeshParallel:
     out = (jax.tree.map(lambda x: x.sharding, state), self.replicated())
     return self._in_mesh(jax.jit(fn, donate_argnums=0, out_shardings=out))
 
+  def compile_rows(self, fn: Callable) -> Callable:
+    """Compiles fn(params, batch) -> tree of arrays with the batch's rows, which stay in place."""
+    return self._in_mesh(jax.jit(fn, out_shardings=sharding.batch_sharding(self.mesh)))
+
   def _in_mesh(self, jitted):
     def run(*args):
       with jax.set_mesh(self.mesh):
@@ -82,6 +89,7 @@ class PmapParallel:
     self.mesh = Mesh(np.asarray(self.devices), (PMAP_AXIS,))
     self.shards = len(self.devices)
     self.reduce = lambda tree: jax.lax.psum(tree, PMAP_AXIS)
+    self.gather = lambda tree: jax.lax.all_gather(tree, PMAP_AXIS, tiled=True)
 
   def shardings(self, tree):
     """Shardings of a tree of parameters or optimizer slots: replicated."""
@@ -104,3 +112,7 @@ class PmapParallel:
     then donated."""
     return jax.pmap(fn, axis_name=PMAP_AXIS, in_axes=(None, 0), out_axes=None,
                     devices=self.devices, donate_argnums=() if state is None else (0,))
+
+  def compile_rows(self, fn: Callable) -> Callable:
+    """Compiles fn(params, batch) -> tree of arrays with the batch's rows, which stay in place."""
+    return jax.pmap(fn, axis_name=PMAP_AXIS, in_axes=(None, 0), devices=self.devices)

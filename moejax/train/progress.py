@@ -78,7 +78,7 @@ class Log:
     self.metrics.write(step, **named)
     for name, value in named.items():
       self.board.add_scalar(name, value, step)
-    main = f'{split} loss {values["loss"]:.4f} accuracy {values["accuracy"]:.4f}'
+    main = f'{split} ' + metrics.headline(values)
     if self.terminal:
       self.bar.set_postfix_str(main)
     else:

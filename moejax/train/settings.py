@@ -12,9 +12,12 @@ from ml_collections import ConfigDict
 from moejax import config as config_lib
 from moejax.config import check
 from moejax.data import DataConfig
+from moejax.evaluate import DecodeConfig
 from moejax.models.t5 import T5Config
 from moejax.models.vit import ViTConfig
+from moejax.probe import ProbeConfig
 from moejax.sharding import MeshConfig
+from moejax.tasks import TaskConfig
 from moejax.train import parallel
 from moejax.train.initialize import InitConfig
 from moejax.train.optimizer import OptimizerConfig
@@ -31,11 +34,16 @@ class RunConfig:
     model, data, optimizer, schedule, init, mesh: see their own classes.
     parallel: 'mesh' (jit over mesh axes) or 'pmap' (data-parallel).
     microbatches: gradient accumulation, parts per batch.
+    task: what is trained on: label smoothing, z-loss, distillation.
+    decode: how outputs are decoded, at the last step, for data that is scored by them.
+    probe: few-shot linear probe of a ViT's features, at the last step.
     log_every: steps between lines of train metrics.
     eval_every: steps between evaluations on the validation split; a multiple of log_every.
     eval_splits: evaluated at the last step besides 'validation'.
     checkpoint_every: steps between checkpoints; a multiple of log_every.
     keep_checkpoints: how many of the latest stay; the trunk's last always does.
+    branch_steps: steps of this run, counted as `steps`, whose checkpoints stay too, so that runs
+      with other budgets can branch there (init.mode='continue', init.step, their own cooldown).
   """
   seed: int = 0
   steps: int = 1000
@@ -44,6 +52,9 @@ class RunConfig:
   init: InitConfig = InitConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   schedule: ScheduleConfig = ScheduleConfig()
+  task: TaskConfig = TaskConfig()
+  decode: DecodeConfig = DecodeConfig()
+  probe: ProbeConfig = ProbeConfig()
   mesh: MeshConfig = MeshConfig()
   parallel: str = 'mesh'
   microbatches: int = 1
@@ -52,6 +63,7 @@ class RunConfig:
   eval_splits: tuple = ('test',)
   checkpoint_every: int = 500
   keep_checkpoints: int = 2
+  branch_steps: tuple = ()
 
   def __post_init__(self):
     config_lib.check_choice('config.parallel', self.parallel, parallel.NAMES)
@@ -66,6 +78,12 @@ class RunConfig:
             'Metrics are averaged over log_every steps and must not straddle it.')
     check(self.schedule.cooldown_steps <= self.steps, 'config.schedule.cooldown_steps',
           self.schedule.cooldown_steps, f'at most steps = {self.steps}', 'Shorten the cooldown.')
+    trunk = self.steps - self.schedule.cooldown_steps
+    check(all(type(n) is int and 0 < n <= trunk for n in self.branch_steps), 'config.branch_steps',
+          self.branch_steps, f'steps from 1 to {trunk}, before the cooldown',
+          'A branch from within a cooldown would start below the rate of its parent.')
+    check(not self.probe.source or self.model.family == 'vit', 'config.probe.source',
+          self.probe.source, "'' for T5", 'The probe reads features of images.')
     check(self.data.batch_size % self.microbatches == 0, 'config.microbatches', self.microbatches,
           f'a divisor of data.batch_size = {self.data.batch_size}', 'Change one of them.')
 

@@ -25,7 +25,8 @@ def build(E, scale=1.0, seed=0, d_model=D, **settings):
   graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
   params = nnx.to_pure_dict(params)
   kernel = np.random.default_rng(seed + 1).normal(size=(d_model, E)) / np.sqrt(d_model) * scale
-  params['router']['kernel'] = jnp.asarray(kernel, jnp.float32)
+  if 'router' in params:
+    params['router']['kernel'] = jnp.asarray(kernel, jnp.float32)
 
   @functools.partial(jax.jit, static_argnames='train')
   def run(params, x, mask, train=False):

@@ -1,0 +1,53 @@
+"""What is measured once, at the end of a run: decoded outputs and a few-shot probe."""
+
+import numpy as np
+
+from moejax import evaluate, probe, scores
+from moejax.train import settings
+
+
+class Final:
+  """The compiled functions of both, made when first needed.
+
+  Args:
+    config: RunConfig.
+    model: models.Model.
+    devices: of train.parallel.
+    dataset: the run's data.Dataset; its `metric` says whether outputs are scored.
+    probe_data: data.Dataset of config.probe.source, or None for no probe.
+  """
+
+  def __init__(self, config: settings.RunConfig, model, devices, dataset, probe_data):
+    self.config, self.model, self.devices = config, model, devices
+    self.dataset, self.probe_data = dataset, probe_data
+    self._decode_step = None
+
+  def decoded(self, params: dict, split: str) -> dict[str, float]:
+    """Scores of what the model writes for a split; {} for data that is not scored so."""
+    if not self.dataset.metric:
+      return {}
+    if self._decode_step is None:
+      self._decode_step = self.devices.compile(
+          evaluate.make_decode_step(self.model, self.config.decode, self.devices.gather))
+    references, tasks = [], []
+    def batches():
+      for batch in self.dataset.eval_batches(split):
+        rows = zip(self.dataset.references(split, batch), batch['task'])
+        kept = [(answers, int(task)) for answers, task in rows if answers]
+        references.extend(answers for answers, _ in kept)
+        tasks.extend(task for _, task in kept)
+        yield self.devices.put(batch)
+    texts = evaluate.predictions(self._decode_step, params, batches(), self.dataset.vocabulary,
+                                 self.config.decode.examples)
+    return scores.score(self.dataset.metric, texts, references[:len(texts)], tasks[:len(texts)],
+                        self.dataset.tasks)
+
+  def probed(self, params: dict) -> dict[str, float]:
+    """Few-shot accuracy of the model's features; {} without a probe."""
+    if self.probe_data is None:
+      return {}
+    step = self.devices.compile(
+        lambda params, batch: self.devices.gather(self.model.features(params, batch)))
+    features = lambda params, batch: np.asarray(step(params, self.devices.put(batch)))
+    return probe.run(self.config.probe, features, params, self.probe_data.eval_batches('train'),
+                     self.probe_data.eval_batches('test'), seed=self.config.seed)

@@ -1,0 +1,106 @@
+"""Every router with every dispatch against a plain NumPy layer, which shares no code with ours.
+
+B batch, L length, D model, E experts, K choices.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.moe.settings import MoEConfig
+
+from . import naive
+from .test_layer import build, tokens
+
+TOP = dict(router='top_k')
+ROUTERS = {
+    'expert_choice': {},
+    'expert_choice renormalized': dict(renormalize=True),
+    'top-1': dict(TOP, k=1),
+    'top-2': TOP,
+    'top-2 renormalized': dict(TOP, renormalize=True),
+    'softmax of chosen': dict(TOP, score='softmax_of_chosen'),
+    'sigmoid': dict(TOP, score='sigmoid'),
+    'sigmoid, renormalized, scaled': dict(TOP, score='sigmoid', renormalize=True, weight_scale=2.5),
+    'batch priority': dict(TOP, batch_priority=True),
+    'sigmoid, batch priority': dict(TOP, score='sigmoid', batch_priority=True),
+    'token order': dict(TOP, order='token'),
+    'token order, batch priority': dict(TOP, order='token', batch_priority=True),
+    'top-p': dict(router='top_p', k=3, p=0.6),
+    'top-p renormalized': dict(router='top_p', k=2, p=0.9, renormalize=True),
+    'norm': dict(router='norm', renormalize=True),
+    'bias': dict(TOP, bias_rate=0.1),
+    'bias, sigmoid': dict(TOP, score='sigmoid', bias_rate=0.1),
+}
+SITUATIONS = {
+    'room': dict(factor=64.0),
+    'drops': dict(factor=1.0),
+    'padding and drops': dict(factor=1.0, padding=0.4),
+    'one expert': dict(factor=1.0, E=1, padding=0.3),
+    'one token': dict(factor=1.0, L=1),
+    'two sequences a group': dict(factor=0.75, rows=2, padding=0.2),
+}
+EVERY = [(r, s, d) for r in ROUTERS for s in SITUATIONS for d in ('gather', 'einsum', 'grouped')]
+
+
+@functools.cache
+def made(router, situation, dispatch):
+  """(config, E, params, x, mask, y, aux) of the layer under test."""
+  settings, case = ROUTERS[router], SITUATIONS[situation]
+  E, L = case.get('E', 4), case.get('L', 6)
+  settings = dict(settings, dispatch=dispatch, capacity_factor=case['factor'],
+                  group_size=case.get('rows', 1) * L)
+  if E == 1:
+    settings |= dict(k=1)
+  run, params = build(E, scale=2.0, **settings)
+  if settings.get('bias_rate'):
+    bias = jnp.asarray(np.random.default_rng(5).normal(size=E), jnp.float32)
+    params['router']['no_grad'] = {'bias': bias}
+  x, mask = tokens(B=4, L=L, padding=case.get('padding', 0.0))
+  with jax.disable_jit(dispatch != 'grouped'):   # compiling would take longer than computing
+    y, aux = run(params, x, mask, train=True)
+  return MoEConfig(num_experts=E, **settings), E, params, x, mask, y, aux
+
+
+@pytest.mark.parametrize('router, situation, dispatch', EVERY, ids=map(', '.join, EVERY))
+def test_equals_plain_numpy(router, situation, dispatch):
+  config, E, params, x, mask, y, aux = made(router, situation, dispatch)
+  rows = SITUATIONS[situation].get('rows', 1)
+  group = lambda a: np.asarray(a).reshape(len(a) // rows, -1, *a.shape[2:])
+  bias = params.get('router', {}).get('no_grad', {}).get('bias')
+  want, load = naive.layer(config, E, params, group(x), group(mask), True, bias)
+  assert np.abs(want).max() > 0.1
+  np.testing.assert_allclose(group(y), want, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(aux['load'], load)
+  assert aux['tokens'] == mask.sum()
+  assert np.asarray(y)[~np.asarray(mask)].max(initial=0) == 0
+
+
+@pytest.mark.parametrize('router', ROUTERS)
+def test_a_binding_capacity_binds(router):
+  """The situation called drops is one: otherwise the comparison above would say little."""
+  aux = made(router, 'drops', 'gather')[-1]
+  assert aux['unchosen' if router.startswith('expert_choice') else 'dropped'] > 0
+
+
+@pytest.mark.parametrize('dispatch', ['gather', 'einsum', 'grouped'])
+@pytest.mark.parametrize('router', ROUTERS)
+def test_permuting_experts_permutes_everything(router, dispatch):
+  config, E, params, x, mask, y, aux = made(router, 'padding and drops', dispatch)
+  order = np.array([2, 0, 3, 1])
+  moved = jax.tree.map(lambda w: w[order], params['experts'])
+  router_params = {}
+  if 'router' in params:
+    router_params = {'router': jax.tree.map(lambda w: w[..., order], params['router'])}
+  run, _ = build(E, **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+                       if f.name != 'num_experts'})
+  y2, aux2 = run({'experts': moved, **router_params}, x, mask, train=True)
+  np.testing.assert_allclose(y2, y, rtol=1e-4, atol=1e-5)
+  for name, value in aux.items():
+    value = np.asarray(value)
+    np.testing.assert_allclose(aux2[name], value[order] if value.shape else value, rtol=1e-4,
+                               err_msg=name)
