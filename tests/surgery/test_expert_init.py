@@ -150,7 +150,7 @@ def test_drop_redraws_matrices_independently_and_by_seed():
   gate, up = experts(made, 'wi_gate'), experts(made, 'wi_up')
   assert not np.isclose(gate, source[f'params/{LAYER}/mlp/wi_gate']).any()   # r = 1 redraws all
   assert abs(np.corrcoef(gate.ravel(), up.ravel())[0, 1]) < 0.5
-  assert abs(np.corrcoef(gate[0].ravel(), gate[1].ravel())[0, 1]) < 0.8
+  assert not np.isin(gate[0], gate[1]).any()   # nor a permutation of another expert's
   again = upcycled(T5, ADAMW, init=init)[1]
   np.testing.assert_array_equal(experts(again, 'wi_gate'), gate)
   other = upcycled(T5, ADAMW, init=ExpertInit('drop', reinit_fraction=1.0, seed=1))[1]

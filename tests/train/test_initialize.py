@@ -149,8 +149,9 @@ def test_gates_are_the_configs():
     assert init.gates['encoder'].multiple == (moe.router == 'top_k')
     assert init.squared
   model = t5.config('tiny', decoder_moe=MoEConfig(router='top_p'))
-  init = initialize._expert_init(InitConfig(), run_config(model))
-  assert set(init.gates) == {'encoder'} and not init.squared
+  run = dataclasses.replace(run_config(model), seed=5)
+  init = initialize._expert_init(InitConfig(), run)
+  assert set(init.gates) == {'encoder'} and not init.squared and init.seed == 5
 
 
 def test_fresh_experts_are_the_models_own_on_any_mesh(parent):
