@@ -79,12 +79,12 @@ def by_expert(expert: jax.Array, valid: jax.Array, num_experts: int) -> Rows:
   _, order = jax.lax.sort_key_val(expert, jnp.arange(N, dtype=jnp.int32), is_stable=True)
   ends = jnp.cumsum(_ceil_div(sizes, b), dtype=jnp.int32)           # (E,) in blocks
   block_expert = (jnp.arange(B)[:, None] >= ends).sum(-1, dtype=jnp.int32)        # (B,)
-  in_use = block_expert < E
+  # Blocks of no run continue the last one: their places are past its end, so nothing is valid.
   block_expert = jnp.minimum(block_expert, E - 1)
   starts = ends - _ceil_div(sizes, b)
   # Place of each row in its expert's queue, and so in the sorted assignments.
   place = ((jnp.arange(B) - starts[block_expert]) * b)[:, None] + jnp.arange(b)   # (B, b)
-  row_valid = in_use[:, None] & (place < sizes[block_expert][:, None])
+  row_valid = place < sizes[block_expert][:, None]
   queue = (jnp.cumsum(sizes) - sizes)[block_expert][:, None] + place
   row_order = order[jnp.where(row_valid, queue, 0).reshape(-1)]
   return Rows(sizes, block_expert, row_order, row_valid.reshape(-1))

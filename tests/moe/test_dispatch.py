@@ -296,6 +296,21 @@ def test_a_choice_that_is_not_valid_may_hold_anything():
   np.testing.assert_allclose(gw['shift'], [1.0, 0.5], rtol=1e-6)
 
 
+def test_padding_of_a_block_reads_nothing():
+  """Expert 1 would overflow on token 0, which is expert 0's, and 0 * inf is not 0."""
+  tokens = routing.TokenRouting(jnp.asarray([[[0], [1]]], jnp.int32), jnp.ones((1, 2, 1)),
+                                jnp.ones((1, 2, 1), bool))
+
+  def total(weight):
+    y = dispatch.grouped(tokens._replace(weight=weight), jnp.asarray([[[3e37], [1.0]]]), SCALES,
+                         scale)
+    return jnp.sum(y), y
+
+  (_, y), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(tokens.weight)
+  np.testing.assert_allclose(y[0], [[3e38], [101]], rtol=1e-6)
+  np.testing.assert_allclose(gradient[0], [[3e38], [101]], rtol=1e-6)
+
+
 def test_grouped_refuses_experts_on_several_devices():
   _, x, weights, *_ = inputs(CASES[0])
   with pytest.raises(ConfigError, match='config.mesh.expert = 1'):
@@ -303,8 +318,8 @@ def test_grouped_refuses_experts_on_several_devices():
 
 
 @pytest.mark.parametrize('way', [way for way in WAYS if way[0] != 'reference'], ids=str)
-@pytest.mark.parametrize('case', named('top-2 with drops and padding', 'several blocks, with drops'),
-                         ids=str)
+@pytest.mark.parametrize('case', named('top-2 with drops and padding',
+                                       'several blocks, with drops'), ids=str)
 def test_dispatch_in_bfloat16(way, case):
   """bfloat16 tokens give bfloat16 outputs; gradients of float32 weights stay float32."""
   name, dropless = way
