@@ -1,8 +1,9 @@
 """Run configs: one file is one run, get_config(arg) its ConfigDict.
 
 The argument after the file's name, as in --config=configs/vit_glyphs_upcycled.py:switch,runlocal,
-holds words: 'runlocal' makes any run tiny; in a sparse config the name of a preset (moe/presets.py)
-replaces its routing.
+holds words: 'runlocal' makes any run tiny; in a config that upcycles, the name of a preset
+(moe/presets.py) replaces its routing; one that fine-tunes takes 'upcycled' to start from such a
+run.
 """
 
 from ml_collections import ConfigDict
@@ -14,24 +15,20 @@ from moejax.moe import presets
 SIZES = ('layers', 'num_experts', 'experts_per_layer', 'group_size')   # a config's, not a preset's
 
 
-def is_runlocal(arg: str | None) -> bool:
-  """Whether 'runlocal' is among the words of a config's argument."""
-  return 'runlocal' in words(arg)
-
-
-def words(arg: str | None, presets_too: bool = True) -> list[str]:
-  """The words of a config's argument, at most one of them a preset. ConfigError on any other."""
+def words(arg: str | None, *others: str) -> list[str]:
+  """The words of a config's argument: 'runlocal' or one of others. ConfigError on anything else."""
   found = [word.strip() for word in arg.split(',')] if arg else []
   for word in found:
-    check_choice('config argument', word, ['runlocal', *(presets.BY_NAME if presets_too else ())])
-  names = [word for word in found if word != 'runlocal']
-  check(len(names) <= 1, 'config argument', arg, 'one preset', 'Drop the others.')
+    check_choice('config argument', word, ['runlocal', *others])
   return found
 
 
-def preset(arg: str | None) -> str | None:
-  """The preset named in a config's argument, or None."""
-  return next((word for word in words(arg) if word != 'runlocal'), None)
+def preset(arg: str | None) -> tuple[str | None, str | None]:
+  """(the preset named in a config's argument or None, the argument of its dense parent)."""
+  found = words(arg, *presets.BY_NAME)
+  names = [word for word in found if word != 'runlocal']
+  check(len(names) <= 1, 'config argument', arg, 'one preset', 'Drop the others.')
+  return names[0] if names else None, 'runlocal' if 'runlocal' in found else None
 
 
 def set_moe(moe: ConfigDict, name: str) -> None:

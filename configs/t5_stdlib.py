@@ -29,6 +29,6 @@ def get_config(arg=None):
   config.schedule.cooldown_steps = 1_920
   config.schedule.cooldown_to = 0.02
 
-  if words(arg, presets_too=False):
+  if words(arg):
     shrink(config)
   return config

@@ -7,12 +7,13 @@ assignments sum to k = 2; here they sum to 1, hence 0.02. An argument such as :s
 replaces the routing of both stacks by that preset's; expert choice stays out of the decoder.
 """
 
-from configs import is_runlocal, preset, set_moe, t5_stdlib
+from configs import preset, set_moe, t5_stdlib
 from moejax.moe import presets
 
 
 def get_config(arg=None):
-  config = t5_stdlib.get_config('runlocal' if is_runlocal(arg) else None)
+  name, runlocal = preset(arg)
+  config = t5_stdlib.get_config(runlocal)
   config.init.mode = 'upcycle'
   config.init.parent = 'runs/t5_stdlib'
   config.init.optimizer = 'reset'
@@ -26,11 +27,11 @@ def get_config(arg=None):
   config.model.decoder_moe.router = 'top_k'
   config.model.decoder_moe.k = 2
   config.model.decoder_moe.balance_weight = 0.02
-  if preset(arg):
-    set_moe(config.model.encoder_moe, preset(arg))
-    if presets.preset(preset(arg)).causal:
-      set_moe(config.model.decoder_moe, preset(arg))
-  if not is_runlocal(arg):
+  if name:
+    set_moe(config.model.encoder_moe, name)
+    if presets.preset(name).causal:
+      set_moe(config.model.decoder_moe, name)
+  if not runlocal:
     config.steps = 4_800   # 20 % of the parent's
     config.eval_every = config.checkpoint_every = 800
   return config

@@ -5,11 +5,12 @@ last half of the blocks, weights renormalised, the optimizer's state carried ove
 as :switch or :vmoe replaces the routing by that preset's.
 """
 
-from configs import is_runlocal, preset, set_moe, vit_glyphs
+from configs import preset, set_moe, vit_glyphs
 
 
 def get_config(arg=None):
-  config = vit_glyphs.get_config('runlocal' if is_runlocal(arg) else None)
+  name, runlocal = preset(arg)
+  config = vit_glyphs.get_config(runlocal)
   config.init.mode = 'upcycle'
   config.init.parent = 'runs/vit_glyphs'
   config.model.moe.layers = 'last_2'
@@ -18,9 +19,9 @@ def get_config(arg=None):
   config.model.moe.capacity_factor = config.model.moe.eval_capacity_factor = 2.0
   config.model.moe.renormalize = True
   config.model.moe.group_size = 64   # 4 images of 16 patches
-  if preset(arg):
-    set_moe(config.model.moe, preset(arg))
-  if not is_runlocal(arg):
+  if name:
+    set_moe(config.model.moe, name)
+  if not runlocal:
     config.steps = 4_800   # 20 % of the parent's
     config.eval_every = config.checkpoint_every = 800
   return config

@@ -122,13 +122,13 @@ def _head_rules(carry: bool, rest: str) -> tuple[list[Rule], str]:
 
 def _optimizer_rules(source: Shapes, target: Shapes, optimizer: str) -> tuple[list[Rule], str]:
   """(rules for resetting optimizer state, regular expression of the paths they leave)."""
-  check_choice('surgery.optimizer', optimizer, ('carry', 'reset'))
+  check_choice('config.init.optimizer', optimizer, ('carry', 'reset'))
   has = any(p.startswith(OPT_STATE) for p in source)
   wants = any(p.startswith(OPT_STATE) for p in target)
   if optimizer == 'carry':
     if wants and not has:
-      raise ConfigError("surgery.optimizer: got 'carry', but the parent has no optimizer state; "
-                        "set surgery.optimizer to 'reset'.")
+      raise ConfigError("config.init.optimizer: got 'carry', but the parent has no optimizer state; "
+                        "set config.init.optimizer to 'reset'.")
     return [], '.+'
   table = [rules.drop(f'{OPT_STATE}.+')] if has else []
   table += [rules.fresh(f'{OPT_STATE}.+')] if wants else []

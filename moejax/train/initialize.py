@@ -26,6 +26,7 @@ if TYPE_CHECKING:
   from moejax.train.settings import RunConfig
 
 MODES = ('scratch', 'continue', 'upcycle', 'depth_tile')
+TRUNK, END = -1, -2   # what InitConfig.step may be in place of a number
 
 
 # Settings that mean nothing to the other modes: a value other than the default is a mistake there.
@@ -42,7 +43,8 @@ class InitConfig:
     mode: 'scratch'; 'continue' a parent of the same model; 'upcycle' one of the same depth and
       width in which other layers are sparse, or none; 'depth_tile' one with fewer blocks.
     parent: workdir of the parent run.
-    step: which of its checkpoints; -1 is its trunk, the last step before its cooldown.
+    step: which of its checkpoints; -1 is its trunk, the last step before its cooldown, and -2 its
+      end, for fine-tuning.
     optimizer: 'carry' the parent's optimizer slots as far as they mean something for the new leaves
       (which of these start from zero instead: see moejax.surgery.expert_init, upcycle), or 'reset'
       all of them to zero.
@@ -58,7 +60,7 @@ class InitConfig:
   """
   mode: str = 'scratch'
   parent: str = ''
-  step: int = -1
+  step: int = TRUNK
   optimizer: str = 'carry'
   experts: str = 'copy'
   copied_experts: int = 0
@@ -74,6 +76,8 @@ class InitConfig:
     check(bool(self.parent) == (self.mode != 'scratch'), 'config.init.parent', self.parent,
           'empty for scratch, otherwise the workdir of a finished run',
           'Set --config.init.parent=DIR, or --config.init.mode.')
+    check(self.step >= -2, 'config.init.step', self.step, 'a step, -1 (trunk) or -2 (end)',
+          'The steps there are stand in its checkpoints folder.')
     check_choice('config.init.tiling', self.tiling, depth_tile.TILINGS)
     _expert_init(self)
     for key, modes in USED_BY.items():
@@ -103,14 +107,13 @@ def open_parent(config: InitConfig) -> Parent | None:
   return open_run(config.parent, 'config.init.parent', config.step)
 
 
-def open_run(path: str, key: str, step: int = -1, last: str = 'trunk_step') -> Parent:
+def open_run(path: str, key: str, step: int) -> Parent:
   """Opens a checkpoint of another run.
 
   Args:
     path: its workdir.
     key: what named it, for messages.
-    step: which checkpoint; negative: the one that run.json calls `last`.
-    last: 'trunk_step', or 'end_step' for the finished model.
+    step: which checkpoint, as InitConfig.step.
 
   Raises:
     ConfigError: there is no such run or checkpoint.
@@ -123,7 +126,8 @@ def open_run(path: str, key: str, step: int = -1, last: str = 'trunk_step') -> P
       fail(key, path, f'the workdir of a run ({name} in it)',
            'Train that run first, or correct the path.')
     facts[name] = json.loads(file.read_text())
-  step = facts['run.json'][last] if step < 0 else step
+  if step < 0:
+    step = facts['run.json'][{TRUNK: 'trunk_step', END: 'end_step'}[step]]
   return Parent(native.Reader(directory, step), facts['config.json'], facts['run.json'])
 
 

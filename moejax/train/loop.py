@@ -152,7 +152,7 @@ class Program:
     lost = {k: v for k, v in child.items() if k.endswith(('/dropped', '/unchosen'))}
     if self.config.init.new_head:   # the parent's answers are to other questions
       return {'loss': child['loss'], **lost}
-    model = models.build(settings.from_dict(parent.config).model)
+    model = models.build(settings.model_of(parent.config, self.config))
     with log.pause('evaluating', self.plan.first):
       params = initialize.parent_params(parent, model, self.devices)
       batches = map(self.devices.put, self.dataset.eval_batches('validation'))

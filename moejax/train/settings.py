@@ -108,6 +108,18 @@ def from_dict(values: dict) -> RunConfig:
   return config_lib.build(RunConfig, values)
 
 
+def model_of(values: dict, batches_of: RunConfig) -> T5Config | ViTConfig:
+  """The model config of another run, with routing groups as large as those of `batches_of`.
+
+  A group is so many whole examples of a run's data; the model is to see another run's batches.
+  """
+  model = from_dict(values).model
+  stacks = ('moe',) if model.family == 'vit' else ('encoder_moe', 'decoder_moe')
+  size = lambda stack: getattr(getattr(batches_of.model, stack, None), 'group_size', 0)
+  return dataclasses.replace(model, **{stack: dataclasses.replace(
+      getattr(model, stack), group_size=size(stack)) for stack in stacks})
+
+
 def differing_keys(a: str, b: str) -> list[str]:
   """'key: value in a -> value in b' for two config.json texts."""
   def flat(node, prefix=''):

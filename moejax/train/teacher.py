@@ -17,8 +17,8 @@ class Teacher:
   """
 
   def __init__(self, config: settings.RunConfig, devices):
-    run = initialize.open_run(config.task.teacher, 'config.task.teacher', last='end_step')
-    model = models.build(settings.from_dict(run.config).model)
+    run = initialize.open_run(config.task.teacher, 'config.task.teacher', initialize.END)
+    model = models.build(settings.model_of(run.config, config))
     outputs = lambda c: ('num_classes', c.num_classes) if c.family == 'vit' else (
         'vocab_size', c.vocab_size)
     check(outputs(model.config) == outputs(config.model), 'config.task.teacher',

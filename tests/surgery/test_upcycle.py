@@ -149,9 +149,9 @@ def test_nothing_to_upcycle():
 def test_optimizer_choice():
   dense, moe = make_params(T5, {}), make_params(T5, {'encoder': (1,)})
   bare = trees.flatten({'params': dense})
-  with pytest.raises(ConfigError, match="surgery.optimizer: got 'keep'.*carry, reset"):
+  with pytest.raises(ConfigError, match="config.init.optimizer: got 'keep'.*carry, reset"):
     upcycle.upcycle_rules(bare, bare, 'keep')
-  with pytest.raises(ConfigError, match="no optimizer state; set surgery.optimizer to 'reset'"):
+  with pytest.raises(ConfigError, match="no optimizer state; set config.init.optimizer to 'reset'"):
     upcycle.upcycle_rules(bare, make_state(moe, ADAMW), 'carry')
   target = make_state(moe, ADAMW, steps=0)
   del target['step']

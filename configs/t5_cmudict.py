@@ -1,0 +1,12 @@
+"""Fine-tunes a run of t5_stdlib.py on cmudict: from the spelling of a word to its pronunciation.
+
+Everything else is as in t5_stdlib_tasks.py, :upcycled too. Scored by phoneme and word error rate.
+"""
+
+from configs import t5_stdlib_tasks
+
+
+def get_config(arg=None):
+  config = t5_stdlib_tasks.get_config(arg, 'cmudict', encoder_length=40, decoder_length=72)
+  config.data.eval_examples = 1_024
+  return config

@@ -1,0 +1,37 @@
+"""Fine-tunes a run of vit_glyphs.py on scikit-learn's handwritten digits, with a new head.
+
+--config.init.parent=DIR names the run; with :upcycled it is one of vit_glyphs_upcycled.py. All
+parameters are trained. A few-shot linear probe of the features is taken at the end.
+"""
+
+from configs import shrink, vit_glyphs, vit_glyphs_upcycled, words
+
+
+def get_config(arg=None):
+  found = words(arg, 'upcycled')
+  parent = vit_glyphs_upcycled if 'upcycled' in found else vit_glyphs
+  config = parent.get_config()
+  config.init.mode = 'continue'
+  config.init.parent = f'runs/{parent.__name__.removeprefix("configs.")}'
+  config.init.new_head = True
+  config.init.step = -2   # its end, cooled, not its trunk
+  config.init.optimizer = 'reset'
+  config.steps = 600
+  config.log_every = 50
+  config.eval_every = config.checkpoint_every = 300
+
+  config.data.source = 'digits'
+  config.data.image.classes = 0
+  config.data.eval_examples = 0
+  config.model.num_classes = 10
+  config.probe.source = 'digits'
+
+  config.optimizer.learning_rate = 1e-3
+  config.schedule.name = 'constant'
+  config.schedule.start = 'restart'
+  config.schedule.warmup_steps = 50
+  config.schedule.cooldown_steps = 150
+
+  if 'runlocal' in found:
+    shrink(config)
+  return config
