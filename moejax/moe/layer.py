@@ -16,7 +16,7 @@ from moejax.config import check
 from moejax.moe import balance, dispatch, grouped, routing
 from moejax.moe.settings import MoEConfig
 
-PLACES = 4  # where a layer draws: dropout, noise, jitter, second choices
+PLACES = 5  # where a layer draws: experts' dropout, noise, jitter, second choices, shared's dropout
 
 
 class Router(nnx.Module):
@@ -114,7 +114,7 @@ class MoELayer(nnx.Module):
     check(B % rows == 0, 'batch size (per microbatch)', B,
           f'a multiple of the {rows} sequences of a routing group',
           'Change batch_size or group_size.')
-    drop_keys, noise_keys, jitter_keys, second_keys = _split(keys)
+    drop_keys, noise_keys, jitter_keys, second_keys, shared_keys = _split(keys)
     group = lambda a: a.reshape(B // rows, rows * a.shape[1], *a.shape[2:])
     groups = {'x': group(x), 'mask': group(mask)}                     # (G, S, D), (G, S)
     if self.has_router:
@@ -140,7 +140,7 @@ class MoELayer(nnx.Module):
     y = y.reshape(B, L, D)
     if self.has_shared:
       with jax.named_scope('shared_experts'):
-        y = y + self.shared(x, drop_keys)
+        y = y + self.shared(x, shared_keys)
     return y, aux
 
   def _route(self, groups: dict, train: bool, no_drop: bool):

@@ -8,7 +8,6 @@ from moejax.moe import dispatch
 
 ROUTERS = ('expert_choice', 'top_k', 'top_p', 'norm')
 SCORES = ('softmax', 'softmax_of_chosen', 'sigmoid')
-LOSSES = ('balance', 'importance', 'load', 'z', 'entropy_penalty')   # names of auxiliary losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +126,7 @@ class MoEConfig:
     counts = self.experts_per_layer or (self.num_experts,)
     check(self.k <= min(counts), 'moe.k', self.k, f'1 to num_experts = {min(counts)}',
           'A token cannot choose more experts than there are.')
-    if self.k == 1 and max(counts) > 1 and self.router != 'top_p':
+    if self.k == 1 and max(counts) > 1 and self.router != 'norm':   # norms train no router
       constant = ('A single weight renormalised is the constant 1: the router would get no '
                   'gradient and never learn.')
       check(not self.renormalize, 'moe.renormalize', True, 'False at k = 1', constant)
@@ -146,9 +145,10 @@ class MoEConfig:
           'noise_std.')
     check(not self.bias_rate or self.router == 'top_k', 'moe.bias_rate', self.bias_rate,
           f'0 with router={self.router}', "Use router='top_k'.")
-    noisy = self.learned_noise or self.noise_std or self.jitter
-    check(self.router != 'norm' or not noisy, 'moe.noise_std, learned_noise or jitter', noisy,
-          'none with router=norm', 'Output norms are not noisy logits.')
+    for key, default in _defaults(('learned_noise', 'noise_std', 'jitter')).items():
+      check(self.router != 'norm' or getattr(self, key) == default, f'moe.{key}',
+            getattr(self, key), f'{default!r} with router=norm',
+            'Norms of outputs are not noisy logits.')
 
   @property
   def token_choice(self) -> bool:
