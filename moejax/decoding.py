@@ -50,14 +50,15 @@ def greedy(model, params: dict, batch: dict, max_length: int) -> jax.Array:
 
 
 class Beams(NamedTuple):
-  """State of a beam search; both kinds of hypotheses best first.
+  """State of a beam search.
 
   Attributes:
     position: int32 scalar, tokens chosen so far.
-    live: (B, N, 1 + L) int32 ids of hypotheses without eos, after the pad that starts them.
+    live: (B, N, 1 + L) int32 ids of hypotheses without eos, best first, after the pad that starts
+      them.
     live_score: (B, N) their log-probabilities; -inf for none.
-    finished: (B, N, 1 + L) int32 ids of hypotheses that end in eos.
-    finished_score: (B, N) log-probabilities over length penalty; -inf for none.
+    finished: (B, 1 + L) int32 ids of the best hypothesis that ends in eos.
+    finished_score: (B,) its log-probability over length penalty; -inf for none.
     cache: of the live hypotheses, leaves (B*N, L, ...).
   """
   position: jax.Array
@@ -74,9 +75,9 @@ def beam_search(model, params: dict, batch: dict, max_length: int, beams: int,
 
   The score is log P(y) / ((5 + |y|) / 6)^alpha, |y| counting eos (Wu et al. 2016, eq. 14, without
   its coverage). A step keeps the N best unfinished continuations, and those that end in eos if they
-  are among the N best of all; a sequence is done when none of its hypotheses can still beat its N
-  finished ones. With N = 1 and alpha = 0 this is `greedy`. (t5x also lets in endings up to rank 2N,
-  which makes its beam of one differ from greedy.)
+  are among the N best of all; a sequence is done when no unfinished hypothesis can still beat its
+  best finished one. With N = 1 and alpha = 0 this is `greedy`. (t5x also lets in endings up to rank
+  2N, which makes its beam of one differ from greedy.)
 
   Args:
     model, params, batch, max_length: as for `greedy`.
@@ -93,7 +94,7 @@ def beam_search(model, params: dict, batch: dict, max_length: int, beams: int,
 
   def unfinished(state: Beams):
     hope = state.live_score[:, 0] / length_penalty(max_length, alpha)
-    return (state.position < max_length) & (hope > state.finished_score[:, -1]).any()
+    return (state.position < max_length) & (hope > state.finished_score).any()
 
   def advance(state: Beams) -> Beams:
     position = state.position
@@ -108,8 +109,10 @@ def beam_search(model, params: dict, batch: dict, max_length: int, beams: int,
 
     ended = jnp.where(ends & (jnp.arange(2 * N) < N),
                       score / length_penalty(position + 1, alpha), -jnp.inf)
-    finished_score, best = _top_k(jnp.concatenate([state.finished_score, ended], 1), N)
-    finished = _take(jnp.concatenate([state.finished, ids], 1), best)
+    better = ended.max(1) > state.finished_score                                       # (B,)
+    best = _take(ids, ended.argmax(1)[:, None])[:, 0]                                  # (B, 1 + L)
+    finished = jnp.where(better[:, None], best, state.finished)
+    finished_score = jnp.where(better, ended.max(1), state.finished_score)
     live_score, kept = _top_k(jnp.where(ends, -jnp.inf, score), N)
     parent = _take(parent, kept)
     cache = jax.tree.map(
@@ -117,12 +120,12 @@ def beam_search(model, params: dict, batch: dict, max_length: int, beams: int,
     return Beams(position + 1, _take(ids, kept), live_score, finished, finished_score, cache)
 
   nothing = jnp.full((B, N, 1 + max_length), PAD, jnp.int32)
-  none = jnp.full((B, N), -jnp.inf)
+  none = jnp.full((B, N), -jnp.inf)   # at first there is one hypothesis, and none for fillers
   state = jax.lax.while_loop(unfinished, advance, Beams(
-      jnp.int32(0), nothing, none.at[:, 0].set(jnp.where(real, 0.0, -jnp.inf)), nothing, none,
-      model.init_cache(encoded, max_length)))
-  any_finished = state.finished_score[:, :1] > -jnp.inf
-  ids = jnp.where(any_finished, state.finished[:, 0], state.live[:, 0])
+      jnp.int32(0), nothing, none.at[:, 0].set(jnp.where(real, 0.0, -jnp.inf)), nothing[:, 0],
+      none[:, 0], model.init_cache(encoded, max_length)))
+  any_finished = state.finished_score[:, None] > -jnp.inf
+  ids = jnp.where(any_finished, state.finished, state.live[:, 0])
   return jnp.where(real[:, None], ids[:, 1:], PAD)
 
 

@@ -34,8 +34,11 @@ CONFIGS = {
     'dense': DENSE,
     'top-2': MOE,
     'top-1, groups of 3': short(k=1, group_size=3 * L),
-    'shared, fine-grained': short(shared_experts=1, granularity=2, renormalize=True),
-    'einsum': short(dispatch='einsum'),
+    'sigmoid, shared, fine-grained, grouped': short(
+        score='sigmoid', renormalize=True, bias_rate=0.1, shared_experts=1, granularity=2,
+        dispatch='grouped'),
+    'top-p, einsum': short(router='top_p', p=0.5, k=3, dispatch='einsum'),
+    'norm': short(router='norm'),
 }
 
 
@@ -297,6 +300,29 @@ def test_neither_padding_nor_the_rest_of_the_batch_matters():
   order, filler = [3, 0, 5, 5, 2], np.zeros((1, M), int)
   others = run(np.concatenate([source[order], filler]))
   np.testing.assert_array_equal(others, [*ids[order], [0] * L])
+
+
+@pytest.mark.parametrize('alpha, wanted, steps', [(0.0, [1, 0, 0, 0, 0], 1),
+                                                  (2.0, [2, 3, 4, 1, 0], 4)])
+def test_a_longer_hypothesis_may_still_win(alpha, wanted, steps):
+  """eos at once has probability 0.4, the sure way 2 3 4 eos 0.3.
+
+  Over penalties of (6/6)^2 = 1 and (9/6)^2 = 2.25, ln 0.4 = -0.92 loses to ln 0.3 / 2.25 = -0.54.
+  Without them nothing that is left can beat 0.4 after the first step.
+  """
+  table = np.full((5, 5), 1e-9)
+  table[0] = 0, 0.4, 0.3, 0.15, 0.15
+  table[2, 3] = table[3, 4] = table[4, 1] = 1.0
+  calls = []
+
+  def decode_step(params, encoded, cache, ids, position):
+    jax.debug.callback(calls.append, position, ordered=True)
+    return jnp.log(jnp.asarray(table))[ids], cache
+  model = types.SimpleNamespace(
+      encode=lambda params, batch: batch, init_cache=lambda encoded, length: {},
+      decode_step=decode_step)
+  run = functools.partial(decoding.beam_search, beams=1, alpha=alpha)
+  assert decoded(run, model, [[1]], 5) == [wanted] and len(calls) == steps
 
 
 def test_length_penalty_by_hand():
