@@ -51,8 +51,8 @@ def run(config: ProbeConfig, feature_step: Callable, params: dict, train_batches
     seed: of the draws.
 
   Returns:
-    {'probe/10shot_accuracy': mean over draws, 'probe/10shot_accuracy_std': ...} for each number of
-    shots; fractions.
+    {'10shot_accuracy': mean over draws, '10shot_accuracy_std': ...} for each number of shots;
+    fractions.
 
   Raises:
     ConfigError: more shots than a class has examples.
@@ -63,7 +63,7 @@ def run(config: ProbeConfig, feature_step: Callable, params: dict, train_batches
   for shots in config.shots:
     mean, std = few_shot(features, labels, test_features, test_labels, shots, config.draws, seed,
                          config.l2)
-    results |= {f'probe/{shots}shot_accuracy': mean, f'probe/{shots}shot_accuracy_std': std}
+    results |= {f'{shots}shot_accuracy': mean, f'{shots}shot_accuracy_std': std}
   return results
 
 

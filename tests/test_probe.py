@@ -138,10 +138,10 @@ def test_run_probes_real_examples_only():
   scale = lambda params, batch: np.float32(batch['image'] * params['scale'])
   found = probe.run(config, scale, {'scale': 2.0}, batches(x, labels, 64),
                     batches(test_x, test_labels, 100), seed=5)
-  assert list(found) == ['probe/1shot_accuracy', 'probe/1shot_accuracy_std',
-                         'probe/10shot_accuracy', 'probe/10shot_accuracy_std']
+  assert list(found) == ['1shot_accuracy', '1shot_accuracy_std',
+                         '10shot_accuracy', '10shot_accuracy_std']
   mean, std = probe.few_shot(2 * x, labels, 2 * test_x, test_labels, 10, 3, 5, 64.0)
-  assert (found['probe/10shot_accuracy'], found['probe/10shot_accuracy_std']) == (mean, std)
+  assert (found['10shot_accuracy'], found['10shot_accuracy_std']) == (mean, std)
   assert mean > 0.8
 
 
