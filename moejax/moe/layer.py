@@ -72,7 +72,8 @@ class MoELayer(nnx.Module):
   `experts` is any module with stacked `weights() -> {name: (E, ...)}` and
   `apply(weights, x, drop=None, rows=None) -> x's shape`: x is (E, N, D), or (P, D) with `rows`
   saying which expert each row belongs to (see dispatch.grouped); `drop` (None: no dropout) maps
-  hidden activations to the same shape. `shared` is a module (B, L, D), keys -> (B, L, D), or None.
+  hidden activations to the same shape, at the rate `dropout_rate`. `shared` is a module (B, L, D),
+  keys -> (B, L, D), or None.
   """
 
   def __init__(self, config: MoEConfig, num_experts: int, experts: nnx.Module,

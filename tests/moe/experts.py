@@ -32,6 +32,7 @@ def mlp(weights, x):
 
 class Experts(nnx.Module):
   """What MoELayer asks of its experts: stacked weights, and how to apply them."""
+  dropout_rate = 0.0
 
   def __init__(self, E, D, F, seed=0):
     for name, value in random_weights(np.random.default_rng(seed), E, D, F).items():
