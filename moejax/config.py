@@ -93,7 +93,21 @@ def build(cls: type, values: Mapping[str, Any], where: str = 'config') -> Any:
     if key not in known:
       raise unknown_key(f'{where}.{key}', known)
   kwargs = {k: _convert(hints[k], values[k], f'{where}.{k}') for k in known if k in values}
-  return cls(**kwargs)
+  try:
+    return cls(**kwargs)
+  except ConfigError as error:   # a room knows its own keys, not where they stand in a run
+    raise ConfigError(_full_key(str(error), where, known)) from None
+
+
+def _full_key(message: str, where: str, known: set[str]) -> str:
+  """The message 'moe.k: got 9, ...' with its key as one writes it: 'config.model.moe.k: ...'."""
+  key, colon, rest = message.partition(':')
+  parent, _, room = where.rpartition('.')
+  if key.startswith(f'{room}.') and parent:
+    key = f'{parent}.{key}'
+  elif not key.startswith('config.') and key.rpartition('.')[2] in known:
+    key = f'{where}.{key.rpartition(".")[2]}'
+  return f'{key}{colon}{rest}'
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

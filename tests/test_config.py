@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 from ml_collections import ConfigDict
 
+from configs import t5_stdlib_upcycled
 from moejax import config
 from moejax.config import ConfigError
+from moejax.train import settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ def test_family_chooses_among_the_dataclasses_of_a_union():
     ({'stesp': 1}, 'config.stesp', "no such key; did you mean 'steps'? Known keys in config:"),
     ({'inner': {'rat': 1}}, 'config.inner.rat', "did you mean 'rate'? Known keys in config.inner:"),
     ({'derived': 1}, 'config.derived', 'no such key'),
-    ({'inner': {'rate': -1}}, 'inner.rate', 'got -1.0, allowed: >= 0. Raise it.'),
+    ({'inner': {'rate': -1}}, 'config.inner.rate', 'got -1.0, allowed: >= 0. Raise it.'),
 ])
 def test_refusals_are_one_line_that_begins_with_the_key(values, key, words):
   message = refusal(values)
@@ -129,3 +131,17 @@ def test_check_and_check_choice():
   with pytest.raises(ConfigError, match=r"^a: got 'zzz', allowed: one, two\. Choose one of these"):
     config.check_choice('a', 'zzz', ('one', 'two'))
   assert issubclass(ConfigError, ValueError)
+
+
+@pytest.mark.parametrize('key, value, message', [
+    ('model.decoder_moe.k', 99, 'config.model.decoder_moe.k: got 99'),
+    ('model.encoder_moe.layers', 'last_9', "config.model.encoder_moe.layers: got 'last_9'"),
+    ('optimizer.b1', 2.0, 'config.optimizer.b1: got 2.0'),
+    ('data.text.window', 1, 'config.data.text.window: got 1'),
+    ('init.experts', 'copie', "config.init.experts: got 'copie'")])
+def test_a_message_names_the_key_as_one_would_set_it(key, value, message):
+  edited = t5_stdlib_upcycled.get_config()
+  edited.update_from_flattened_dict({key: value})
+  with pytest.raises(ConfigError) as error:
+    settings.resolve(edited)
+  assert str(error.value).startswith(message)

@@ -1,4 +1,4 @@
-"""docs/methods.md speaks of what is there: presets, keys, files; and leaves no preset or key out."""
+"""docs/methods.md speaks of what is there, and leaves no preset and no MoE setting out."""
 
 import dataclasses
 import pathlib

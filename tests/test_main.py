@@ -34,7 +34,7 @@ def command(*args):
     (['--config=configs/vit_glyphs.py'], r'--workdir: missing'),
     (['--confg=configs/vit_glyphs.py'], r"Unknown command line flag 'confg'"),
     (['--config=configs/vit_glyphs_upcycled.py', '--workdir={tmp}', '--config.init.parent=none'],
-     r"config\.init\.parent: got 'none'.*Train the parent first"),
+     r"config\.init\.parent: got 'none'.*Train that run first"),
 ])
 def test_command_line_mistakes(args, expected, tmp_path):
   workdir = tmp_path / 'run'

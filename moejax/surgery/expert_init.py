@@ -255,7 +255,7 @@ def _gate(init: ExpertInit, size: _Size, layer: str) -> Gate:
     fail('config.init.scaling', init.scaling, f"'none' in {stack}",
          'What weights sum to is known for the routers top_k and expert_choice.')
   gate = init.gates[stack]
-  check(not gate.multiple or gate.k % size.groups == 0, f'k of {stack}', gate.k,
+  check(not gate.multiple or gate.k % size.groups == 0, f'moe.k of the {stack}', gate.k,
         f'a multiple of the granularity, {size.groups}, with scaling={init.scaling!r}',
         'A token would meet some shards of the MLP without the others.')
   return gate

@@ -127,8 +127,8 @@ def _optimizer_rules(source: Shapes, target: Shapes, optimizer: str) -> tuple[li
   wants = any(p.startswith(OPT_STATE) for p in target)
   if optimizer == 'carry':
     if wants and not has:
-      raise ConfigError("config.init.optimizer: got 'carry', but the parent has no optimizer state; "
-                        "set config.init.optimizer to 'reset'.")
+      raise ConfigError("config.init.optimizer: got 'carry', but the parent has no optimizer "
+                        "state; set config.init.optimizer to 'reset'.")
     return [], '.+'
   table = [rules.drop(f'{OPT_STATE}.+')] if has else []
   table += [rules.fresh(f'{OPT_STATE}.+')] if wants else []

@@ -201,6 +201,6 @@ def test_the_stack_decides():
                                c * source[f'params/{stack}/layers/00/mlp/wo'][:3], rtol=1e-6)
   with pytest.raises(ConfigError, match="scaling: got 'output', allowed: 'none' in decoder"):
     make({'encoder': gates['encoder']})
-  with pytest.raises(ConfigError, match='k of decoder: got 3, allowed: a multiple of .*2'):
+  with pytest.raises(ConfigError, match='moe.k of the decoder: got 3, allowed: a multiple of .*2'):
     make(gates | {'decoder': Gate(3)})
   make(gates | {'decoder': Gate(1.25, multiple=False)})   # expert choice: groups tie anyway
