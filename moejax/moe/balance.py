@@ -144,7 +144,7 @@ def update_bias(bias: jax.Array, asked: jax.Array, rate: float) -> jax.Array:
 
 
 def telemetry(routing: SlotRouting | TokenRouting, probs: jax.Array, mask: jax.Array,
-              asked: jax.Array | None = None, *, k: int = 0) -> dict:
+              asked: jax.Array | None = None) -> dict:
   """What became of the tokens, as float32 sums over all groups.
 
   Args:
@@ -167,8 +167,6 @@ def telemetry(routing: SlotRouting | TokenRouting, probs: jax.Array, mask: jax.A
     experts = jnp.zeros((G, S)).at[jnp.arange(G)[:, None, None], routing.index].add(valid)
     load = valid.sum((0, 2))
   placed = valid.sum()
-  if k:
-    asked = k * mask.sum(dtype=jnp.float32)
   assigned = placed if asked is None else asked
   return jax.lax.stop_gradient({
       'tokens': mask.sum(dtype=jnp.float32),

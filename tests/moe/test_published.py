@@ -174,6 +174,9 @@ def test_second_expert_of_gshard_and_of_mesh_tensorflow(threshold, keeps):
     np.testing.assert_array_equal(found.weight[0, :, 0], tokens.weight[0, :, 0])   # of both
     seen |= set(found.valid[0, :, 1].tolist())
   assert seen == {True, False}
+  even = routing.top_k(jnp.zeros((1, 1, 2)), jnp.ones((1, 1), bool), 2)
+  refused = routing.keep_second(even, jnp.full((1, 1), 0.5), 1.0)   # 1/2 is not more than 1/2
+  assert not refused.valid[0, 0, 1]
 
 
 @pytest.mark.parametrize('published, settings, expected', [
