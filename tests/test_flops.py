@@ -26,6 +26,8 @@ CONFIGS = {
         decoder_moe=dataclasses.replace(TOP_K, dispatch='einsum')),
     'vit': VIT,
     'vit gather': dataclasses.replace(VIT, head='cls', moe=MOE),
+    'vit norm': dataclasses.replace(VIT, num_layers=1, moe=dataclasses.replace(
+        TOP_K, layers='0', router='norm', granularity=2, shared_experts=3)),
 }
 
 
@@ -68,6 +70,51 @@ def test_forward_of_a_tiny_vit_by_hand():
   assert flops.forward_flops(config, 3) == 480 + 2 * block + 210 + 240
   assert flops.forward_flops(config, 3, train=False) == 480 + 2 * block + 210 + 240 + 2640
   assert flops.train_step_flops(config, 3) == 3 * (480 + 2 * block + 210 + 240)
+
+
+D, F, S = 5, 12, 4   # of the ViT below: B=3 images of 4 tokens
+MLP = 2 * 2 * D * F  # FLOPs of a token: two matrices
+
+
+@pytest.mark.parametrize('settings, per_token, at_eval', [
+  # Router 2*5*E, and k (or c) MLPs; E = 4.
+  (dict(router='top_k', k=2), 40 + 2 * MLP, 40 + 4 * MLP),            # capacity 2, 4 in evaluation
+  (dict(router='top_k', k=3, dispatch='grouped'), 40 + 3 * MLP, 40 + 3 * MLP),      # no capacity
+  (dict(router='top_p', k=3, dispatch='grouped'), 40 + 3 * MLP, 40 + 3 * MLP),      # the most
+  (dict(dispatch='grouped'), 40 + 2 * MLP, 40 + 4 * MLP),             # expert choice has one
+  (dict(dispatch='einsum'), 40 + 2 * MLP + 4 * 8 * D, 40 + 4 * MLP + 4 * 16 * D),   # slots: 8, 16
+  (dict(router='top_k', granularity=3), 40 + 2 * MLP // 3, 40 + 4 * MLP // 3),
+  (dict(shared_experts=2), 40 + 4 * MLP, 40 + 6 * MLP),
+  (dict(router='top_k', k=3, granularity=3, shared_experts=2, dispatch='grouped'),
+   40 + 5 * MLP // 3, 40 + 5 * MLP // 3),
+  # Every expert on every token instead of a router.
+  (dict(router='norm', dispatch='grouped'), 4 * MLP + 2 * MLP, 4 * MLP + 2 * MLP),
+  (dict(router='norm', granularity=2), 6 * MLP // 2, 8 * MLP // 2),
+  # A second matmul for the scale of the noise, which there is none of in evaluation.
+  (dict(router='top_k', learned_noise=True), 80 + 2 * MLP, 40 + 4 * MLP),
+  (dict(router='top_k', noise_std=1.0, bias_rate=0.1), 40 + 2 * MLP, 40 + 4 * MLP),
+], ids=str)
+def test_moe_layers_of_a_tiny_vit_by_hand(settings, per_token, at_eval):
+  config = vit.ViTConfig(image_size=4, patch_size=2, channels=1, num_classes=7, d_model=D, d_ff=F,
+                         num_heads=1, num_layers=1)
+  sparse = dataclasses.replace(config, moe=MoEConfig(
+      layers='0', num_experts=4, capacity_factor=2.0, eval_capacity_factor=4.0, **settings))
+  for train, expected in ((True, per_token), (False, at_eval)):
+    rest = flops.forward_flops(config, 3, train=train) - 3 * S * MLP
+    assert flops.forward_flops(sparse, 3, train=train) == rest + 3 * S * expected
+
+
+def test_parameters_of_fine_grained_and_shared_experts():
+  # T5 tiny: D=16, d_ff=32. Of 6 experts of 8 units a token meets 3; two more it always meets.
+  moe = MoEConfig(layers='1', num_experts=6, granularity=4, router='top_k', k=3, shared_experts=2,
+                  learned_noise=True)
+  of = lambda c: flops.parameters(models.build(c).shapes, c)
+  dense = t5.config('tiny')
+  total, _ = of(dense)
+  rest = total - 3 * 16 * 32
+  router, expert = 2 * 16 * 6, 3 * 16 * 8
+  assert of(dataclasses.replace(dense, encoder_moe=moe)) == (
+      rest + router + 8 * expert, rest + router + 5 * expert)
 
 
 def test_parameters_count_total_and_active():
