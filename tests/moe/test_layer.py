@@ -251,6 +251,21 @@ def test_router_logits_are_not_rounded_when_the_input_is():
   np.testing.assert_allclose(aux['z'], 24 * (1 + 2.0**-10 + np.log(2))**2, rtol=1e-6)
 
 
+@pytest.mark.parametrize('settings', [
+  dict(router='top_k', renormalize=True), dict(router='top_k', score='sigmoid', dispatch='grouped'),
+  dict(router='top_p', p=0.7, dispatch='einsum'), dict(router='expert_choice')], ids=str)
+def test_bfloat16_routes_as_float32_and_computes_close_to_it(settings):
+  run, params = build(4, scale=2.0, capacity_factor=1.0, **settings)
+  x, mask = tokens(padding=0.2)
+  x = x.astype(jnp.bfloat16)
+  y, aux = run(params, x, mask, train=True)
+  want, want_aux = run(params, x.astype(jnp.float32), mask, train=True)
+  jax.tree.map(np.testing.assert_array_equal, aux, want_aux)   # the same logits, to the last bit
+  assert y.dtype == jnp.bfloat16
+  # From x to y there are a dozen roundings in a row, of weights and of values, by 2**-9 each.
+  close(y.astype(jnp.float32), want, 12 * 2.0**-9)
+
+
 def test_losses_by_hand():
   """Logits log(2, 1, 1) and log(1, 1, 6) for one-hot tokens show each step of the loss."""
   run, params = build(3, router='top_k', k=1, balance_weight=0.5, z_weight=0.25, **ROOM)
