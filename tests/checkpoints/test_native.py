@@ -1,5 +1,6 @@
 """Native checkpoints: what comes back, what is never restored, and what is said when it cannot."""
 
+import json
 import os
 import shutil
 import signal
@@ -130,14 +131,23 @@ def test_a_killed_save_is_neither_listed_nor_restored(tmp_path):
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['1', '2']
 
 
-@pytest.mark.parametrize('missing', ['_CHECKPOINT_METADATA', 'state', 'extra', 'everything'])
+@pytest.mark.parametrize('missing', ['_CHECKPOINT_METADATA', 'commit time', 'state', 'extra',
+                                     'everything'])
 def test_a_partly_copied_directory_is_neither_listed_nor_restored(tmp_path, missing):
-  """As a copy between machines leaves it: the final name, but not all of its content."""
+  """As a copy between machines leaves it: the final name, but not all of its content.
+
+  Without commit time it is what a killed save leaves on storage that cannot rename directories.
+  """
   save(tmp_path, 1, 2)
   broken = tmp_path / 'checkpoints' / '2'
   if missing == 'everything':
     shutil.rmtree(broken)
     broken.mkdir()
+  elif missing == 'commit time':
+    metadata = json.loads((broken / '_CHECKPOINT_METADATA').read_text())
+    assert metadata['commit_timestamp_nsecs'] > 0
+    (broken / '_CHECKPOINT_METADATA').write_text(
+        json.dumps(metadata | {'commit_timestamp_nsecs': None}))
   elif (broken / missing).is_dir():
     shutil.rmtree(broken / missing)
   else:
