@@ -87,7 +87,8 @@ def vmoe(**changes) -> MoEConfig:
 def st_moe(**changes) -> MoEConfig:
   """ST-MoE (Zoph et al. 2022).
 
-  Top-2 renormalised over the two, the second used with probability min(1, g2 / 0.2); balance loss
+  Top-2 renormalised over the two, the second used with probability min(1, g2 / 0.2) (the rule of
+  its code, Mesh TensorFlow's; a second-hand account has g2 / g1 > 0.2 instead); balance loss
   1e-2 and z-loss 1e-3 (eq. 5-6); capacity factor 1.25 while training, 2.0 in evaluation; every 4th
   block; E = 32 (ST-MoE-L). The balance weight is flaxformer's 0.01, whose fractions sum to k = 2,
   hence 0.02. Not built: the dense MLP and multiplicative bias beside each MoE block. Our choice:

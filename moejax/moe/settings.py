@@ -111,6 +111,9 @@ class MoEConfig:
     check(0 < self.p <= 1, 'moe.p', self.p, '0 < p <= 1', 'It is a probability to reach.')
     check(self.dropout_rate < 1, 'moe.dropout_rate', self.dropout_rate, '[0, 1), or negative',
           "A negative rate stands for the model's.")
+    p = _defaults(('p',))['p']
+    check(self.router == 'top_p' or self.p == p, 'moe.p', self.p, f'{p}, its default, unless '
+          'router=top_p', "Use router='top_p'.")
     if self.router == 'expert_choice':
       self._check_expert_choice()
     else:
@@ -139,6 +142,12 @@ class MoEConfig:
           'It is a rule for the second of two experts.')
     check(not (self.learned_noise and self.noise_std), 'moe.noise_std', self.noise_std,
           '0 with learned_noise', 'Choose one kind of noise.')
+    for key, default in _defaults(('order', 'batch_priority')).items():
+      check(self.dispatch != 'grouped' or getattr(self, key) == default, f'moe.{key}',
+            getattr(self, key), f'{default!r} with dispatch=grouped',
+            'Without a capacity nothing is placed in an order.')
+    check(not self.load_weight or self.router == 'top_k', 'moe.load_weight', self.load_weight,
+          f'0 with router={self.router}', 'The load loss is that of the k largest logits.')
     check(not self.load_weight or self.learned_noise or self.noise_std, 'moe.load_weight',
           self.load_weight, '0 without noise',
           'The load loss is the probability that noise makes an expert win: set learned_noise or '
