@@ -11,10 +11,11 @@ token; embeddings, final norms, relative biases and head are single, as before. 
 different n, 1 included. It is not the parent's function at step 0: every block adds to the residual
 stream, n times now, and the loss starts well above the parent's.
 
-The schedule is that of any run with a parent: steps go on counting from the parent's. Optimizer
+The schedule is that of any run with a parent: steps go on counting from the parent's, and
+schedule.start says what the rate does. Optimizer
 slots have their leaves' shapes, so they may be carried, each copy with its parent's moments and
 count; what they are moments of is another function's gradient, so a re-warmed learning rate
-(schedule 'cosine') or optimizer='reset' are as plausible.
+(schedule.start='rewarm') or optimizer='reset' are as plausible.
 """
 
 import re
