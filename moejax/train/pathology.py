@@ -76,7 +76,8 @@ TITLES = {'collapse': 'router collapse', 'zero_gradient': 'no router gradient',
 REMEDIES = {
     'collapse':
         'Most of what the experts hold goes unused. Raise moe.balance_weight (usual: 0.01) or set '
-        'moe.bias_rate (top_k), or moe.router_init_std (expert_choice: equal logits).',
+        'moe.bias_rate (top_k), or moe.router_init_std (expert_choice: equal logits); for norms of '
+        "copies, which are equal, start with init.experts='noise' or 'drop'.",
     'zero_gradient':
         'The router cannot learn, however even its load. Its weights must multiply what different '
         'experts return, and must not be a constant (k = 1 renormalised).',
