@@ -1,0 +1,45 @@
+"""Traps that only the mutation check showed to be open: see docs/mutations.md."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moejax import models
+from moejax.models.t5 import T5Config
+from moejax.models.vit import ViTConfig
+from moejax.moe.settings import MoEConfig
+
+MOE = MoEConfig(layers='1', num_experts=3, shared_experts=1, router='top_k', renormalize=True)
+MODELS = [T5Config(vocab_size=40, d_model=8, d_ff=16, d_kv=4, encoder_moe=MOE, decoder_moe=MOE),
+          ViTConfig(image_size=8, patch_size=4, d_model=8, d_ff=16, num_heads=2, num_layers=2,
+                    moe=MOE)]
+
+
+def matmuls(jaxpr):
+  """(left shape, right shape) of each matrix product without batch dimensions, at any depth."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      (_, _), batch = equation.params['dimension_numbers']
+      if not batch[0]:
+        yield tuple(v.aval.shape for v in equation.invars)
+    for value in jax.tree.leaves(list(equation.params.values()),
+                                 is_leaf=lambda v: hasattr(v, 'eqns') or hasattr(v, 'jaxpr')):
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        yield from matmuls(inner)
+
+
+@pytest.mark.parametrize('config', MODELS, ids=lambda config: config.family)
+def test_activations_are_two_dimensional_around_matmuls(config):
+  """On XLA's CPU (B*L, D) @ (D, F) is nearly twice as fast as (B, L, D) @ (D, F)."""
+  model = models.build(config)
+  ids = jnp.ones((2, 5), int)
+  batch = {'encoder_input': ids, 'decoder_input': ids, 'weight': jnp.ones((2, 5)),
+           'image': jnp.zeros((2, 8, 8, 1))}
+  if config.family == 'vit':
+    batch['weight'] = jnp.ones(2)
+  found = list(matmuls(jax.make_jaxpr(model.apply)(model.shapes, batch).jaxpr))
+  assert len(found) > 10
+  router = (config.d_model, MOE.num_experts)   # too few columns for it to matter
+  assert not [shapes for shapes in found
+              if shapes[1] != router and any(len(shape) != 2 for shape in shapes)]
