@@ -272,7 +272,8 @@ class DropRows:
 
 def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """(..., D) @ (D, E) in full float32: a TPU would round the operands to bfloat16."""
-  return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
+  rows = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, precision=jax.lax.Precision.HIGHEST)
+  return rows.reshape(*x.shape[:-1], -1)
 
 
 def _split(keys: jax.Array | None) -> list:

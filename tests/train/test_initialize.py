@@ -319,7 +319,7 @@ def test_a_parent_that_does_not_fit(parent):
 
 def test_missing_checkpoints(parent, tmp_path):
   _, workdir, _ = parent
-  with pytest.raises(ConfigError, match='config.init.parent.*Train the parent first'):
+  with pytest.raises(ConfigError, match='config.init.parent.*Train that run first'):
     initialize.open_parent(InitConfig(mode='upcycle', parent=str(tmp_path / 'none')))
   with pytest.raises(ConfigError, match='got 5, allowed: 7'):
     initialize.open_parent(InitConfig(mode='upcycle', parent=workdir, step=5))

@@ -123,3 +123,19 @@ def test_last_evaluation(tmp_path):
   lines.close()
   assert metrics.last_evaluation(tmp_path) == (
       'validation loss 1.2346, accuracy 0.8100; test loss 2.0000, accuracy 0.5000')
+
+
+def test_headline_is_the_task_and_what_was_decoded_or_a_probes_accuracies():
+  values = {'loss': 1.5, 'moe/encoder/01/z': 3.0, 'word_error_rate': 0.25, 'accuracy': 0.5}
+  assert metrics.headline(values) == 'loss 1.5000, accuracy 0.5000, word_error_rate 0.2500'
+  probe = {'1shot_accuracy': 0.5, '1shot_accuracy_std': 0.1}
+  assert metrics.headline(probe) == '1shot_accuracy 0.5000'
+
+
+def test_last_evaluation_says_each_splits_last(tmp_path):
+  lines = [{'step': 2, 'train/loss': 9.0}, {'step': 2, 'validation/loss': 2.0},
+           {'step': 4, 'validation/loss': 1.0}, {'step': 4, 'probe/1shot_accuracy': 0.25},
+           {'step': 4, 'test/loss': 3.0, 'test/exact_match': 0.5}]
+  (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  assert metrics.last_evaluation(tmp_path) == (
+      'validation loss 1.0000; probe 1shot_accuracy 0.2500; test loss 3.0000, exact_match 0.5000')

@@ -50,8 +50,8 @@ def test_reports_stand_in_metrics_jsonl_and_on_stderr(tmp_path, capsys):
       {'step': 2, 'validation/loss': 2.0, 'validation/accuracy': 0.5,
        'validation/moe/encoder/01/z': 3.0}]
   said = capsys.readouterr().err
-  assert 'step 2: train loss 1.5000 accuracy 0.2500\n' in said
-  assert 'step 2: validation loss 2.0000 accuracy 0.5000\n' in said and 'for people\n' in said
+  assert 'step 2: train loss 1.5000, accuracy 0.2500\n' in said
+  assert 'step 2: validation loss 2.0000, accuracy 0.5000\n' in said and 'for people\n' in said
   assert list((tmp_path / 'tensorboard').iterdir())
 
 
