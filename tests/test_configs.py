@@ -61,12 +61,12 @@ def test_another_argument_is_refused(name):
     get_config(name, 'runlocl')
 
 
-def train(name, workdir, *overrides):
-  """Four steps of configs/<name>.py:runlocal, from the command line, on one device."""
+def train(name, workdir, *overrides, arg='runlocal'):
+  """Four steps of configs/<name>.py:<arg>, from the command line, on one device."""
   env = os.environ | {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8',
                                                                    'device_count=1')}
   done = subprocess.run(
-      [sys.executable, '-m', 'moejax.main', f'--config=configs/{name}.py:runlocal',
+      [sys.executable, '-m', 'moejax.main', f'--config=configs/{name}.py:{arg}',
        f'--workdir={workdir}', '--compilation_cache=', '--config.steps=4',
        '--config.schedule.cooldown_steps=2', *overrides],
       cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
@@ -79,12 +79,14 @@ def lines_of(lines, split):
 
 
 # Fewer blocks and no optimizer slots than the configs have, for the time that compiling takes.
-@pytest.mark.parametrize('dense, sparse, fewer, layers', [
-    ('vit_glyphs', 'vit_glyphs_upcycled', ['--config.model.num_layers=3'],
+@pytest.mark.parametrize('dense, sparse, tuned, fewer, layers', [
+    ('vit_glyphs', 'vit_glyphs_upcycled', 'vit_digits', ['--config.model.num_layers=3'],
      {'encoder/01', 'encoder/02'}),                              # the last two
-    ('t5_stdlib', 't5_stdlib_upcycled', ['--config.optimizer.name=sgd'],
-     {'encoder/01', 'decoder/01'})])                             # every second
-def test_a_dense_run_and_the_run_upcycled_from_it(dense, sparse, fewer, layers, tmp_path):
+    ('t5_stdlib', 't5_stdlib_upcycled', 't5_stdlib_tasks', ['--config.optimizer.name=sgd'],
+     {'encoder/01', 'decoder/01'})],                             # every second
+    ids=['vit', 't5'])
+def test_a_dense_run_and_the_run_upcycled_from_it(dense, sparse, tuned, fewer, layers, tmp_path):
+  """From the command line: a dense run, a run upcycled from it, and that one fine-tuned."""
   parent, child = tmp_path / 'dense', tmp_path / 'sparse'
   lines = train(dense, parent, *fewer)
   assert set(lines_of(lines, 'train')) == {2, 4}
@@ -110,3 +112,20 @@ def test_a_dense_run_and_the_run_upcycled_from_it(dense, sparse, fewer, layers, 
   assert abs(measured['step0_gap']) < 0.5 * measured['parent_loss']
   run = json.loads((child / 'run.json').read_text())
   assert (run['first_step'], run['trunk_step'], run['end_step']) == (2, 4, 6)
+
+  taught = [] if tuned == 'vit_digits' else [
+      f'--config.task.teacher={child}', '--config.task.distill_weight=0.5']
+  lines = train(tuned, tmp_path / 'tuned', f'--config.init.parent={child}', *fewer, *taught,
+                arg='upcycled,runlocal')
+  assert set(lines_of(lines, 'validation')) == {6, 8, 10}          # from the child's end, cooled
+  receipt = json.loads((tmp_path / 'tuned' / 'receipt.json').read_text())
+  if tuned == 'vit_digits':
+    assert 'step0_gap' not in receipt['measured']                  # another head, other questions
+    probe = next(line for line in lines if 'probe/1shot_accuracy' in line)
+    assert probe['step'] == 10 and 0 < probe['probe/10shot_accuracy'] <= 1
+  else:
+    assert receipt['measured']['step0_gap'] == 0                   # the same model, dropout off
+    assert 'validation/exact_match' not in lines_of(lines, 'validation')[8]
+    last = lines_of(lines, 'test')[10]
+    assert 0 <= last['test/exact_match'] <= 1 and 0 <= last['test/swap/exact_match'] <= 1
+    assert last['test/loss'] > 0 and lines_of(lines, 'train')[8]['train/teacher_kl'] >= 0
