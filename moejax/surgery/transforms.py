@@ -7,6 +7,7 @@ at random depends on the seed and the expert alone, not on who asks for which sl
 Dimensions: E experts, D model, F hidden units, G shards of an MLP (granularity).
 """
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ Index = tuple[slice, ...]
 Shape = tuple[int, ...]
 
 
-class Transform:
+class Transform(abc.ABC):
   """Base of all.
 
   Attributes:
@@ -27,13 +28,13 @@ class Transform:
   fate: ClassVar[str] = ''
   with_fresh: ClassVar[bool] = False
 
+  @abc.abstractmethod
   def fits(self, given: Sequence[Shape], wanted: Shape) -> bool:
     """Whether sources of the shapes `given` can become a leaf of the shape `wanted`."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def make(self, arrays: Sequence[Any], index: Index, like: Any) -> np.ndarray:
     """The values of one slice of the new leaf (shape and dtype: like's), in any dtype."""
-    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +149,9 @@ class Subset(Transform):
 class _Experts(Transform):
   """Experts that differ, made one at a time."""
 
+  @abc.abstractmethod
   def expert(self, source: np.ndarray, e: int) -> np.ndarray:
     """The whole leaf of expert e."""
-    raise NotImplementedError
 
   def fits(self, given, wanted):
     return len(wanted) > 0 and wanted[1:] == given[0]
