@@ -1,14 +1,16 @@
-"""What a suite is: runs, which of them start from which, and the arms its table reports.
+"""What a suite is: runs, which of them start from which, the arms it compares and what it claims.
 
 A run is a config file with changes, exactly what `python -m moejax.main` takes, so every line of a
-table can be trained alone. Its workdir is named by a key: a hash of the resolved config in which
-the parent stands by its own key and not by its path. Suites that ask for the same run share it.
+table can be trained alone. Its workdir is named by a key (a hash of the resolved config, in which
+the parent stands by its own key and not by its path) and by the fingerprint of its data. Suites
+that ask for the same run share it, and nothing is trained twice.
 """
 
 import dataclasses
 import functools
 import hashlib
 import importlib
+import json
 import pathlib
 import pkgutil
 from collections.abc import Mapping
@@ -17,13 +19,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import suites
-from moejax import flops
+from moejax import config as config_lib
+from moejax import data, flops
 from moejax.checkpoints import native
 from moejax.config import ConfigError, check_choice, unknown_key
 from moejax.train import settings
 from moejax.train.workdir import Workdir
 
-KEY_LENGTH = 10   # hex digits of a key
+KEY_LENGTH, FINGERPRINT_LENGTH = 10, 6   # hex digits of each in a workdir's name
+SCALES = ('smoke', 'mini', 'colab', 'paper')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Run:
 
   Attributes:
     label: what people call it while it runs; not part of the key.
-    config: name of a file in configs/.
+    config: name of a file in configs/, such as 't5_stdlib' or 'paper/t5_base'.
     changes: dotted config keys -> values, what --config.KEY=VALUE would set.
     parent: the run it starts from, if config.init.mode is not 'scratch'.
     arg: the config file's argument, as in configs/NAME.py:arg.
@@ -45,7 +49,8 @@ class Run:
 
   def resolved(self, parent: str) -> settings.RunConfig:
     """The validated config, with `parent` as config.init.parent. Raises ConfigError."""
-    config = importlib.import_module(f'configs.{self.config}').get_config(self.arg or None)
+    module = importlib.import_module(f'configs.{self.config.replace("/", ".")}')
+    config = module.get_config(self.arg or None)
     for key, value in {**self.changes, 'init.parent': parent}.items():
       _change(config, key, value)
     return settings.resolve(config)
@@ -57,13 +62,19 @@ class Run:
 
   @functools.cached_property
   def key(self) -> str:
-    """Two runs of one key are the same run."""
-    return hashlib.sha256(settings.to_json(self.settings).encode()).hexdigest()[:KEY_LENGTH]
+    """Two runs of one key are the same run on whatever data there is.
 
-  @property
+    Only what differs from the defaults counts, so a new setting changes no key. (A changed default
+    does not either; `finished` compares every setting, so no result is taken for another.)
+    """
+    changed = json.dumps(_changed(self.settings), sort_keys=True)
+    return hashlib.sha256(changed.encode()).hexdigest()[:KEY_LENGTH]
+
+  @functools.cached_property
   def name(self) -> str:
-    """Name of its workdir."""
-    return f'{self.config}-{self.key}'
+    """Name of its workdir; reads the data, whose fingerprint is part of it."""
+    fingerprint = _fingerprint(self.settings.data)[:FINGERPRINT_LENGTH]
+    return f'{self.config.replace("/", "-")}-{self.key}-{fingerprint}'
 
   @property
   def step_flops(self) -> int:
@@ -99,6 +110,23 @@ class Run:
             and workdir.read('run.json')['end_step'] in saved)
 
 
+def _changed(run: settings.RunConfig) -> dict[str, Any]:
+  """{dotted key: value} of the settings that are not at their default."""
+  def flat(node: Mapping, prefix: str = '') -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+      return {prefix[:-1]: node}
+    return {k: v for name, child in node.items() for k, v in flat(child, f'{prefix}{name}.').items()}
+
+  default = flat(dataclasses.asdict(settings.RunConfig(model=type(run.model)())))
+  return {k: v for k, v in flat(dataclasses.asdict(run)).items()
+          if k == 'model.family' or v != default[k]}
+
+
+@functools.cache
+def _fingerprint(config: data.DataConfig) -> str:
+  return data.build(config, seed=0).fingerprint
+
+
 def _change(config: ConfigDict, key: str, value: Any) -> None:
   """Sets a dotted key that exists. Raises ConfigError if it does not."""
   node, (*groups, name) = config, key.split('.')
@@ -113,29 +141,101 @@ def _change(config: ConfigDict, key: str, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """One line of the table.
+  """One treatment of one pair; a line of the table is the arms of a name over all pairs.
 
   Attributes:
-    domain: the part of the table it stands in; lines are compared within it.
+    domain: the part of the table it stands in; arms are compared within it.
     name: what the line says.
     run: what was trained.
     base: the dense run from whose trunk the domain's arms branch; extra FLOPs are a percentage of
       its pretraining up to there. Where run is base, the line is its own cooldown.
-    reference: the others' validation loss is also given relative to this arm's.
+    pair: number of the (dense parent, seed) pair; differences are taken within a pair.
+    reference: the others' metrics are also given relative to this arm's.
+    series: the curve of the plot it belongs to; '' is one of its own.
+    x: where it stands on a sweep's axis, such as the number of experts.
   """
   domain: str
   name: str
   run: Run
   base: Run
+  pair: int = 0
   reference: bool = False
+  series: str = ''
+  x: float | None = None
+
+
+RELATIONS = ('<', '>', '~')
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """What a source says about two arms, written down before any of them was trained.
+
+  The verdict is about the mean over pairs of (metric of arm `a` - metric of arm `b`).
+
+  Attributes:
+    says: the claim in a sentence.
+    source: where it is made, as 'Komatsuzaki et al. 2023, Fig. 2'.
+    paper: the source's figures, or that none are known.
+    domain: of both arms.
+    a, b: names of arms.
+    relation: '<' or '>': the difference has that sign; '~': it is within +- margin.
+    metric: 'split/name' of the results, as 'test/loss' or 'step0/step0_gap'.
+    margin: of '~', in units of the metric.
+  """
+  says: str
+  source: str
+  paper: str
+  domain: str
+  a: str
+  relation: str
+  b: str
+  metric: str = 'test/loss'
+  margin: float | None = None
+
+  def __post_init__(self):
+    check_choice('claim.relation', self.relation, RELATIONS)
+    config_lib.check((self.margin is not None) == (self.relation == '~'), 'claim.margin',
+                     self.margin, "a number with relation '~', else None", 'Set it, or leave it.')
+
+
+PLOTS = ('curves', 'points', 'sweep')
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-  """Arms in the order of the table."""
+  """Arms in the order of the table, and the claims it decides.
+
+  Attributes:
+    name, scale: as on the command line.
+    arms: those of one name and domain differ in their pair.
+    claims: over these arms.
+    metrics: what the table reports, 'split/name'; the first is what the plot shows.
+    plot: 'curves': validation loss over extra FLOPs; 'points': the first metric of each arm, all
+      pairs; 'sweep': the first metric over the arms' x, a line per series.
+    x_label: of a sweep.
+  """
   name: str
   scale: str
   arms: tuple[Arm, ...]
+  claims: tuple[Claim, ...] = ()
+  metrics: tuple[str, ...] = ('test/loss', 'validation/loss', 'test/accuracy',
+                              'validation/accuracy')
+  plot: str = 'curves'
+  x_label: str = ''
+
+  def __post_init__(self):
+    check_choice('suite.plot', self.plot, PLOTS)
+    names = {(arm.domain, arm.name) for arm in self.arms}
+    for claim in self.claims:
+      for name in (claim.a, claim.b):
+        if (claim.domain, name) not in names:
+          raise ConfigError(f'suite {self.name}: claim {claim.says!r} names the arm {name!r}, which '
+                            f'{claim.domain!r} does not have')
+    places = [(arm.domain, arm.name, arm.pair) for arm in self.arms]
+    for place in places:
+      config_lib.check(places.count(place) == 1, 'suite.arms', place, 'each arm once per pair',
+                       'Give them different names.')
 
   def runs(self) -> list[Run]:
     """Every run once, parents before children."""
