@@ -115,7 +115,8 @@ def _changed(run: settings.RunConfig) -> dict[str, Any]:
   def flat(node: Mapping, prefix: str = '') -> dict[str, Any]:
     if not isinstance(node, Mapping):
       return {prefix[:-1]: node}
-    return {k: v for name, child in node.items() for k, v in flat(child, f'{prefix}{name}.').items()}
+    return {k: v for name, child in node.items()
+            for k, v in flat(child, f'{prefix}{name}.').items()}
 
   default = flat(dataclasses.asdict(settings.RunConfig(model=type(run.model)())))
   return {k: v for k, v in flat(dataclasses.asdict(run)).items()
@@ -230,8 +231,8 @@ class Suite:
     for claim in self.claims:
       for name in (claim.a, claim.b):
         if (claim.domain, name) not in names:
-          raise ConfigError(f'suite {self.name}: claim {claim.says!r} names the arm {name!r}, which '
-                            f'{claim.domain!r} does not have')
+          raise ConfigError(f'suite {self.name}: claim {claim.says!r} names the arm {name!r}, '
+                            f'which {claim.domain!r} does not have')
     places = [(arm.domain, arm.name, arm.pair) for arm in self.arms]
     for place in places:
       config_lib.check(places.count(place) == 1, 'suite.arms', place, 'each arm once per pair',
