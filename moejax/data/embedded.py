@@ -188,14 +188,20 @@ def _glyph_table(config: DataConfig) -> dict[str, np.ndarray]:
 
 
 def _choose_classes(config: DataConfig, classes: int) -> np.ndarray:
-  """(classes,) int32: class -> label, or -1 for a class that config.image.classes leaves out."""
-  n = config.image.classes or classes
-  check(n <= classes, 'data.image.classes', n, f'at most {classes} for {config.source}',
+  """(classes,) int32: class -> label, or -1 for a class that config.image leaves out."""
+  skip = config.image.skip_classes
+  left = classes - skip
+  check(skip == 0 or left >= 2, 'data.image.skip_classes', skip,
+        f'at most {classes - 2} of the {classes} classes of {config.source}',
+        'Leave two to tell apart.')
+  n = config.image.classes or left
+  check(n <= left, 'data.image.classes', n,
+        f'at most {left} for {config.source}' + (f' without the first {skip}' if skip else ''),
         'Use 0 for all of them.')
   label = np.arange(classes, dtype=np.int32)
   if n < classes:
     label[:] = -1
-    label[np.random.default_rng(0).permutation(classes)[:n]] = np.arange(n)
+    label[np.random.default_rng(0).permutation(classes)[skip:skip + n]] = np.arange(n)
   return label
 
 
@@ -212,10 +218,11 @@ def glyphs(config: DataConfig, window_bytes: int) -> Source:
   (_distinct); a few pairs still look alike in some fonts, such as italic m and Cyrillic te.
 
   'test' is the family STIXGeneral: the one family from another foundry, so that its shapes, and not
-  only its slant or weight, are new; it covers about half of the classes. 'validation' is in
-  distribution: a tenth of the DejaVu glyphs (one character in one font), chosen by hash, where at
-  least two others of the class remain for training; a sister style (oblique, bold) of the same
-  character is usually among those. Neither validation nor test glyphs are trained on.
+  only its slant or weight, are new; it covers about half of the classes. 'validation', to choose
+  by, and 'test_seen', to report, are in distribution: a tenth each of the DejaVu glyphs (one
+  character in one font), chosen by hash, where at least two others of the class remain for
+  training; a sister style (oblique, bold) of the same character is usually among those. None of
+  the three is trained on.
   """
   del window_bytes
   table = _glyph_table(config)
@@ -225,17 +232,18 @@ def glyphs(config: DataConfig, window_bytes: int) -> Source:
   mixed = (table['code_point'].astype(np.uint64) * 16 + table['font'].astype(np.uint64))
   mixed = (mixed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)  # Fibonacci hashing
   drawn = np.bincount(klass[~test], minlength=len(points))
-  # One in ten, but of each class at most as many as leave two.
+  # One in ten each, but of each class at most as many as leave two.
   order = np.lexsort((mixed, klass))
   order = order[~test[order]]
   rank = np.empty(len(klass), np.int64)
   rank[order] = np.arange(len(order)) - np.searchsorted(klass[order], klass[order])
-  validation = ~test & (mixed % 10 == 0) & (drawn[klass] >= 3)
-  validation[order] &= rank[order] < (drawn - 2)[klass[order]]
+  held = ~test & (mixed % 10 < 2) & (drawn[klass] >= 3)
+  held[order] &= rank[order] < (drawn - 2)[klass[order]]
+  validation = held & (mixed % 10 == 0)
   chosen = label >= 0
   splits = {name: ImageTable(table['image'][rows & chosen][..., None], label[rows & chosen])
-            for name, rows in (('train', ~test & ~validation), ('validation', validation),
-                               ('test', test))}
+            for name, rows in (('train', ~test & ~held), ('validation', validation),
+                               ('test_seen', held & ~validation), ('test', test))}
   return _image_source(splits, int(label.max()) + 1)
 
 

@@ -129,7 +129,8 @@ class Dataset:
     return ds.map(lambda batch: {**self._processor.finish(batch), 'index': index.copy()})
 
   def _eval_pipeline(self, split: str) -> grain.MapDataset:
-    batch_size, n = self._config.eval_batch_size, self._evaluated(split)
+    batch_size, repeats = self._config.eval_batch_size, self._config.eval_repeats
+    n = self._evaluated(split) * repeats
     rows = batch_size // self._hosts
     whole = -(-n // batch_size) * batch_size
     index = self._global_rows(rows)
@@ -141,7 +142,8 @@ class Dataset:
         value[filler] = 0
       return {**batch, 'index': index.copy()}
 
-    ds = self._numbers(split).shuffle(EVAL_SEED)[:n]
+    order = self._numbers(split).shuffle(EVAL_SEED)
+    ds = grain.MapDataset.range(n).map(lambda i: order[i % (n // repeats)])
     ds = ds.random_map(self._reader(split, fixed=True), seed=EVAL_SEED).repeat()[:whole]
     return ds.batch(rows, batch_fn=_stack)[self._host::self._hosts].map_with_index(finish)
 
@@ -184,6 +186,10 @@ def _fingerprint(config: DataConfig, source: sources.Source) -> str:
     shaping['text'] = {k: v for k, v in shaping['text'].items() if k not in CORRUPTING}
   else:   # and results from before there were pairs keep their fingerprints
     del shaping['tfds']['input'], shaping['tfds']['target']
+  if source.kind == 'classification' and not config.image.skip_classes:   # likewise
+    del shaping['image']['skip_classes']
+  if config.eval_repeats == 1:   # likewise
+    del shaping['eval_repeats']
   counts = {split: len(examples) for split, examples in source.splits.items()}
   record = json.dumps([shaping, counts, source.digest], sort_keys=True)
   return hashlib.sha256(record.encode()).hexdigest()

@@ -17,11 +17,14 @@ class ImageConfig:
     applied to the training split only. 'mild' applies to every split, with fixed draws outside
     training: held-out glyphs are as distorted as the ones trained on.
   classes: this many classes by a fixed random permutation (so 512 are among the 1,024); 0 = all.
+  skip_classes: the first so many of that permutation are left out, so that 4,096 here gives classes
+    that a run with classes=4096 never saw; labels count from 0 again.
   channels: 1 or 3; 0 = the source's own.
   """
   size: int = 24
   channels: int = 0
   classes: int = 0
+  skip_classes: int = 0
   augment: str = 'mild'
   mean: float = 0.0
   std: float = 1.0
@@ -31,6 +34,8 @@ class ImageConfig:
     check_choice('data.image.channels', self.channels, (0, 1, 3))
     check(self.classes == 0 or self.classes >= 2, 'data.image.classes', self.classes,
           '0 (all) or at least 2', 'Use 0 for every class of the source.')
+    check(self.skip_classes >= 0, 'data.image.skip_classes', self.skip_classes, '0 or more',
+          'Use 0 to leave none out.')
     check_choice('data.image.augment', self.augment, AUGMENTS)
     check(self.std > 0, 'data.image.std', self.std, 'above 0', 'Use 1.0 to leave pixels in [0, 1].')
 
@@ -99,6 +104,7 @@ class DataConfig:
     ('tfds:cifar10', 'tfds:c4/en').
   batch_size, eval_batch_size: global examples per step; both divide by the number of hosts.
   eval_examples: evaluate the first n of each split's fixed order; 0 = the whole split.
+  eval_repeats: each of them this many times, with other fixed draws (distortions, windows) each.
   cache_dir: '' = $MOEJAX_CACHE or ~/.cache/moejax.
   data_dir: TFDS data_dir; '' = TFDS's own default.
   threads: background threads that make batches ahead of the train step.
@@ -107,6 +113,7 @@ class DataConfig:
   batch_size: int = 64
   eval_batch_size: int = 256
   eval_examples: int = 0
+  eval_repeats: int = 1
   cache_dir: str = ''
   data_dir: str = ''
   threads: int = 2
@@ -119,7 +126,7 @@ class DataConfig:
       check_choice('data.source', self.source, (*EMBEDDED, 'tfds:NAME'))
       check(self.source != 'tfds:NAME', 'data.source', self.source, 'a TFDS name after "tfds:"',
             'For example tfds:cifar10.')
-    for key in ('batch_size', 'eval_batch_size', 'threads'):
+    for key in ('batch_size', 'eval_batch_size', 'eval_repeats', 'threads'):
       check(getattr(self, key) >= 1, f'data.{key}', getattr(self, key), 'at least 1', 'Raise it.')
     check(self.eval_examples >= 0, 'data.eval_examples', self.eval_examples,
           '0 (the whole split) or more', 'Use 0.')
