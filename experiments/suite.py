@@ -23,7 +23,7 @@ from moejax import config as config_lib
 from moejax import data, flops
 from moejax.checkpoints import native
 from moejax.config import ConfigError, check_choice, unknown_key
-from moejax.train import settings
+from moejax.train import metrics, settings
 from moejax.train.workdir import Workdir
 
 KEY_LENGTH, FINGERPRINT_LENGTH = 10, 6   # hex digits of each in a workdir's name
@@ -84,6 +84,16 @@ class Run:
         'encoder_length': data.text.encoder_length, 'decoder_length': data.text.decoder_length}
     return flops.train_step_flops(self.settings.model, data.batch_size, **lengths)
 
+  @property
+  def work(self) -> int:
+    """Its train steps."""
+    return self.settings.steps
+
+  @property
+  def cost(self) -> float:
+    """FLOPs of all its steps."""
+    return self.work * self.step_flops
+
   def parent_path(self, folder: pathlib.Path) -> str:
     """config.init.parent when the workdirs stand in `folder`."""
     return str(folder / self.parent.name) if self.parent else ''
@@ -108,6 +118,17 @@ class Run:
     return (settings.from_dict(there) == self.settings
             and workdir.read('status.json')['phase'] == 'finished'
             and workdir.read('run.json')['end_step'] in saved)
+
+  def done(self, folder: pathlib.Path) -> int:
+    """Steps taken so far, as its files in `folder` say."""
+    path = folder / self.name
+    try:
+      first = json.loads((path / 'run.json').read_text())['first_step']
+      status = json.loads((path / 'status.json').read_text())['step']
+    except (OSError, ValueError):   # not there yet
+      return 0
+    timed = metrics.read_lines(path / 'timing.jsonl')
+    return max(status, timed[-1]['step'] if timed else 0) - first
 
 
 def _changed(run: settings.RunConfig) -> dict[str, Any]:
