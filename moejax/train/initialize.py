@@ -169,6 +169,23 @@ def first_state(config: 'RunConfig', model, parallel, parent: Parent | None
   return state, receipt
 
 
+def first_params(config: 'RunConfig', model, parallel, parent: Parent) -> dict:
+  """The parameters of `first_state` alone, for evaluating a surgery that nobody will train.
+
+  No optimizer slot is read or made. Raises ConfigError as it does.
+  """
+  param_key, _ = jax.random.split(jax.random.key(config.seed))
+  tree, _ = _from_parent(config, {'params': _param_shapes(model, parallel)}, parent,
+                         lambda paths: _some_params(model, param_key, paths, parallel))
+  return tree['params']
+
+
+def _param_shapes(model, parallel) -> dict:
+  """The parameters' shapes and shardings."""
+  return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
+                      model.shapes, parallel.shardings(model.shapes))
+
+
 def _params_and_slots(model, config, key) -> dict:
   params = model.init(key)
   return {'params': params, 'opt_state': optimizer.init(config, params)}
@@ -244,8 +261,7 @@ def _table(config: 'RunConfig', source: dict, shapes: dict) -> list[rules.Rule]:
 
 def _from_parent(config: 'RunConfig', target: dict, parent: Parent, fresh_params):
   """Surgery, leaf by leaf, straight into the target's shardings."""
-  source = {p: s for p, s in parent.reader.shapes.items()
-            if p.startswith(('params/', 'opt_state/'))}
+  source = {p: s for p, s in parent.reader.shapes.items() if p.split('/')[0] in target}
   shapes = trees.flatten(target)
   table = _table(config, source, shapes)
   fresh = fresh_params({s.target for s in rules.plan(table, source, shapes)
@@ -265,10 +281,7 @@ def parent_params(parent: Parent, model, parallel) -> dict:
 
   model: of the parent's config. Raises ConfigError if its leaves are not the checkpoint's.
   """
-  shapes = model.shapes
-  flat = trees.flatten({'params': jax.tree.map(
-      lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
-      shapes, parallel.shardings(shapes))})
+  flat = trees.flatten({'params': _param_shapes(model, parallel)})
   place = lambda path, make, shape, dtype: jax.make_array_from_callback(
       shape, flat[path].sharding, make)
   source = {p: s for p, s in parent.reader.shapes.items() if p.startswith('params/')}
