@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
                       help='folder of results.jsonl, table and plot (default: RUNS/SUITE, and '
                            'RUNS/SUITE-SCALE for a scale other than mini)')
 
-  def parse(self, argv: list[str] | None) -> argparse.Namespace:
+  def parse(self, argv: list[str] | None, *, suite_required: bool = True) -> argparse.Namespace:
     """The flags. Raises ConfigError on what they cannot be."""
     args, unknown = self.parse_known_args(argv)
     flags = [flag for action in self._actions for flag in action.option_strings]
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
       near = nearest(word.split('=')[0], flags)
       raise ConfigError(f'command line: {word!r} is no flag of {self.prog}'
                         + (f'; did you mean {near!r}?' if near else '.') + ' --help lists them')
-    if not getattr(args, 'list', False):
+    if suite_required and not getattr(args, 'list', False):
       check(args.suite is not None, '--suite', args.suite, ', '.join(suite_lib.names()),
             f'Usage: {self.prog} --suite=NAME')
     return args
@@ -44,7 +44,8 @@ class Parser(argparse.ArgumentParser):
     raise ConfigError(f'command line: {message}. --help lists the flags')
 
 
-def results_folder(args: argparse.Namespace) -> pathlib.Path:
-  """Where table and plot go."""
-  name = args.suite if args.scale == 'mini' else f'{args.suite}-{args.scale}'
+def results_folder(args: argparse.Namespace, suite: str = '') -> pathlib.Path:
+  """Where table and plot go; of one of several suites, if named."""
+  suite = suite or args.suite
+  name = suite if args.scale == 'mini' else f'{suite}-{args.scale}'
   return args.results or args.runs / name
