@@ -23,11 +23,20 @@ class ProbeConfig:
   Attributes:
     source: classification data to draw examples from and to test on, such as 'digits'; empty: no
       probe.
+    skip_classes: as data.image.skip_classes: classes of the source that are left out, such as those
+      that the model was trained on.
+    examples: draw from this many examples of the training split, the first of its fixed order; 0:
+      from all. (ImageNet: 50 a class are plenty, and it has 1,281.)
+    drop_rare: leave out, in training and test, classes with fewer examples than the most shots;
+      otherwise they are an error.
     shots: examples per class, one result for each number.
     draws: sets of examples that a result is averaged over.
     l2: ridge penalty on standardised features (big_vision and vmoe: 1024).
   """
   source: str = ''
+  skip_classes: int = 0
+  examples: int = 0
+  drop_rare: bool = False
   shots: tuple = (1, 5, 10)
   draws: int = 5
   l2: float = 1024.0
@@ -35,6 +44,8 @@ class ProbeConfig:
   def __post_init__(self):
     check(self.shots and all(type(n) is int and n >= 1 for n in self.shots), 'probe.shots',
           self.shots, 'integers >= 1, at least one', 'Usual: (1, 5, 10).')
+    for key in ('skip_classes', 'examples'):
+      check(getattr(self, key) >= 0, f'probe.{key}', getattr(self, key), '>= 0', 'Use 0 for all.')
     check(self.draws >= 1, 'probe.draws', self.draws, '>= 1', 'Use 1 or more.')
     check(self.l2 >= 0, 'probe.l2', self.l2, '>= 0', '0 is plain least squares.')
 
@@ -55,10 +66,15 @@ def run(config: ProbeConfig, feature_step: Callable, params: dict, train_batches
     fractions.
 
   Raises:
-    ConfigError: more shots than a class has examples.
+    ConfigError: more shots than a class has examples, or, with drop_rare, than any class has.
   """
-  features, labels = extract(feature_step, params, train_batches)
+  features, labels = extract(feature_step, params, train_batches, config.examples)
   test_features, test_labels = extract(feature_step, params, test_batches)
+  if config.drop_rare:
+    common = common_classes(labels, max(config.shots))
+    kept, test_kept = np.isin(labels, common), np.isin(test_labels, common)
+    features, labels = features[kept], labels[kept]
+    test_features, test_labels = test_features[test_kept], test_labels[test_kept]
   results = {}
   for shots in config.shots:
     mean, std = few_shot(features, labels, test_features, test_labels, shots, config.draws, seed,
@@ -67,25 +83,40 @@ def run(config: ProbeConfig, feature_step: Callable, params: dict, train_batches
   return results
 
 
-def extract(feature_step: Callable, params: dict,
-            batches: Iterable[dict]) -> tuple[np.ndarray, np.ndarray]:
-  """Features and labels of all real examples of some batches.
+def common_classes(labels: np.ndarray, shots: int) -> np.ndarray:
+  """The classes of which `labels` (N,) holds at least `shots`; ConfigError if there are not two."""
+  classes, counts = np.unique(labels, return_counts=True)
+  common = classes[counts >= shots]
+  check(len(common) >= 2, 'probe.shots', shots,
+        f'what two classes have (the most frequent has {counts.max()} examples)',
+        'Ask for fewer shots.')
+  return common
+
+
+def extract(feature_step: Callable, params: dict, batches: Iterable[dict],
+            limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """Features and labels of the real examples of some batches.
 
   Args:
     feature_step: (params, batch) -> (B, D), one row per example of the batch as it stands here: it
       does any placing on devices, and brings home what they have.
     params: of the model.
     batches: dicts of host arrays with 'label' (B,) and 'weight' (B,), 0 for fillers.
+    limit: of how many examples, the first; 0: of all.
 
   Returns:
     (N, D) float64 and (N,) integers.
   """
-  features, labels = [], []
+  features, labels, number = [], [], 0
   for batch in batches:
     real = np.asarray(batch['weight']) > 0
     features.append(np.asarray(feature_step(params, batch), np.float64)[real])
     labels.append(np.asarray(batch['label'])[real])
-  return np.concatenate(features), np.concatenate(labels)
+    number += len(labels[-1])
+    if limit and number >= limit:
+      break
+  features, labels = np.concatenate(features), np.concatenate(labels)
+  return (features[:limit], labels[:limit]) if limit else (features, labels)
 
 
 def few_shot(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray,

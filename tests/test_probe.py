@@ -145,6 +145,46 @@ def test_run_probes_real_examples_only():
   assert mean > 0.8
 
 
+def identity(params, batch):
+  return batch['image']
+
+
+def test_examples_are_the_first_of_the_training_split():
+  x, labels, test_x, test_labels = digits()
+  read = []
+
+  def reading(batches):
+    for batch in batches:
+      read.append(len(batch['label']))
+      yield batch
+  config = probe.ProbeConfig(source='digits', shots=(5,), draws=2, examples=200)
+  found = probe.run(config, identity, {}, reading(batches(x, labels, 64)),
+                    batches(test_x, test_labels, 100))
+  mean, _ = probe.few_shot(x[:200], labels[:200], test_x, test_labels, 5, 2, 0)
+  assert found['5shot_accuracy'] == mean
+  assert len(read) == 4   # of 15: no more is read than it takes
+
+
+def test_rare_classes_are_left_out_of_training_and_test():
+  x, labels, test_x, test_labels = digits()
+  kept = (labels != 3) | (np.cumsum(labels == 3) <= 7)   # seven threes are left
+  x, labels = x[kept], labels[kept]
+
+  def run(**settings):
+    return probe.run(probe.ProbeConfig(source='digits', shots=(5, 10), draws=2, **settings),
+                     identity, {}, batches(x, labels, 64), batches(test_x, test_labels, 100))
+  with pytest.raises(ConfigError, match='probe.shots: got 10, allowed: at most 7.*class 3'):
+    run()
+  found = run(drop_rare=True)
+  for shots in (5, 10):   # the same classes for all shots
+    mean, _ = probe.few_shot(x[labels != 3], labels[labels != 3], test_x[test_labels != 3],
+                             test_labels[test_labels != 3], shots, 2, 0)
+    assert found[f'{shots}shot_accuracy'] == mean
+  with pytest.raises(ConfigError, match='probe.shots: got 91, .*the most frequent has 9'):
+    probe.common_classes(np.repeat([0, 1], [90, 91]), 91)
+  np.testing.assert_array_equal(probe.common_classes(np.repeat([2, 5, 7], [3, 4, 2]), 3), [2, 5])
+
+
 def test_features_of_a_vit_are_the_same_on_a_mesh():
   """Eight devices with an example each, the last two fillers, against one."""
   config = vit.config('tiny', num_layers=1, moe=MoEConfig(layers='0', num_experts=2))
@@ -165,7 +205,8 @@ def test_features_of_a_vit_are_the_same_on_a_mesh():
 
 
 @pytest.mark.parametrize('changes', [{'shots': ()}, {'shots': (0,)}, {'shots': (1.5,)},
-                                     {'draws': 0}, {'l2': -1.0}])
+                                     {'draws': 0}, {'l2': -1.0}, {'skip_classes': -1},
+                                     {'examples': -1}])
 def test_refused(changes):
   key, = changes
   with pytest.raises(ConfigError, match=f'probe.{key}'):

@@ -6,6 +6,7 @@ from moejax.config import check, check_choice
 
 AUGMENTS = ('none', 'mild', 'flip_crop')
 EMBEDDED = ('glyphs', 'digits', 'stdlib_text', 'stdlib_tasks', 'cmudict')
+NAMED = (*EMBEDDED, 'super_glue')   # sources that are not simply a TFDS dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +96,19 @@ class TfdsConfig:
           'all three of train, validation and test, or none',
           'Name all three, so that no example is in two of them by accident.')
 
+  @property
+  def splits(self) -> dict[str, str]:
+    """The three given, by moejax's names; {} for the rule."""
+    given = {key: getattr(self, key) for key in ('train', 'validation', 'test')}
+    return given if all(given.values()) else {}
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """What a run reads.
 
-  source: 'glyphs', 'digits', 'stdlib_text', 'stdlib_tasks', 'cmudict' or 'tfds:NAME'
-    ('tfds:cifar10', 'tfds:c4/en').
+  source: 'glyphs', 'digits', 'stdlib_text', 'stdlib_tasks', 'cmudict'; 'super_glue', its eight
+    tasks from TFDS in one mixture; or 'tfds:NAME' ('tfds:cifar10', 'tfds:c4/en').
   batch_size, eval_batch_size: global examples per step; both divide by the number of hosts.
   eval_examples: evaluate the first n of each split's fixed order; 0 = the whole split.
   eval_repeats: each of them this many times, with other fixed draws (distortions, windows) each.
@@ -123,7 +130,7 @@ class DataConfig:
 
   def __post_init__(self):
     if not (self.source.startswith('tfds:') and self.source != 'tfds:'):
-      check_choice('data.source', self.source, (*EMBEDDED, 'tfds:NAME'))
+      check_choice('data.source', self.source, (*NAMED, 'tfds:NAME'))
       check(self.source != 'tfds:NAME', 'data.source', self.source, 'a TFDS name after "tfds:"',
             'For example tfds:cifar10.')
     for key in ('batch_size', 'eval_batch_size', 'eval_repeats', 'threads'):

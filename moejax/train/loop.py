@@ -97,8 +97,9 @@ class Program:
     probe_data = None
     if config.probe.source:
       probe_data = self._data(dataclasses.replace(
-          config.data, source=config.probe.source, eval_examples=0,
-          image=dataclasses.replace(config.data.image, classes=0, augment='none')))
+          config.data, source=config.probe.source, eval_examples=0, eval_repeats=1,
+          image=dataclasses.replace(config.data.image, classes=0, augment='none',
+                                    skip_classes=config.probe.skip_classes)))
     self.final = Final(config, self.model, self.devices, self.dataset, probe_data)
     learning_rate = schedule(config.schedule, config.optimizer.learning_rate,
                              start_step=plan.first, end_step=plan.end)

@@ -1,5 +1,6 @@
 """Embedded sources, and TFDS read without TensorFlow: mock data and datasets really prepared."""
 
+import collections
 import io
 import json
 import os
@@ -12,7 +13,7 @@ from PIL import Image
 
 from moejax import data
 from moejax.config import ConfigError
-from moejax.data import embedded
+from moejax.data import embedded, pipeline
 
 GLYPHS = data.DataConfig(source='glyphs')
 
@@ -89,6 +90,56 @@ def test_fewer_classes_are_among_more_classes():
     np.testing.assert_array_equal(a, b)
   assert few.digest != more.digest
   assert sorted(set(more.splits['train'].labels.tolist())) == list(range(128))
+
+
+def test_classes_that_a_run_never_saw():
+  """The rest of the permutation of which a parent took the first 4,096."""
+  def build(**image):
+    return embedded.glyphs(data.DataConfig(source='glyphs', image=data.ImageConfig(**image)), 0)
+
+  def looks(source, split):
+    return collections.Counter(image.tobytes() for image in source.splits[split].images)
+
+  whole, parent, rest = build(), build(classes=4096), build(skip_classes=4096)
+  n = rest.num_classes
+  assert parent.num_classes + n == whole.num_classes and 250 < n < 350
+  for split in ('train', 'validation', 'test_seen', 'test'):   # every glyph is in one of the two
+    assert looks(parent, split) + looks(rest, split) == looks(whole, split)
+  assert sorted(set(rest.splits['train'].labels.tolist())) == list(range(n))
+  sizes = {name: len(split) for name, split in rest.splits.items()}
+  assert sizes['train'] > 2000 and sizes['test'] > 300
+  assert min(sizes['validation'], sizes['test_seen']) > 150
+  # The first of the rest: classes that follow the skipped ones, whatever their number.
+  few, more = build(skip_classes=100, classes=64), build(classes=164)
+  for label in (0, 63):
+    a, b = (s.splits['train'].images[s.splits['train'].labels == at]
+            for s, at in ((few, label), (more, 100 + label)))
+    np.testing.assert_array_equal(a, b)
+  assert few.num_classes == 64
+
+
+@pytest.mark.parametrize('image, words', [
+    ({'skip_classes': -1}, ('data.image.skip_classes: got -1', '0 or more')),
+    ({'skip_classes': 9}, ('data.image.skip_classes: got 9', 'at most 8 of the 10 classes')),
+    ({'skip_classes': 10}, ('data.image.skip_classes: got 10',)),
+    ({'skip_classes': 4, 'classes': 7},
+     ('data.image.classes: got 7', 'at most 6 for digits without the first 4')),
+    ({'classes': 11}, ('data.image.classes: got 11', 'at most 10 for digits. ')),
+])
+def test_classes_that_there_are_not(image, words):
+  with pytest.raises(ConfigError) as error:
+    embedded.digits(data.DataConfig(source='digits', image=data.ImageConfig(**image)), 0)
+  assert all(word in str(error.value) for word in words), error.value
+
+
+def test_classes_to_skip_are_in_the_fingerprint_only_when_there_are_some():
+  """A result from before the setting existed keeps its fingerprint."""
+  def shaped(**image):
+    config = data.DataConfig(source='digits', image=data.ImageConfig(**image))
+    return pipeline._fingerprint(config, embedded.digits(data.DataConfig(source='digits'), 0))
+  # As the code before the setting made it, from scikit-learn's digits at the default settings.
+  assert shaped() == 'f61e28d1e0f6302d93f958e9d8202726e56e8b3deebf56dcf56167cc53568bd8'
+  assert len({shaped(), shaped(skip_classes=2), shaped(skip_classes=3)}) == 3
 
 
 def test_unwritable_cache_dir(tmp_path):
@@ -272,6 +323,9 @@ def test_tfds_errors(tfds_dir, tmp_path):
   with pytest.raises(ConfigError, match='data.image.classes.*0 for a TFDS source'):
     data.build(data.DataConfig(source='tfds:moejax_tiny_images', data_dir=str(tfds_dir),
                                image=data.ImageConfig(classes=2)), seed=0)
+  with pytest.raises(ConfigError, match='data.image.skip_classes.*0 for a TFDS source'):
+    data.build(data.DataConfig(source='tfds:moejax_tiny_images', data_dir=str(tfds_dir),
+                               image=data.ImageConfig(skip_classes=2)), seed=0)
   with pytest.raises(ConfigError, match='data.tfds: split .dev.*train, test|test, train'):
     data.build(data.DataConfig(source='tfds:moejax_tiny_images', data_dir=str(tfds_dir),
                                tfds=data.TfdsConfig('train', 'dev', 'test')), seed=0)
