@@ -175,6 +175,9 @@ class Arm:
     reference: the others' metrics are also given relative to this arm's.
     series: the curve of the plot it belongs to; '' is one of its own.
     x: where it stands on a sweep's axis, such as the number of experts.
+    start_step: where its extra steps begin, if that is not the first step of its run: a run that
+      goes on from another continuation counts that one's too.
+    base_step: the step of base that counts as 100 % of pretraining, if that is not its trunk.
   """
   domain: str
   name: str
@@ -184,6 +187,8 @@ class Arm:
   reference: bool = False
   series: str = ''
   x: float | None = None
+  start_step: int | None = None
+  base_step: int | None = None
 
 
 RELATIONS = ('<', '>', '~')
@@ -232,7 +237,8 @@ class Suite:
     name, scale: as on the command line.
     arms: those of one name and domain differ in their pair.
     claims: over these arms.
-    metrics: what the table reports, 'split/name'; the first is what the plot shows.
+    metrics: what the table reports, 'split/name'; the first that a domain has is what Δ and the
+      plot are about.
     plot: 'curves': validation loss over extra FLOPs; 'points': the first metric of each arm, all
       pairs; 'sweep': the first metric over the arms' x, a line per series.
     x_label: of a sweep.
@@ -241,8 +247,8 @@ class Suite:
   scale: str
   arms: tuple[Arm, ...]
   claims: tuple[Claim, ...] = ()
-  metrics: tuple[str, ...] = ('test/loss', 'validation/loss', 'test/accuracy',
-                              'validation/accuracy')
+  metrics: tuple[str, ...] = ('test_seen/loss', 'test/loss', 'validation/loss',
+                              'test_seen/accuracy', 'test/accuracy', 'validation/accuracy')
   plot: str = 'curves'
   x_label: str = ''
 
@@ -289,10 +295,15 @@ def module(name: str):
   return importlib.import_module(f'experiments.suites.{name}')
 
 
+def scales(name: str) -> tuple[str, ...]:
+  """The scales a suite has: all, unless its file says otherwise."""
+  return getattr(module(name), 'SCALES', SCALES)
+
+
 def load(name: str, scale: str) -> Suite:
   """A suite at a scale. Raises ConfigError on unknown names and on runs that cannot work."""
   file = module(name)
-  check_choice('--scale', scale, file.SCALES)
+  check_choice('--scale', scale, scales(name))
   suite = file.get_suite(scale)
   for run in suite.runs():
     try:

@@ -1,0 +1,266 @@
+"""How every suite trains: the sizes of each scale, and the runs of one (dense parent, seed) pair.
+
+One protocol for all suites, as the paper has (Komatsuzaki et al. 2023): a dense model is pretrained
+on a reciprocal-square-root rate; from its trunk, the checkpoint before any cooldown, branch
+continuations that go on with the parent's step, rate and data; each of them ends with a cooldown
+over the same fraction of its own steps. A pair is a dense parent and a seed: all arms of a pair
+start from the same trunk and see the same batches, so their differences are paired. Pairs differ
+in everything random: initial weights, order of the data, routers' initial weights, noise.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from experiments.suite import SCALES, Arm, Claim, Run
+from experiments.surgeries import Surgery
+from moejax.config import check_choice
+
+COOLDOWN = 0.4   # of a continuation's steps
+EXPERTS = 8      # of a layer, where a suite does not vary it; the paper has 32
+MARGIN = 0.005   # nats; smaller differences count as none
+
+
+@dataclasses.dataclass(frozen=True)
+class Regime:
+  """How one domain is run at one scale.
+
+  Attributes:
+    domain: what tables call it.
+    config: the dense config file; the one that upcycles it ends in _upcycled.
+    trunk: steps of dense pretraining.
+    extra: steps of a continuation.
+    evaluations: of a continuation, its start not counted.
+    core, other: number of pairs of the core suites and a few more, and of the others.
+    stacks: the config's groups of MoE settings; the first is the encoder's or the ViT's.
+    metric: what claims are about unless they say otherwise.
+    margin: what counts as no difference in it, see MARGIN.
+    early: steps of pretraining after which the suites about its amount branch too.
+    changes: of every run: config keys -> values.
+    arg: of the config files.
+  """
+  domain: str
+  config: str
+  trunk: int
+  extra: int
+  evaluations: int
+  core: int
+  other: int
+  stacks: tuple[str, ...]
+  metric: str
+  margin: float
+  early: tuple[int, ...] = ()
+  changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  arg: str = ''
+
+  @property
+  def every(self) -> int:
+    """Steps between evaluations of a continuation."""
+    return max(1, self.extra // self.evaluations)
+
+  def pairs(self, core: bool = False) -> list['Pair']:
+    """The pairs of a suite."""
+    return [Pair(self, number) for number in range(self.core if core else self.other)]
+
+  def claim(self, says: str, source: str, paper: str, a: str, relation: str, b: str,
+            metric: str = '', domain: str = '') -> Claim:
+    """A claim about two arms of this domain."""
+    return Claim(says, source, paper, domain or self.domain, a, relation, b, metric or self.metric,
+                 self.margin if relation == '~' else None)
+
+
+ENCODER_DECODER, VIT = ('model.encoder_moe', 'model.decoder_moe'), ('model.moe',)
+
+MINI = {'parallel': 'pmap', 'log_every': 100}   # of every run but the paper's
+
+
+def _text(scale: str) -> Regime:
+  changes = {**MINI, 'data.eval_batch_size': 32, 'data.eval_examples': 1024}
+  regime = Regime('T5 on stdlib_text', 't5_stdlib', 24_000, 4_800, 2, 5, 3, ENCODER_DECODER,
+                  'test/loss', MARGIN, (4_000, 12_000), changes)
+  return _scaled(regime, scale, 'paper/t5_base', trunk=1_000_000, extra=200_000)
+
+
+def _vision(scale: str) -> Regime:
+  changes = {**MINI, 'data.eval_repeats': 2, 'eval_splits': ('test_seen', 'test'),
+             'probe.source': 'glyphs', 'probe.skip_classes': 4096, 'probe.drop_rare': True,
+             'probe.shots': (1, 5)}   # of the classes that pretraining leaves out
+  regime = Regime('ViT on glyphs', 'vit_glyphs', 24_000, 4_800, 2, 5, 3, VIT,
+                  'test_seen/loss', MARGIN, (4_000, 12_000), changes)
+  return _scaled(regime, scale, 'paper/vit_b16', trunk=112_000, extra=56_000)
+
+
+def _scaled(regime: Regime, scale: str, paper: str, *, trunk: int, extra: int) -> Regime:
+  """The mini regime at another scale; `paper` is the config of the real one."""
+  if scale == 'smoke':   # a few steps, only to show that everything runs
+    return dataclasses.replace(
+        regime, trunk=10, extra=2, evaluations=1, early=(4, 6), core=2, other=1, arg='runlocal',
+        changes={**regime.changes, 'log_every': 1, 'data.eval_batch_size': 8,
+                 'data.eval_examples': 8, 'data.eval_repeats': 1})
+  if scale == 'colab':
+    return dataclasses.replace(regime, core=3)
+  if scale == 'paper':
+    return dataclasses.replace(regime, config=paper, trunk=trunk, extra=extra, evaluations=20,
+                               core=1, other=1, early=(trunk // 4, trunk // 2), changes={})
+  return regime
+
+
+def text(scale: str) -> Regime:
+  """T5 at a scale."""
+  check_choice('--scale', scale, SCALES)
+  return _text(scale)
+
+
+def vision(scale: str) -> Regime:
+  """ViT at a scale."""
+  check_choice('--scale', scale, SCALES)
+  return _vision(scale)
+
+
+class Pair:
+  """The runs of one dense parent and one seed. Steps default to the regime's."""
+
+  def __init__(self, regime: Regime, number: int):
+    self.regime, self.number = regime, number
+
+  @functools.cached_property
+  def parent(self) -> Run:
+    """Dense pretraining to the trunk, then a cooldown as long as an equal-steps continuation's."""
+    regime = self.regime
+    cooldown = round(COOLDOWN * regime.extra)
+    every = 2 * regime.extra
+    return self._run('dense pretraining', regime.config, regime.trunk + cooldown, {
+        'schedule.cooldown_steps': cooldown, 'branch_steps': regime.early, 'eval_every': every,
+        'checkpoint_every': every})
+
+  def dense(self, steps: int = 0, **how) -> Run:
+    """The dense model trained on. `how`: see `branch`."""
+    return self.branch('dense', self.regime.config, steps, {'init.mode': 'continue'}, **how)
+
+  def upcycled(self, steps: int = 0, *, init: Mapping[str, Any] | None = None, **how) -> Run:
+    """The parent's MLPs made experts, trained on.
+
+    Args:
+      steps: of the continuation; 0: the regime's.
+      init: changes to config.init, as {'experts': 'random'}.
+      how: moe, encoder, decoder: see `moe_changes`; and `branch`'s.
+    """
+    how, moe = self._moe(how)
+    changes = {'init.mode': 'upcycle', **{f'init.{k}': v for k, v in (init or {}).items()}, **moe}
+    return self.branch('upcycled', f'{self.regime.config}_upcycled', steps, changes, **how)
+
+  def scratch(self, steps: int = 0, **how) -> Run:
+    """The same sparse model from nothing."""
+    how, moe = self._moe(how)
+    return self.branch('MoE from scratch', f'{self.regime.config}_upcycled', steps,
+                       {'init.mode': 'scratch', **moe}, parent=None, **how)
+
+  def paying(self, run: Run, **how) -> Run:
+    """The dense model trained on for as many steps as the FLOPs of `run` pay for."""
+    return self.equal_flops(run, lambda steps: self.dense(steps, **how))
+
+  def tiled(self, like: Run, tiling: str) -> Run:
+    """The parent made twice as deep, trained on for as many steps as the FLOPs of `like` pay for.
+
+    tiling: 'stack' (A B A B) or 'layer' (A A B B).
+    """
+    stacks = ('encoder_layers', 'decoder_layers') if len(self.regime.stacks) == 2 else (
+        'num_layers',)
+    model = self.parent.settings.model
+    changes = {'init.mode': 'depth_tile', 'init.tiling': tiling,
+               **{f'model.{key}': 2 * getattr(model, key) for key in stacks}}
+    return self.equal_flops(like, lambda steps: self.branch(
+        'depth tiled', self.regime.config, steps, changes))
+
+  def equal_flops(self, like: Run, make: Callable[[int], Run]) -> Run:
+    """make(steps), with as many steps as the FLOPs of `like` pay for."""
+    total = like.settings.steps * like.step_flops
+    return make(round(total / make(like.settings.steps).step_flops))
+
+  def rung(self, run: Run, step: int, steps: int) -> Run:
+    """The cooldown of `run` from its global step `step` on, over `steps` steps."""
+    kept = {key: value for key, value in run.changes.items()
+            if not key.startswith(('init.', 'branch_steps'))}
+    changes = {**kept, 'init.mode': 'continue', 'init.step': step, 'init.optimizer': 'carry',
+               'steps': steps, 'schedule.cooldown_steps': steps}
+    return dataclasses.replace(run, label=f'{run.label}, cooled from {step:,}', parent=run,
+                               changes=changes)
+
+  def finetuned(self, config: str, parent: Run) -> Run:
+    """The end of `parent` (after its cooldown) fine-tuned as config file `config` says."""
+    sparse = parent.config.endswith('_upcycled')
+    model = {key: value for key, value in parent.changes.items()
+             if key.startswith('model.') and not key.endswith('group_size')}
+    words = [*(['upcycled'] if sparse else []), *([self.regime.arg] if self.regime.arg else [])]
+    changes = {key: self.regime.changes[key] for key in ('parallel',) if key in self.regime.changes}
+    return Run(f'{parent.label}, {config}', config, {**changes, 'seed': self.number, **model},
+               parent, ','.join(words))
+
+  def surgery(self, *, init: Mapping[str, Any] | None = None, **how) -> Surgery:
+    """What `upcycled` starts from, measured and not trained."""
+    run = self.upcycled(init=init, **how)
+    return Surgery(run.label, run.config, run.changes, run.parent, run.arg)
+
+  def branch(self, label: str, config: str, steps: int, own: Mapping[str, Any], *,
+             parent: Run | None | str = 'trunk', start: int = 0,
+             changes: Mapping[str, Any] | None = None) -> Run:
+    """A continuation with its own cooldown.
+
+    Args:
+      label: for people.
+      config: config file.
+      steps: 0: the regime's.
+      own: what makes it what it is, as changes to the config.
+      parent: the run it starts from; 'trunk': the pair's dense parent; None: from scratch.
+      start: step of the parent to branch from; 0: its trunk.
+      changes: further changes, which win.
+    """
+    steps = steps or self.regime.extra
+    every = self.regime.every
+    shared = {'schedule.cooldown_steps': round(COOLDOWN * steps), 'eval_every': every,
+              'checkpoint_every': every}
+    if start:
+      shared['init.step'] = start
+    parent = self.parent if parent == 'trunk' else parent
+    return self._run(label, config, steps, {**shared, **own, **(changes or {})}, parent)
+
+  def arm(self, name: str, run: Run, *, domain: str = '', **fields) -> Arm:
+    """An arm of this pair; fields: see Arm."""
+    return Arm(domain or self.regime.domain, name, run, self.parent, self.number, **fields)
+
+  def _moe(self, how: dict) -> tuple[dict, dict]:
+    """The MoE settings taken out of `how`, as config changes."""
+    rest = {k: v for k, v in how.items() if k not in ('moe', 'encoder', 'decoder')}
+    return rest, moe_changes(self.regime, **{k: v for k, v in how.items() if k not in rest})
+
+  def _run(self, label: str, config: str, steps: int, changes: Mapping[str, Any],
+           parent: Run | None = None) -> Run:
+    regime = self.regime
+    changes = {**regime.changes, 'seed': self.number, 'steps': steps, **changes}
+    if parent is None:
+      changes.setdefault('init.mode', 'scratch')
+    return Run(f'{regime.domain.split()[0]} {label} #{self.number}', config, changes, parent,
+               regime.arg)
+
+
+def moe_changes(regime: Regime, moe: Mapping[str, Any] | None = None,
+                encoder: Mapping[str, Any] | None = None,
+                decoder: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """Changes to MoEConfigs as config changes.
+
+  Args:
+    regime: whose stacks.
+    moe: of all stacks; capacity_factor is that of evaluation too.
+    encoder: of T5's encoder, or of the ViT.
+    decoder: of T5's decoder; a ViT has none and ignores them.
+  """
+  stacks = dict(zip(('encoder', 'decoder'), regime.stacks))
+  changes = {}
+  for stack, own in (('encoder', encoder), ('decoder', decoder)):
+    if stack in stacks:
+      for key, value in {**(moe or {}), **(own or {})}.items():
+        changes[f'{stacks[stack]}.{key}'] = value
+        if key == 'capacity_factor':
+          changes[f'{stacks[stack]}.eval_capacity_factor'] = value
+  return changes

@@ -1,0 +1,58 @@
+"""Do upcycled models stay ahead after fine-tuning?
+
+Claims (Komatsuzaki et al. 2023, section 4.1, Fig. 3): in vision the upstream gains carry over to
+full fine-tuning and to the 10-shot probe; in language fine-tuning is noisier but favours upcycling
+(second-hand: 1.5 to 2 SuperGLUE points at 46 to 55 % extra).
+
+Each pair's dense model at equal extra FLOPs and its upcycled model, both cooled, are fine-tuned
+alike: T5 on a mixture of three tasks about Python code (stdlib_tasks, held-out files) and on
+spelling to phonemes (cmudict), scored by exact match of greedy outputs (cmudict: of words); ViT on
+digits and on glyph classes the parent never saw, with a new head, and by a few-shot probe of the
+frozen features. Rates, dropout and lengths are the fine-tuning configs', chosen on validation
+splits.
+
+Refuted if the dense model scores higher on the test splits.
+"""
+
+from experiments import protocol
+from experiments.suite import Suite
+
+FIG3 = 'Komatsuzaki et al. 2023, Fig. 3'
+TEXT_TASKS = {   # config -> (what the table calls it, metric, whether higher is better)
+    't5_stdlib_tasks': ('code tasks', 'test/mean_over_tasks', '>'),
+    't5_cmudict': ('pronunciation', 'test/phoneme_error_rate', '<'),
+}
+VISION_TASKS = {
+    'vit_digits': ('digits', 'test/accuracy', '>'),
+    'vit_glyphs_new': ('new classes', 'test_seen/accuracy', '>'),
+}
+PROBE, PROBED = 'probe/5shot_accuracy', 'ViT, 5-shot probe of new classes'
+
+
+def get_suite(scale: str) -> Suite:
+  text, vision = protocol.text(scale), protocol.vision(scale)
+  arms, claims = [], []
+  for regime, tasks in ((text, TEXT_TASKS), (vision, VISION_TASKS)):
+    for config, (title, metric, better) in tasks.items():
+      domain = f'{regime.domain.split()[0]} on {title}'
+      for pair in regime.pairs(core=True):
+        up = pair.upcycled()
+        for name, parent in (('dense, equal FLOPs', pair.paying(up)), ('upcycled', up)):
+          run = pair.finetuned(config, parent)
+          arms.append(pair.arm(name, run, domain=domain, reference=name == 'dense, equal FLOPs'))
+      claims.append(regime.claim(
+          f'upcycled stays ahead of dense after full fine-tuning ({title})', FIG3,
+          'gains carry over' if regime is vision else 'noisier, favours upcycling',
+          'upcycled', better, 'dense, equal FLOPs', metric=metric, domain=domain))
+  for pair in vision.pairs(core=True):
+    up = pair.upcycled()
+    arms += [pair.arm(name, run, domain=PROBED, reference=name == 'dense, equal FLOPs')
+             for name, run in (('dense parent, cooled', pair.parent),
+                               ('dense, equal FLOPs', pair.paying(up)), ('upcycled', up))]
+  claims.append(vision.claim(
+      'upcycled is ahead of dense in the few-shot probe (new classes)', FIG3, 'gains carry over',
+      'upcycled', '>', 'dense, equal FLOPs', metric=PROBE, domain=PROBED))
+  metrics = (*(metric for _, metric, _ in (*TEXT_TASKS.values(), *VISION_TASKS.values())), PROBE)
+  return Suite('finetuning', scale, tuple(arms), tuple(claims),
+               metrics=(*dict.fromkeys(metrics), 'test/word_error_rate', 'test/accuracy'),
+               plot='points')
