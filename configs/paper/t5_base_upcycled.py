@@ -1,0 +1,33 @@
+"""Upcycles a run of t5_base.py: --config.init.parent=DIR names its workdir.
+
+From the paper: every second layer of both stacks sparse, 32 experts, copies of the MLP; expert
+choice with C = 2 in the encoder, top-2 with load-balance loss in the decoder; weights not
+renormalised; optimizer state not carried over; rate, batch and data go on as they were. Loss weight
+0.01, which is 0.02 here (flaxformer's fractions of assignments sum to k), groups of about 4,096
+tokens and routers of standard deviation 0.02 are flaxformer's. Our choices: a group is 8 sequences
+in the decoder too, and 200,000 steps, as in the paper's Fig. 6. A preset's name as an argument
+replaces the routing, as in t5_stdlib_upcycled.py.
+"""
+
+from configs import preset, set_moe
+from configs.paper import shrink_t5, stacks, t5_base
+from moejax.moe import presets
+
+
+def get_config(arg=None, size='base'):
+  name, runlocal = preset(arg)
+  config = t5_base.get_config(size=size)
+  config.steps = 200_000
+  config.init.mode = 'upcycle'
+  config.init.parent = f'runs/t5_{size}'
+  config.init.optimizer = 'reset'
+  for moe, length in stacks(config):
+    moe.layers = 'every_2'
+    moe.num_experts = 32
+    moe.group_size = 8 * length
+  set_moe(config.model.encoder_moe, name or 'sparse_upcycling')
+  causal = name and presets.preset(name).causal
+  set_moe(config.model.decoder_moe, name if causal else 'sparse_upcycling_decoder')
+  if runlocal:
+    shrink_t5(config, 'stdlib_text', 114, 32)
+  return config

@@ -1,0 +1,49 @@
+"""ViT-B/16 on ImageNet-1k: stands for the dense parent of the paper's vision runs, on JFT-300M.
+
+JFT-300M is not public; ImageNet has 1/240 of its images, and nothing here is expected to reach the
+paper's figures. From the paper: global average pooling; a 10-shot least-squares probe on ImageNet,
+5 draws. Batch 4,096, Adam, rate 1e-3 warmed up over 10,000 steps and falling as 1 / sqrt(step),
+weight decay 3.0 for the head and 0.03 for other kernels and clipping at 1 are those of the same
+group's published Soft MoE config, the nearest there is; it is said that the paper's runs had
+Adafactor with momentum, which moejax has not. Our choices: 112,000 steps to the trunk (about 380
+epochs), then a cooldown of 22,400; bfloat16; flips and shifted crops, and no mixup.
+"""
+
+from configs import words
+from configs.paper import shrink_vit
+from moejax.models import vit
+from moejax.train import settings
+
+
+def get_config(arg=None, size='B/16'):
+  config = settings.default(vit.config(size, dtype='bfloat16'))
+  config.steps = 134_400
+  config.log_every = 100
+  config.eval_every = config.checkpoint_every = 5_600
+
+  config.data.source = 'tfds:imagenet2012'
+  config.data.batch_size = 4096
+  config.data.eval_batch_size = 1024
+  config.data.threads = 16
+  config.data.image.size = 224
+  config.data.image.channels = 3
+  config.data.image.augment = 'flip_crop'
+  config.data.image.mean = config.data.image.std = 0.5   # pixels from -1 to 1
+
+  config.optimizer.name = 'adamw'
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.weight_decay = 0.03
+  config.optimizer.weight_decay_mask = '(kernel|wi|wo)$'
+  config.optimizer.groups = (('^head/', 1.0, 100.0),)   # decayed by 3.0
+  config.schedule.name = 'rsqrt'
+  config.schedule.warmup_steps = 10_000
+  config.schedule.timescale = 10_000
+  config.schedule.cooldown_steps = 22_400
+
+  config.probe.source = 'tfds:imagenet2012'
+  config.probe.shots = (10,)
+  config.probe.examples = 51_200   # 50 of a class, more or less
+
+  if words(arg):
+    shrink_vit(config)
+  return config

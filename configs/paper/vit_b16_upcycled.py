@@ -1,0 +1,28 @@
+"""Upcycles a run of vit_b16.py: --config.init.parent=DIR names its workdir.
+
+From the paper: 32 experts in the last six of the twelve blocks (B.4's best, with five), copies of
+the MLP; expert choice with C = 2; weights renormalised (B.7) and the optimizer's state carried over
+(B.6); half as many steps again as the parent's (B.1: 7 epochs after 14). A group is the tokens of
+one image, as in the same group's published Soft MoE config; the paper's is not known to us. A
+preset's name as an argument replaces the routing.
+"""
+
+from configs import preset, set_moe
+from configs.paper import shrink_vit, vit_b16
+
+
+def get_config(arg=None, size='B/16', layers='last_6'):
+  name, runlocal = preset(arg)
+  config = vit_b16.get_config(size=size)
+  config.steps = 56_000
+  config.eval_every = config.checkpoint_every = 2_800
+  config.init.mode = 'upcycle'
+  config.init.parent = f'runs/vit_{size.lower().replace("/", "")}'
+  config.model.moe.layers = layers
+  config.model.moe.num_experts = 32
+  set_moe(config.model.moe, name or 'sparse_upcycling')
+  if not name:
+    config.model.moe.renormalize = True
+  if runlocal:
+    shrink_vit(config)
+  return config

@@ -1,0 +1,228 @@
+"""The paper's real runs: their sizes, and the train step at the real batch size, shapes only."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from moejax import config as config_lib
+from moejax import data, models, trees
+from moejax.config import ConfigError
+from moejax.sharding import MeshConfig
+from moejax.surgery import rules
+from moejax.train import groups, initialize, parallel, plan, settings
+from moejax.train.schedule import schedule
+from moejax.train.step import make_train_step
+
+NAMES = sorted(p.stem for p in pathlib.Path('configs/paper').glob('*.py') if p.stem != '__init__')
+UPCYCLED = [(name, 'upcycled') for name in NAMES if name.endswith('superglue')]
+RUNS = [(name, '') for name in NAMES] + UPCYCLED
+
+
+def get_config(name, *words):
+  module = importlib.import_module(f'configs.paper.{name}')
+  return module.get_config(','.join(filter(None, words)) or None)
+
+
+def resolved(name, *words):
+  return settings.resolve(get_config(name, *words))
+
+
+def test_the_configs_are_found():
+  assert {'t5_base', 't5_base_upcycled', 't5_base_superglue', 'vit_b16',
+          'vit_b16_upcycled'} <= set(NAMES)
+
+
+@pytest.mark.parametrize('name, word', RUNS)
+@pytest.mark.parametrize('local', ['', 'runlocal'])
+def test_resolves_and_survives_json(name, word, local):
+  edited = get_config(name, word, local)
+  run = settings.resolve(edited)
+  assert settings.from_dict(json.loads(settings.to_json(run))) == run
+  assert edited.to_dict() == config_lib.as_config_dict(run).to_dict()   # no key lost, none added
+
+
+@pytest.mark.parametrize('name, word', RUNS)
+def test_runlocal_is_the_same_kind_of_run(name, word):
+  whole, local = resolved(name, word), resolved(name, word, 'runlocal')
+  assert (local.optimizer, local.task, local.init) == (whole.optimizer, whole.task, whole.init)
+  for key in ('name', 'start', 'timescale'):
+    assert getattr(local.schedule, key) == getattr(whole.schedule, key)
+  assert not local.data.source.startswith('tfds:') and local.data.source != 'super_glue'
+  assert local.steps <= 10
+  for stack in stacks(whole):
+    assert bool(local.model.sparse_layers(*stack)) == bool(whole.model.sparse_layers(*stack))
+    for key in ('router', 'k', 'capacity_factor', 'renormalize', 'balance_weight'):
+      assert getattr(moe(local, *stack), key) == getattr(moe(whole, *stack), key)
+
+
+def stacks(run):
+  return [()] if run.model.family == 'vit' else [('encoder',), ('decoder',)]
+
+
+def moe(run, stack=''):
+  return getattr(run.model, f'{stack}_moe' if stack else 'moe')
+
+
+@pytest.mark.parametrize('name, word', RUNS)
+def test_runlocal_fits_its_data(name, word):
+  run = resolved(name, word, 'runlocal')
+  assert plan.check_fit(run, data.build(run.data, seed=0), models.build(run.model), 1) in (1, 8)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_another_argument_is_refused(name):
+  with pytest.raises(ConfigError, match="config argument: got 'runlocl'.*Did you mean 'runlocal'"):
+    get_config(name, 'runlocl')
+
+
+def batch_shapes(run):
+  """Shapes and dtypes of a global training batch, as moejax.data makes them."""
+  B = run.data.batch_size
+  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((B, *dims), dtype)
+  if run.model.family == 'vit':
+    size = run.data.image.size
+    return {'image': shape(np.float32, size, size, run.data.image.channels),
+            'label': shape(np.int32), 'weight': shape(np.float32), 'index': shape(np.int32)}
+  encoder, decoder = run.data.text.encoder_length, run.data.text.decoder_length
+  return {'encoder_input': shape(np.int32, encoder), 'decoder_input': shape(np.int32, decoder),
+          'target': shape(np.int32, decoder), 'weight': shape(np.float32, decoder),
+          'index': shape(np.int32)}
+
+
+def count(shapes):
+  return sum(int(np.prod(s.shape)) for s in jax.tree.leaves(shapes)) / 1e6
+
+
+# Millions of parameters: T5 v1.1 Base has 247.6 and ViT-B/16 86.6, as published. An upcycled one
+# has 31 more copies of each sparse layer's MLP (768 x 2048 x 3; 768 x 3072 x 2 and biases of 3840),
+# 12 of them in T5, 6 in ViT, and a router of 768 x 32 for each.
+T5, VIT = 247.6, 86.6
+T5_MOE = T5 + 12 * (31 * 768 * 2048 * 3 + 768 * 32) / 1e6
+VIT_MOE = VIT + 6 * (31 * (768 * 3072 * 2 + 3840) + 768 * 32) / 1e6
+MILLIONS = {('t5_base', ''): T5, ('t5_base_superglue', ''): T5, ('t5_base_upcycled', ''): T5_MOE,
+            ('t5_base_superglue', 'upcycled'): T5_MOE, ('vit_b16', ''): VIT,
+            ('vit_b16_upcycled', ''): VIT_MOE}
+
+
+@functools.cache
+def state_shapes(name, word=''):
+  """(run, model, devices, shapes of the state) on a mesh of eight, four of them for experts."""
+  run = resolved(name, word)
+  devices = parallel.make('mesh', MeshConfig(expert=4))
+  model = models.build(run.model)
+  return run, model, devices, initialize.state_shapes(run, model, devices)
+
+
+@pytest.mark.parametrize('name, word', RUNS)
+def test_sizes(name, word):
+  run, model, devices, shapes = state_shapes(name, word)
+  assert count(model.shapes) == pytest.approx(MILLIONS[name, word], rel=2e-3)
+  groups.check_groups(run.optimizer, trees.flatten(model.shapes).keys())
+  rows = model.rows_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
+  assert run.data.batch_size % (rows * devices.shards) == 0
+  assert run.data.eval_batch_size % (rows * devices.shards) == 0
+  experts = [s for p, s in trees.flatten(shapes.params).items() if '/experts/' in p]
+  assert all(s.sharding.shard_shape(s.shape)[0] == 32 // 4 for s in experts)
+  assert bool(experts) == ('upcycled' in name + word)
+
+
+# The others' blocks are among these: two of a stack's show what they do, and trace in a second.
+WHOLE = ('t5_base_upcycled', 'vit_b16_upcycled')
+
+
+@pytest.mark.parametrize('name, word', RUNS)
+def test_the_train_step_at_the_real_batch_size(name, word):
+  """Real widths, lengths and batch on eight devices; nothing is computed."""
+  run, model, devices, shapes = state_shapes(name, word)
+  if name not in WHOLE:
+    depths = (('num_layers',) if run.model.family == 'vit' else
+              ('encoder_layers', 'decoder_layers'))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **dict.fromkeys(depths, 2)))
+    model = models.build(run.model)
+    shapes = initialize.state_shapes(run, model, devices)
+  rows = model.rows_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
+  step = make_train_step(
+      model, run.optimizer, schedule(run.schedule, run.optimizer.learning_rate, start_step=0,
+                                     end_step=run.steps),
+      task=run.task, microbatches=run.microbatches, rows_per_group=rows, reduce=devices.reduce)
+  with jax.set_mesh(devices.mesh):
+    after, objective = jax.eval_shape(step, shapes, batch_shapes(run))
+  assert objective.shape == ()
+  for part in ('params', 'opt_state'):
+    given, found = trees.flatten(getattr(shapes, part)), trees.flatten(getattr(after, part))
+    assert {p: (s.shape, s.dtype) for p, s in given.items()} == {
+        p: (s.shape, s.dtype) for p, s in found.items()}
+  sparse = {p.rpartition('/')[0] for p in trees.flatten(after.window) if '/router_grad' in p}
+  assert len(sparse) == sum(len(run.model.sparse_layers(*stack)) for stack in stacks(run))
+
+
+@pytest.mark.parametrize('name, word, parent', [
+    ('t5_base_upcycled', '', ('t5_base', '')), ('vit_b16_upcycled', '', ('vit_b16', '')),
+    ('t5_base_superglue', '', ('t5_base', '')),
+    ('t5_base_superglue', 'upcycled', ('t5_base_upcycled', ''))])
+def test_surgery_at_the_real_sizes(name, word, parent):
+  """Every leaf of the parent and of the child is accounted for, optimizer slots too."""
+  flat = lambda shapes: trees.flatten({'params': shapes.params, 'opt_state': shapes.opt_state})
+  source, (run, *_, target) = flat(state_shapes(*parent)[-1]), state_shapes(name, word)
+  target = flat(target)
+  steps = rules.plan(initialize._table(run, source, target), source, target)
+  assert {step.target for step in steps} >= set(target)
+  fresh = {step.target for step in steps if step.needs_fresh and step.target.startswith('params/')}
+  assert fresh == {p for p in target if p.startswith('params/') and '/router/' in p
+                   and 'upcycled' in name}
+  assert pathlib.PurePath(run.init.parent).name == parent[0]
+
+
+def rate(run, step):
+  return float(schedule(run.schedule, run.optimizer.learning_rate, start_step=0,
+                        end_step=run.steps)(step))
+
+
+def test_what_the_sources_say_of_t5():
+  run = resolved('t5_base')
+  assert run.optimizer.name == 'adafactor' and not run.optimizer.clip_norm
+  for step in (0, 1, 9_999, 10_000, 40_000, 999_999):
+    assert rate(run, step) == pytest.approx(max(step, 10_000) ** -0.5)
+  upcycled = resolved('t5_base_upcycled')
+  assert rate(upcycled, 40_000) == pytest.approx(0.005)   # goes on, without a jump
+  for stack, router in (('encoder', 'expert_choice'), ('decoder', 'top_k')):
+    assert upcycled.model.sparse_layers(stack) == dict.fromkeys((1, 3, 5, 7, 9, 11), 32)
+    settings_of = moe(upcycled, stack)
+    assert (settings_of.router, settings_of.capacity_factor) == (router, 2.0)
+    assert not settings_of.renormalize and settings_of.router_init_std == 0.02
+  assert moe(upcycled, 'encoder').group_size == 4096
+  assert (moe(upcycled, 'decoder').k, moe(upcycled, 'decoder').balance_weight) == (2, 0.02)
+  assert (upcycled.init.experts, upcycled.init.optimizer) == ('copy', 'reset')
+  tuned = resolved('t5_base_superglue', 'upcycled')
+  assert all(rate(tuned, step) == pytest.approx(1e-3) for step in (0, 1, 100_000))
+  assert tuned.model.dropout_rate == 0.1 and moe(tuned, 'encoder').dropout_rate < 0   # as well
+  assert moe(tuned, 'encoder').group_size == 4096 and moe(tuned, 'decoder').group_size == 512
+  assert moe(resolved('t5_base_superglue'), 'encoder').group_size == 0
+
+
+def test_what_the_sources_say_of_vit():
+  run, upcycled = resolved('vit_b16'), resolved('vit_b16_upcycled')
+  assert run.model.head == 'gap' and run.data.batch_size == 4096
+  decay = {path: run.optimizer.weight_decay * groups.group(run.optimizer, path).weight_decay
+           for path in ('head/kernel', 'encoder/layers/00/attention/q/kernel')}
+  assert list(decay.values()) == [pytest.approx(3.0), pytest.approx(0.03)]
+  assert rate(run, 5_000) == pytest.approx(5e-4) and rate(run, 40_000) == pytest.approx(5e-4)
+  assert (run.probe.source, run.probe.shots, run.probe.draws) == ('tfds:imagenet2012', (10,), 5)
+  assert upcycled.model.sparse_layers() == dict.fromkeys(range(6, 12), 32)
+  assert upcycled.model.moe.router == 'expert_choice' and upcycled.model.moe.renormalize
+  assert upcycled.model.moe.capacity_factor == 2.0 and upcycled.init.optimizer == 'carry'
+  assert upcycled.steps == (run.steps - run.schedule.cooldown_steps) // 2
+
+
+def test_a_preset_replaces_the_routing():
+  run = resolved('vit_b16_upcycled', 'switch')
+  assert (run.model.moe.router, run.model.moe.k) == ('top_k', 1)
+  assert run.model.sparse_layers() == dict.fromkeys(range(6, 12), 32)
+  run = resolved('t5_base_upcycled', 'expert_choice')   # not causal: stays out of the decoder
+  assert (moe(run, 'encoder').router, moe(run, 'decoder').router) == ('expert_choice', 'top_k')
