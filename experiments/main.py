@@ -19,7 +19,7 @@ import time
 from experiments import cli, dry_run, locks, report, results, runner, suites
 from experiments import suite as suite_lib
 from experiments.shards import Shard
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, check, check_choice
 
 ALL = 'all'
 
@@ -27,8 +27,8 @@ ALL = 'all'
 def _list() -> None:
   """One line per suite: its scales, and the first line of what its file says."""
   for name in suite_lib.names():
-    module = suite_lib.module(name)
-    print(f'{name} ({", ".join(module.SCALES)})  {module.__doc__.splitlines()[0]}')
+    print(f'{name} ({", ".join(suite_lib.scales(name))})  '
+          + suite_lib.module(name).__doc__.splitlines()[0])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -63,9 +63,9 @@ def _names(args: argparse.Namespace) -> list[str]:
   if args.suite != ALL:
     return list(dict.fromkeys(args.suite.split(',')))
   names = list(getattr(suites, 'ORDER', suite_lib.names()))
-  have = [name for name in names if args.scale in suite_lib.module(name).SCALES]
-  scales = {scale: None for name in names for scale in suite_lib.module(name).SCALES}
-  check(have, '--scale', args.scale, ', '.join(scales), 'See --list.')
+  scales = dict.fromkeys(scale for name in names for scale in suite_lib.scales(name))
+  check_choice('--scale', args.scale, scales)
+  have = [name for name in names if args.scale in suite_lib.scales(name)]
   for name in names:
     if name not in have:
       print(f'{name}: left out, it has no scale {args.scale}', file=sys.stderr)

@@ -281,8 +281,13 @@ def _move_parent(run: Run, path: pathlib.Path, folder: pathlib.Path) -> None:
 @contextlib.contextmanager
 
 def _terminate_as_interrupt():
-  """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+  """SIGTERM raises KeyboardInterrupt, as Ctrl-C does.
+
+  Only the first does: a scheduler may tell this process and the shell around it, which passes it
+  on, and a second KeyboardInterrupt would end the workers before they have saved.
+  """
   def receive(number, _frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
   old = signal.signal(signal.SIGTERM, receive)
   try:

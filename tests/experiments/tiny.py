@@ -57,7 +57,7 @@ def environment() -> dict[str, str]:
 
 
 def use(set_attribute=setattr) -> None:
-  """Makes these the suites there are."""
+  """Makes these the suites there are; a test gives monkeypatch.setattr."""
   set_attribute(suite_lib, 'names', lambda: sorted(SUITES))
   set_attribute(suite_lib, 'module', SUITES.__getitem__)
   set_attribute(suites, 'ORDER', tuple(SUITES))

@@ -1,0 +1,49 @@
+#!/bin/bash
+# Suites spread over a SLURM array: each task is one shard, and any one of them can finish all.
+#
+#   MOEJAX_RUNS=/shared/runs sbatch --array=1-8 experiments/launch/slurm_array.sh
+#
+# is submitted from the root of the repository, with the same .venv seen by all nodes. What else can
+# be set: MOEJAX_SUITE (default all), MOEJAX_SCALE (default mini), MOEJAX_PYTHON.
+#
+#SBATCH --job-name=moejax
+#SBATCH --array=1-8
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=1
+#SBATCH --mem-per-cpu=4G
+#SBATCH --time=04:00:00
+# The array's indices must be 1-N: task I of N is shard I/N.
+# On CPUs a run takes one core: with --cpus-per-task=C a task does C runs at a time.
+# On GPUs give each task one, and MOEJAX_JOBS=1 since two runs would not share its memory:
+#   sbatch --gpus-per-task=1 --cpus-per-task=4 --export=ALL,MOEJAX_JOBS=1 ...
+#
+# 180 s before the time is up the shell below (B:) is sent USR1: what runs is saved, and the task
+# goes back into the queue. SIGTERM, when preempted or cancelled, saves too; a preempted task is
+# put back by SLURM itself (PreemptMode=REQUEUE), which sends SIGKILL when GraceTime is over.
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=moejax-%A_%a.log
+
+set -euo pipefail
+: "${MOEJAX_RUNS:?set it to a folder that all nodes see}"
+cd "${SLURM_SUBMIT_DIR:-.}"
+
+"${MOEJAX_PYTHON:-.venv/bin/python}" -m experiments.main \
+  --suite="${MOEJAX_SUITE:-all}" --scale="${MOEJAX_SCALE:-mini}" --runs="$MOEJAX_RUNS" \
+  --jobs="${MOEJAX_JOBS:-${SLURM_CPUS_PER_TASK:-1}}" --keep_going \
+  --shard="$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" &
+child=$!
+
+requeue=
+trap 'told=yes; kill -TERM "$child" || :' TERM
+trap 'told=yes; requeue=yes; kill -TERM "$child" || :' USR1
+while :; do
+  told='' code=0
+  wait "$child" || code=$?
+  [[ $told ]] || break   # a signal ends a wait before the child has saved: wait again
+done
+if [[ $requeue ]]; then
+  scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+fi
+exit "$code"

@@ -1,0 +1,115 @@
+"""The launch scripts start what they say: run under a shell, with a stand-in for Python."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import pytest
+import yaml
+
+from experiments import main
+from experiments.shards import Shard
+
+LAUNCH = pathlib.Path(main.__file__).parent / 'launch'
+SLURM, KUBERNETES = LAUNCH / 'slurm_array.sh', LAUNCH / 'kubernetes_job.yaml'
+# Notes its arguments, and on SIGTERM ends a little later, as one that saves does.
+PYTHON = '''#!/bin/bash
+trap 'sleep 0.2; echo saved >> "$NOTES/saved"; exit 130' TERM
+printf '%s\\n' "$@" > "$NOTES/arguments.part"
+mv "$NOTES/arguments.part" "$NOTES/arguments"
+for _ in $(seq "${WAIT:-0}"); do sleep 0.05; done
+exit "${CODE:-0}"
+'''
+SCONTROL = '#!/bin/sh\necho "$@" > "$NOTES/requeued"\n'
+
+
+@pytest.fixture
+def shell(tmp_path):
+  """Starts a command with the stand-ins first in the path; they leave their notes in tmp_path."""
+  for name, text in (('python', PYTHON), ('scontrol', SCONTROL)):
+    (tmp_path / name).write_text(text)
+    (tmp_path / name).chmod(0o755)
+
+  def start(*command, **variables):
+    environment = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'NOTES': str(tmp_path), **variables}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+  return start
+
+
+def slurm(shell, tmp_path, **variables):
+  return shell('bash', str(SLURM), MOEJAX_PYTHON='python', MOEJAX_RUNS=str(tmp_path / 'my runs'),
+               SLURM_ARRAY_JOB_ID='77', SLURM_ARRAY_TASK_ID='3', SLURM_ARRAY_TASK_COUNT='8',
+               **variables)
+
+
+def parsed(tmp_path):
+  """The noted arguments, as the real command line takes them."""
+  dash_m, module, *flags = (tmp_path / 'arguments').read_text().splitlines()
+  assert (dash_m, module) == ('-m', 'experiments.main')
+  return main.parse(flags)
+
+
+def test_a_slurm_task_is_a_shard(shell, tmp_path):
+  assert subprocess.run(['bash', '-n', SLURM]).returncode == 0
+  assert slurm(shell, tmp_path, SLURM_CPUS_PER_TASK='2', MOEJAX_SUITE='quickstart').wait() == 0
+  args = parsed(tmp_path)
+  assert args.suites == ['quickstart'] and args.scale == 'mini'
+  assert args.runs == tmp_path / 'my runs'
+  assert args.shard == Shard(3, 8) and args.jobs == 2 and args.keep_going
+  assert not (tmp_path / 'requeued').exists()
+
+
+def test_a_slurm_task_does_all_suites_unless_told(shell, tmp_path):
+  assert slurm(shell, tmp_path).wait() == 0
+  assert parsed(tmp_path).suite == 'all' and parsed(tmp_path).jobs == 1
+
+
+def test_a_slurm_task_fails_with_what_it_runs_and_needs_a_folder(shell, tmp_path):
+  assert slurm(shell, tmp_path, CODE='1').wait() == 1
+  process = shell('bash', str(SLURM))
+  assert process.wait() != 0 and 'MOEJAX_RUNS: set it' in process.stderr.read()
+
+
+@pytest.mark.parametrize('number, requeued', [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_a_slurm_task_waits_until_all_is_saved(shell, tmp_path, number, requeued):
+  process = slurm(shell, tmp_path, WAIT='1000')
+  while not (tmp_path / 'arguments').exists():
+    time.sleep(0.02)
+  time.sleep(0.2)   # the shell sets its traps after it has started the other
+  process.send_signal(number)
+  assert process.wait() == 130
+  assert (tmp_path / 'saved').exists()
+  assert (tmp_path / 'requeued').exists() == requeued
+  if requeued:
+    assert (tmp_path / 'requeued').read_text() == 'requeue 77_3\n'
+
+
+def test_a_pod_is_a_shard(shell, tmp_path):
+  claim, job = yaml.safe_load_all(KUBERNETES.read_text())
+  spec = job['spec']
+  assert spec['completionMode'] == 'Indexed' and spec['completions'] == spec['parallelism']
+  pod = spec['template']['spec']
+  assert pod['restartPolicy'] == 'Never'   # or backoffLimitPerIndex is refused
+  assert pod['volumes'][0]['persistentVolumeClaim']['claimName'] == claim['metadata']['name']
+  container, = pod['containers']
+  mount, = container['volumeMounts']
+  assert mount['name'] == pod['volumes'][0]['name']
+  for index in range(spec['completions']):
+    command = [*container['command'], *container['args']]
+    assert shell(*command, JOB_COMPLETION_INDEX=str(index)).wait() == 0
+    args = parsed(tmp_path)
+    assert args.shard == Shard(index + 1, spec['completions'])
+    assert args.suite == 'all' and args.jobs == 1 and args.keep_going
+    assert str(args.runs) == mount['mountPath']
+
+
+def test_a_pod_passes_sigterm_on(shell, tmp_path):
+  *_, job = yaml.safe_load_all(KUBERNETES.read_text())
+  container, = job['spec']['template']['spec']['containers']
+  process = shell(*container['command'], *container['args'], JOB_COMPLETION_INDEX='0', WAIT='1000')
+  while not (tmp_path / 'arguments').exists():
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait() == 130 and (tmp_path / 'saved').exists()

@@ -1,0 +1,85 @@
+"""Which suites a command line means, and what a dry run says of them."""
+
+import functools
+import json
+import re
+
+import pytest
+
+from experiments import dry_run, main, runner
+from experiments.shards import Shard
+from moejax.config import ConfigError
+from tests.experiments import tiny
+from tests.experiments.fakes import Fake
+
+
+@pytest.fixture(autouse=True)
+def tiny_suites(monkeypatch):
+  tiny.use(functools.partial(monkeypatch.setattr, raising=False))
+
+
+def test_several_suites_are_taken_in_the_order_given_and_once():
+  assert main.parse(['--suite=chain,alone,chain']).suites == ['chain', 'alone']
+
+
+def test_all_suites_are_taken_in_their_order_those_without_the_scale_left_out(capsys):
+  assert main.parse(['--suite=all']).suites == ['chains', 'chain', 'alone']
+  assert capsys.readouterr().err == ''
+  assert main.parse(['--suite=all', '--scale=smoke']).suites == ['chain', 'alone']
+  assert capsys.readouterr().err == 'chains: left out, it has no scale smoke\n'
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--suite=all', '--scale=smok'], "--scale: got 'smok'.*Did you mean 'smoke'"),
+    (['--suite=chain,alone', '--results=x'], "--results: got 'x', allowed: a folder for one suite"),
+    (['--suite=chain', '--shard=3/2'], "--shard: got '3/2'"),
+    (['--suite=chain', '--shard='], "--shard: got ''"),
+])
+def test_what_cannot_work_is_one_line(flags, words):
+  with pytest.raises(ConfigError, match=words) as error:
+    main.main(flags)
+  assert '\n' not in str(error.value)
+
+
+def test_a_shard_and_one_suite_with_a_folder_of_results_are_taken():
+  args = main.parse(['--suite=chain', '--results=x', '--shard=2/3', '--jobs=4'])
+  assert args.shard == Shard(2, 3) and args.jobs == 4
+
+
+def finished(folder, family, *, seconds, steps, flops):
+  """A finished run of a config file."""
+  path = folder / f'{family}-0123456789-abcdef'
+  path.mkdir(parents=True)
+  (path / 'run.json').write_text(json.dumps({'train_flops_per_step': flops}))
+  (path / 'status.json').write_text(json.dumps({'phase': 'finished'}))
+  (path / 'timing.jsonl').write_text(''.join(
+      json.dumps({'step': step, 'steps': 1, 'seconds': seconds / steps}) + '\n'
+      for step in range(steps)))
+
+
+def test_a_dry_run_adds_up_by_hand(tmp_path, monkeypatch):
+  monkeypatch.setattr(runner, 'cores', lambda: [0, 1, 2, 3])   # two workers have two cores each
+  finished(tmp_path, 'known', seconds=36.0, steps=2, flops=50)   # 0.36 s per FLOP
+  parent = Fake('known-p-f', cost=20_000, work=100)
+  child, other = Fake('known-c-f', parent, cost=5_000, work=10), Fake('new-o-f', cost=7)
+  (tmp_path / parent.name).mkdir()
+  (tmp_path / parent.name / 'done').touch()
+  table = dry_run.table({'a': [parent, child], 'b': [parent, other]}, tmp_path, 2, Shard(2, 2))
+  rows = {name: cells for name, *cells in (re.split(' {2,}', row) for row in table.splitlines())}
+  # 5,000 FLOPs x 0.36 s x 2 cores / 3600 s
+  assert rows['a'] == ['2', '1', '110', '2.50e+04', '5.00e+03', '1.00']
+  assert rows['b'] == ['2', '1', '101', '2.00e+04', '7.00e+00', 'unknown']
+  assert rows['all, shared jobs once'] == ['3', '1', '111', '2.50e+04', '5.01e+03',
+                                           '1.00 + 1 jobs unknown']
+  assert rows['shard 2/2'] == ['1', '0', '1', '7.00e+00', '7.00e+00', 'unknown']
+
+
+def test_a_dry_run_starts_and_writes_nothing(tmp_path, capsys):
+  folder = tmp_path / 'runs'
+  assert main.main(['--suite=chains,alone', f'--runs={folder}', '--dry_run', '--jobs=1']) == 0
+  out = capsys.readouterr().out.splitlines()
+  cost = sum(run.cost for run in tiny.chains().runs())
+  assert out[1].split() == ['chains', '3', '0', f'{2 * tiny.STEPS + 4}', f'{cost:.2e}',
+                            f'{cost:.2e}', 'unknown']
+  assert out[3].startswith('all, shared jobs once') and out[3].split()[4] == '3'
+  assert not folder.exists()
