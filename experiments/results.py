@@ -1,15 +1,26 @@
-"""From the workdirs of a suite's finished runs to results.jsonl: one JSON object per arm.
+"""From the workdirs of a suite's finished runs to results.jsonl, and back.
+
+Everything a report says comes from this file. It has one JSON object a line, told apart by 'kind':
+
+  suite   first, once: its name, scale, title, command, metrics and plot, and the runs it trained,
+          their parents too, each {'key', 'devices', 'seconds' of its train steps}
+  claim   one per claim: the fields of suite.Claim
+  arm     one per arm and pair, see `_record`
 
 Nothing in it depends on when it is made, so making it again leaves the file as it is.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
-from experiments.suite import Arm, Suite
+from experiments import suite as suite_lib
+from experiments import surgeries
+from experiments.suite import Arm, Claim, Run, Suite
 from moejax.config import ConfigError, fail
 from moejax.train import metrics, settings
 from moejax.train.workdir import Workdir
@@ -17,14 +28,41 @@ from moejax.train.workdir import Workdir
 FILE = 'results.jsonl'
 
 
-def collect(suite: Suite, folder: pathlib.Path) -> list[dict[str, Any]]:
-  """What the finished runs in `folder` measured; one dict per arm, see `_record`."""
-  return [_record(arm, suite, folder) for arm in suite.arms]
+@dataclasses.dataclass(frozen=True)
+class Results:
+  """What a suite measured; the parts are the kinds of lines."""
+  suite: dict[str, Any]
+  claims: tuple[Claim, ...]
+  rows: list[dict[str, Any]]
 
 
-def write(rows: list[dict[str, Any]], directory: pathlib.Path) -> None:
+def collect(suite: Suite, folder: pathlib.Path,
+            time_ratios: Mapping[str, float] | None = None) -> Results:
+  """What the finished runs in `folder` measured.
+
+  Args:
+    suite: whose runs are all finished.
+    folder: of the workdirs.
+    time_ratios: {run's key: its step time over that of its dense base}, where that was measured.
+  """
+  known = suite.name in suite_lib.names()
+  about = {
+      'suite': suite.name, 'scale': suite.scale,
+      'title': suite_lib.module(suite.name).__doc__.splitlines()[0] if known else suite.name,
+      'suite_command': suite.command(), 'metrics': list(suite.metrics), 'plot': suite.plot,
+      'x_label': suite.x_label, 'runs': [_spent(run, folder) for run in suite.runs()
+               if not isinstance(run, surgeries.Surgery)],
+  }
+  return Results(about, suite.claims,
+                 [_record(arm, suite, folder, time_ratios or {}) for arm in suite.arms])
+
+
+def write(found: Results, directory: pathlib.Path) -> None:
   """Writes results.jsonl. Raises ConfigError if it cannot."""
-  write_text(directory / FILE, ''.join(json.dumps(row) + '\n' for row in rows))
+  lines = [{'kind': 'suite', **found.suite},
+           *({'kind': 'claim', **dataclasses.asdict(claim)} for claim in found.claims),
+           *({'kind': 'arm', **row} for row in found.rows)]
+  write_text(directory / FILE, ''.join(json.dumps(line) + '\n' for line in lines))
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -39,50 +77,91 @@ def write_text(path: pathlib.Path, text: str) -> None:
          f'{type(error).__name__}: {error.strerror}. Choose another.')
 
 
-def read(directory: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of results.jsonl. Raises ConfigError if there are none."""
+def read(directory: pathlib.Path) -> Results:
+  """What results.jsonl holds. Raises ConfigError if there is none, or if it is not whole."""
   path = directory / FILE
-  rows = metrics.read_lines(path)
-  if not rows:
+  kinds: dict[str, list[dict[str, Any]]] = {'suite': [], 'claim': [], 'arm': []}
+  for line in metrics.read_lines(path):
+    kinds.get(line.pop('kind', ''), []).append(line)
+  if not kinds['arm']:
     raise ConfigError(f'--results: no results in {path}. Train the suite first: python -m '
                       'experiments.main --suite=NAME')
-  return rows
+  if len(kinds['suite']) != 1:
+    raise ConfigError(f'--results: {path} has {len(kinds["suite"])} lines of kind "suite" in place '
+                      'of one. Make it again: python -m experiments.main --suite=NAME')
+  return Results(kinds['suite'][0], tuple(Claim(**claim) for claim in kinds['claim']),
+                 kinds['arm'])
 
 
-def _record(arm: Arm, suite: Suite, folder: pathlib.Path) -> dict[str, Any]:
-  """One arm.
+def _record(arm: Arm, suite: Suite, folder: pathlib.Path,
+            time_ratios: Mapping[str, float]) -> dict[str, Any]:
+  """One arm of one pair.
 
   Its extra steps are those after the trunk of its base, or all of them if it started from nothing:
   `start_step` is where they begin. `history` has an evaluation per entry, from there on.
+  `base_steps` of its base are 100 % of dense pretraining. `time_ratio` is the run's step time over
+  the base's, None if it was not measured.
   """
-  run, base = arm.run, arm.base
-  workdir = Workdir(folder / run.name)
-  facts, base_facts = workdir.read('run.json'), Workdir(folder / base.name).read('run.json')
-  start = facts['trunk_step'] if run.key == base.key else facts['first_step']
-  lines = [line for line in metrics.read_lines(workdir.path / 'metrics.jsonl')
-           if line['step'] >= start]
+  run, base = arm.run, Workdir(folder / arm.base.name)
+  base_facts = base.read('run.json')
+  base_steps = base_facts['trunk_step'] if arm.base_step is None else arm.base_step
+  measured = (surgeries.collect(run, folder) if isinstance(run, surgeries.Surgery) else
+              _trained(arm, folder))
   return {
-      'suite': suite.name, 'scale': suite.scale, 'suite_command': suite.command(),
-      'domain': arm.domain, 'arm': arm.name, 'reference': arm.reference,
+      'domain': arm.domain, 'arm': arm.name, 'pair': arm.pair, 'reference': arm.reference,
+      'series': arm.series, 'x': arm.x,
       'key': run.key, 'parent': run.parent.key if run.parent else None,
       'command': shlex.join(['python', *run.command(folder)]),
       'config': json.loads(settings.to_json(run.settings)),
+      'base_steps': base_steps, 'base_flops': base_steps * base_facts['train_flops_per_step'],
+      'base_seconds': _seconds(base.path, 0, base_steps),
+      'time_ratio': time_ratios.get(run.key),
+      **measured,
+  }
+
+
+def _trained(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
+  """The part of `_record` that a run's own workdir says."""
+  run, workdir = arm.run, Workdir(folder / arm.run.name)
+  facts = workdir.read('run.json')
+  start = facts['trunk_step'] if run.key == arm.base.key else facts['first_step']
+  start = start if arm.start_step is None else arm.start_step
+  lines = [line for line in metrics.read_lines(workdir.path / 'metrics.jsonl')
+           if line['step'] >= start]
+  return {
       'fingerprint': facts['data_fingerprint'], 'versions': facts['versions'],
       'devices': facts['devices'],
       'parameters': facts['parameters'],
       'parameters_active_per_token': facts['parameters_active_per_token'],
       'start_step': start, 'end_step': facts['end_step'],
       'flops_per_step': facts['train_flops_per_step'],
-      'base_steps': base_facts['trunk_step'],
-      'base_flops': base_facts['trunk_step'] * base_facts['train_flops_per_step'],
-      'base_seconds': _seconds(folder / base.name, 0, base_facts['trunk_step']),
-      'seconds': _seconds(workdir.path, start, facts['end_step']),
+      'seconds': _lineage_seconds(run, folder, start),
       'step0': _step0(workdir),
       'history': [{'step': line['step'], 'loss': line['validation/loss'],
                    'accuracy': line['validation/accuracy']}
                   for line in lines if 'validation/loss' in line],
       'final': _final(lines),
   }
+
+
+def _spent(run: Run, folder: pathlib.Path) -> dict[str, Any]:
+  """What training a run took: all of its steps, those before the trunk too."""
+  facts = Workdir(folder / run.name).read('run.json')
+  return {'key': run.key, 'devices': facts['devices'],
+          'seconds': _seconds(folder / run.name, facts['first_step'], facts['end_step'])}
+
+
+def _lineage_seconds(run: Run, folder: pathlib.Path, start: int) -> float:
+  """Seconds of the steps after `start`: a run's own and, before them, those of its parents."""
+  seconds, until = 0.0, None
+  while run is not None:
+    facts = Workdir(folder / run.name).read('run.json')
+    until = facts['end_step'] if until is None else until
+    seconds += _seconds(folder / run.name, max(start, facts['first_step']), until)
+    if start >= facts['first_step']:
+      break
+    run, until = run.parent, facts['first_step']
+  return round(seconds, 3)
 
 
 def _seconds(path: pathlib.Path, after: int, until: int) -> float:

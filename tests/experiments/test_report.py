@@ -1,50 +1,27 @@
-"""Table, CSV and plot from hand-made results, with numbers worked out by hand."""
+"""Tables, CSV, plots and page from hand-made results, with numbers worked out by hand."""
 
 import csv
 import io
-import json
+import math
 
 import pytest
 
-from experiments import report, results
+from experiments import lines, page, plots, report, results, tables
 from moejax.config import ConfigError
+from tests.experiments import made_up
 
-VERSIONS = dict.fromkeys(report.VERSIONS, '1.0')
-
-
-def row(arm, *, start, end, flops, losses, reference=False, gap=None, seconds=1.0, domain='d',
-        fingerprint='f' * 64):
-  """An arm of a base that took 1000 steps of 10 FLOPs; losses: {step: validation loss}."""
-  return {
-      'suite': 's', 'scale': 'mini', 'suite_command': 'python -m experiments.main --suite=s',
-      'domain': domain, 'arm': arm, 'reference': reference, 'key': 'k' + arm,
-      'fingerprint': fingerprint, 'versions': VERSIONS, 'devices': '1 x cpu', 'parameters': 7,
-      'parameters_active_per_token': 5, 'start_step': start, 'end_step': end,
-      'flops_per_step': flops, 'base_steps': 1000, 'base_flops': 10_000, 'base_seconds': 12.3,
-      'seconds': seconds, 'step0': None if gap is None else {'step0_gap': gap},
-      'history': [{'step': s, 'loss': x, 'accuracy': 0.5} for s, x in losses.items()],
-      'final': {'validation': {'loss': losses[end], 'accuracy': 0.5},
-                'test': {'loss': losses[end] + 1, 'accuracy': 0.25}},
-  }
+T_2_DF = 4.302652729749   # 97.5 % quantile of Student's t with 2 degrees of freedom, from a table
 
 
-def rows():
-  return [
-      row('dense', start=1000, end=1300, flops=10, losses={1000: 2.0, 1300: 1.5}, gap=0.0,
-          reference=True),
-      row('sparse', start=1000, end=1200, flops=15, losses={1000: 2.25, 1200: 1.25}, gap=0.25,
-          seconds=3.14),
-      row('scratch', start=0, end=200, flops=15, losses={0: 9.0, 100: 6.0, 200: 4.0}),
-  ]
+def cells(markdown, first):
+  line = next(x for x in markdown.splitlines() if x.startswith(f'| {first}'))
+  return [cell.strip() for cell in line.strip('|').split(' | ')]
 
 
-def cells(markdown, arm):
-  line = next(x for x in markdown.splitlines() if x.startswith(f'| {arm}'))
-  return [cell.strip() for cell in line.strip('|').split('|')]
-
-
-def test_the_table_has_the_numbers_worked_by_hand():
-  text = report.to_markdown(rows())
+def test_the_table_of_one_pair_has_the_numbers_worked_by_hand():
+  text = tables.to_markdown(made_up.results(made_up.one_pair()))
+  assert cells(text, 'arm') == ['arm', 'val. loss', 'Δ', 'val. acc.', 'test loss', 'test acc.',
+                                'extra steps', 'extra FLOPs', 'step-0 gap', 'wall time']
   # 300 steps x 10 FLOPs of 1000 x 10; 200 x 15 is as much, over fewer steps.
   assert cells(text, 'dense') == ['dense *', '1.5000', '–', '0.5000', '2.5000', '0.2500', '300',
                                   '30.0 %', '+0.0000', '1.0 s']
@@ -52,52 +29,233 @@ def test_the_table_has_the_numbers_worked_by_hand():
                                    '200', '30.0 %', '+0.2500', '3.1 s']
   assert cells(text, 'scratch')[1:3] == ['4.0000', '+2.5000']
   assert cells(text, 'scratch')[6:9] == ['200', '30.0 %', '–']
-  assert '1,000 steps of dense pretraining, 1.00e+04 FLOPs' in text
+  assert '1,000 steps of dense pretraining, 1.00e+04 FLOPs, 12 s' in text
   assert 'ffffffffffffffff' in text and 'jax 1.0' in text
   assert 'python -m experiments.main --suite=s' in text
+  prose = ' '.join(text.split())
+  assert 'Δ is validation loss minus' in prose and 'One seed per arm' in prose
 
 
-def test_the_csv_has_the_same_unrounded():
-  sparse = list(csv.DictReader(io.StringIO(report.to_csv(rows()))))[1]
-  assert float(sparse['extra_flops_percent']) == 30.0
-  assert float(sparse['validation_loss_minus_reference']) == -0.25
-  assert sparse['seconds'] == '3.14' and sparse['key'] == 'ksparse'
+def test_the_table_of_three_pairs_has_the_numbers_worked_by_hand():
+  found = made_up.results(made_up.three_pairs(), made_up.claim(), metrics=['validation/loss'])
+  text = tables.to_markdown(found)
+  assert cells(text, 'arm') == ['arm', 'val. loss', 'Δ', 'extra steps', 'extra FLOPs', 'extra time',
+                                'step-0 gap', 'pairs']
+  # Means of 1, 2, 3 and 0.5, 1, 1.5 with sd 1 and 0.5; differences -0.5, -1, -1.5 with sd 0.5.
+  half = T_2_DF / math.sqrt(3)
+  assert cells(text, 'dense *') == ['dense *', f'2.0000 ± {half:.4f}', '–', '300', '30.0 %',
+                                    '30.0 %', '+0.0000 ± 0.0000', '3']
+  # 200 steps of 1.5 times the time; gaps 0, 0.1, 0.2.
+  assert cells(text, 'sparse  ') == [
+      'sparse', f'1.0000 ± {half / 2:.4f}', f'-1.0000 ± {half / 2:.4f}', '200', '30.0 %', '30.0 %',
+      f'+0.1000 ± {half / 10:.4f}', '3']
+  # t = -1 / (0.5 / sqrt 3) = -sqrt 12: p = 1 - sqrt(12 / 14) as in test_verdict.
+  assert cells(text, 'sparse beats dense (below 0)')[1:] == [
+      'undecided', 'sparse − dense: val. loss -1.0000',
+      f'{-1 - half / 2:+.4f} to {-1 + half / 2:+.4f}', '3', '0.074']
+  prose = ' '.join(text.split())
+  assert 'One seed' not in prose and 'Wall time' not in prose and 'Extra time' in prose
 
 
-def test_curves_start_at_zero_extra_flops():
-  assert report.curve(rows()[1]) == ([0.0, 30.0], [2.25, 1.25])
-  assert report.curve(rows()[2]) == ([0.0, 15.0, 30.0], [9.0, 6.0, 4.0])
+def test_a_diverged_arm_is_said_in_the_table():
+  rows = made_up.three_pairs()
+  rows[3]['final']['validation']['loss'] = math.nan
+  text = tables.to_markdown(made_up.results(rows, made_up.claim()))
+  assert cells(text, 'sparse  ')[1:3] == ['nan in 1 of 3', 'nan in 1 of 3']
+  assert cells(text, 'sparse beats')[1] == (
+      'undecided; validation/loss of sparse is nan in pair 1')
+  rows[0]['final']['validation']['loss'] = math.inf
+  assert tables.mean([math.inf], '{:.4f}') == 'inf'
 
 
-def test_the_loss_axis_shows_whole_branches_and_ends_that_do_not_flatten_them():
-  # The branches span 1.25 to 2.25; an end up to 2.25 + (2.25 - 1.25) is shown too, and 4.0 is not.
-  assert report.loss_axis(rows()) == pytest.approx((1.25 - 0.06, 2.25 + 0.06))
-  near = rows()[:2] + [row('scratch', start=0, end=200, flops=15, losses={0: 9.0, 200: 3.25})]
-  assert report.loss_axis(near) == pytest.approx((1.25 - 0.12, 3.25 + 0.12))
+def test_metrics_that_a_domain_lacks_are_left_out_and_delta_is_of_the_first_it_has():
+  rows = [made_up.row('a', reference=True, exact_match=0.5),
+          made_up.row('b', exact_match=0.75),
+          made_up.row('a', domain='e', reference=True, accuracy=0.125),
+          made_up.row('b', domain='e', accuracy=0.5)]
+  text = tables.to_markdown(made_up.results(rows, metrics=('test/exact_match', 'test/accuracy')))
+  first, second = text.split('**e**')
+  assert cells(first, 'arm')[:3] == ['arm', 'test exact match', 'Δ']
+  assert cells(first, 'b')[1:3] == ['0.7500', '+0.2500']
+  assert cells(second, 'arm')[:3] == ['arm', 'test acc.', 'Δ']
+  assert cells(second, 'b')[1:3] == ['0.5000', '+0.3750']
+
+
+def test_a_metric_of_step_0_takes_the_place_of_the_column():
+  text = tables.to_markdown(made_up.results(made_up.one_pair(), metrics=['step0/step0_gap']))
+  assert cells(text, 'arm').count('step-0 gap') == 1
+  assert cells(text, 'sparse')[1:3] == ['0.2500', '+0.2500']
+  assert cells(text, 'scratch')[1:3] == ['–', '–']
+
+
+def test_the_csv_has_every_arm_and_pair_unrounded():
+  rows = made_up.three_pairs()
+  rows[5]['final']['validation']['loss'] = 1 / 3
+  lines = list(csv.DictReader(io.StringIO(tables.to_csv(made_up.results(rows)))))
+  assert [(line['arm'], line['pair']) for line in lines] == [
+      ('dense', '0'), ('dense', '1'), ('dense', '2'), ('sparse', '0'), ('sparse', '1'),
+      ('sparse', '2')]
+  last = lines[-1]
+  assert float(last['validation_loss']) == 1 / 3
+  assert float(last['validation_loss_minus_reference']) == 1 / 3 - 3
+  assert float(last['test_loss']) == 2.5 and float(last['test_loss_minus_reference']) == -1.5
+  assert lines[0]['validation_loss_minus_reference'] == ''
+  assert float(last['extra_flops_percent']) == 30 == float(last['extra_time_percent'])
+  assert float(last['step0_gap']) == 0.2
+  assert (last['series'], last['x'], last['key']) == ('upcycled', '8', 'ksparse2')
+  assert float(last['seconds']) == 1.0
+
+
+def test_curves_start_at_zero_extra_flops_and_have_the_steps_of_all_pairs():
+  domain, = lines.by_domain(made_up.three_pairs(), []).values()
+  assert plots.curve(domain[0]) == [(0, [4.0, 5.0, 6.0]), (30, [1.0, 2.0, 3.0])]
+  assert plots.curve(domain[1]) == [(0, [5.0] * 3), (15, [4.0] * 3), (30, [0.5, 1.0, 1.5])]
+  del domain[1].rows[2]['history'][1]
+  assert [at for at, _ in plots.curve(domain[1])] == [0, 30]
+  scratch = lines.by_domain(made_up.one_pair(), [])['d'][2]
+  assert plots.curve(scratch) == [(0, [9.0]), (15, [6.0]), (30, [4.0])]
+
+
+def test_an_axis_shows_whole_branches_and_ends_that_do_not_flatten_them():
+  group = lines.by_domain(made_up.one_pair(), [])['d']
+  values = {'dense': [2.0, 1.5], 'sparse': [2.25, 1.25], 'scratch': [9.0, 4.0]}
+  # The branches span 1.25 to 2.25; an end up to one span away is shown too, and 4.0 is not.
+  assert lines.span(group, values) == pytest.approx((1.25 - 0.06, 2.25 + 0.06))
+  assert lines.span(group, {**values, 'scratch': [9.0, 3.25]}) == pytest.approx(
+      (1.25 - 0.12, 3.25 + 0.12))
+  # The same upside down, as of an accuracy; and what is not finite has no place on any axis.
+  assert lines.span(group, {**values, 'scratch': [0.0, 0.5]}) == pytest.approx(
+      (0.5 - 0.105, 2.25 + 0.105))
+  assert lines.span(group, {**values, 'scratch': [-9.0], 'dense': [math.nan]}) == pytest.approx(
+      (1.25 - 0.06, 2.25 + 0.06))
+  assert lines.span(group, dict.fromkeys(values, [])) == (-0.1, 0.1)
 
 
 def test_data_that_differ_in_a_domain_are_refused_and_may_differ_between_domains():
-  mixed = [rows()[0], row('other', start=0, end=1, flops=1, losses={1: 1.0}, fingerprint='0' * 64)]
+  mixed = [made_up.row('dense'), made_up.row('other', fingerprint='0' * 64)]
   with pytest.raises(ConfigError, match='different data'):
-    report.to_markdown(mixed)
+    tables.to_markdown(made_up.results(mixed))
   mixed[1]['domain'] = 'another'
-  assert '**another**' in report.to_markdown(mixed)
+  assert '**another**' in tables.to_markdown(made_up.results(mixed))
 
 
-def test_report_rebuilds_all_files_from_results_jsonl_alone(tmp_path, capsys):
-  results.write(rows(), tmp_path)
+def two_domains(plot):
+  """Both domains, one of them with an arm that diverged and one that started from nothing."""
+  rows = made_up.three_pairs() + made_up.three_pairs('e', 'e' * 64)
+  rows += [made_up.row('scratch', start=0, end=200, losses={0: 99.0, 200: 50.0}, pair=pair)
+           for pair in range(3)]
+  rows[-4]['final']['validation']['loss'] = rows[-4]['history'][-1]['loss'] = math.nan
+  return made_up.results(rows, made_up.claim(), made_up.claim('~', 0.5, domain='e'), plot=plot,
+                         x_label='experts', name=plot)
+
+
+@pytest.mark.parametrize('plot', ['curves', 'points', 'sweep'])
+def test_a_plot_draws_the_numbers_and_says_what_is_outside(plot, tmp_path, monkeypatch):
+  drawn = {}
+  monkeypatch.setattr(plots.Figure, 'savefig',
+                      lambda figure, path, **_: drawn.update({path.name: figure}))
+  plots.plot(two_domains(plot), tmp_path / 'p.png')
+  left, right = drawn['p.png'].axes
+  assert (left.get_title(), right.get_title()) == ('d', 'e')
+  assert 'validation loss (nats)' in (left.get_xlabel(), left.get_ylabel())
+  assert any('outside' in text.get_text() and '50' in text.get_text() for text in left.texts)
+  assert any('nan' in text.get_text() for text in right.texts)
+  found = {tuple(map(float, points)) for line in left.get_lines() for points in [line.get_ydata()]}
+  if plot == 'curves':
+    assert {(5.0, 2.0), (5.0, 4.0, 1.0), (4.0, 1.0), (6.0, 3.0)} <= found
+    assert left.get_xlabel() == 'extra FLOPs (% of dense pretraining)'
+  elif plot == 'points':
+    assert [text.get_text() for text in left.get_yticklabels()] == ['dense', 'sparse', 'scratch']
+    dots = {tuple(map(float, line.get_xdata())) for line in left.get_lines()}
+    assert {(1.0, 2.0, 3.0), (0.5, 1.0, 1.5), (2.0,), (1.0,)} <= dots
+  else:
+    assert (2.0, 2.0) in found and (1.0,) in found   # the control across, the series' one point
+    assert left.get_xscale() == 'log' and left.get_xlabel() == 'experts'
+
+
+def test_a_sweep_over_other_numbers_has_an_even_axis(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(plots.Figure, 'savefig', lambda figure, *_, **__: drawn.append(figure))
+  rows = [made_up.row(f'C={x}', series='upcycled', x=x) for x in (1.0, 1.5, 2.0)]
+  plots.plot(made_up.results(rows, plot='sweep'), tmp_path / 'p.png')
+  panel, = drawn[0].axes
+  assert panel.get_xscale() == 'linear'
+  assert [text.get_text() for text in panel.get_xticklabels()] == ['1', '1.5', '2']
+
+
+def test_no_two_of_many_arms_look_alike():
+  rows = [made_up.row(f'arm {i}') for i in range(40)]
+  styles = plots._styles(lines.by_domain(rows, []), 'curves').values()
+  assert len({(s['color'], s['marker'], str(s['linestyle'])) for s in styles}) == 40
+
+
+def everything(folder):
+  return {f.relative_to(folder): f.read_bytes() for f in folder.rglob('*') if f.is_file()}
+
+
+def test_report_rebuilds_a_suite_from_results_jsonl_alone(tmp_path, capsys):
+  results.write(made_up.results(made_up.one_pair()), tmp_path)
   argv = ['--suite=quickstart', f'--results={tmp_path}']
   assert report.main(argv) == 0
   assert 'sparse' in capsys.readouterr().out
-  files = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-  assert set(files) == {'results.jsonl', 's.md', 's.csv', 's.png'}
-  assert files['s.png'].startswith(b'\x89PNG')
-  assert [json.loads(x)['arm'] for x in files['results.jsonl'].splitlines()] == [
-      'dense', 'sparse', 'scratch']
+  files = everything(tmp_path)
+  assert {str(name) for name in files} == {'results.jsonl', 's.md', 's.csv', 's.png'}
+  assert (tmp_path / 's.png').read_bytes().startswith(b'\x89PNG')
   assert report.main(argv) == 0
-  assert files == {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+  assert files == everything(tmp_path)
+
+
+def test_report_rebuilds_every_suite_and_the_page_byte_for_byte(tmp_path):
+  for plot in ('points', 'sweep'):   # and curves above
+    results.write(two_domains(plot), tmp_path / plot)
+  (tmp_path / 'NOTES.md').write_text('Because *so*.\n')
+  assert report.main([f'--results={tmp_path}']) == 0
+  files = everything(tmp_path)
+  assert len(files) == 2 * 4 + 2
+  for file in files:
+    if file.name not in ('results.jsonl', 'NOTES.md'):
+      (tmp_path / file).unlink()
+  assert report.main([f'--results={tmp_path}']) == 0
+  assert files == everything(tmp_path)
+  text = (tmp_path / 'README.md').read_text()
+  assert '## Where we disagree, and why\n\nBecause *so*.\n\n' in text
+
+
+def test_the_page_has_claims_counts_and_costs_worked_by_hand():
+  first = made_up.results(made_up.three_pairs(), made_up.claim(), made_up.claim('>'))
+  rows = made_up.three_pairs('e', 'e' * 64)
+  for row in rows:   # differences -1.1, -1.2, -1.3: t = -1.2 / (0.1 / sqrt 3) = -sqrt 432
+    loss = {'dense': 3.0, 'sparse': 1.9 - 0.1 * row['pair']}[row['arm']]
+    row['final']['validation']['loss'] = loss
+  second = made_up.results(rows, made_up.claim(domain='e'), name='t')
+  third = made_up.results(made_up.one_pair(), name='u')
+  text = page.to_markdown({'s': first, 't': second, 'u-smoke': third})
+  assert cells(text, '[s, scale mini](#s-scale-mini)')[1:] == ['2', '0', '0', '2']
+  assert cells(text, '[t, scale mini](#t-scale-mini)')[1:] == ['1', '1', '0', '0']
+  assert cells(text, '3 suites') == ['3 suites', '3', '1', '0', '2']
+  line = cells(text, 'e ')
+  assert line[:6] == ['e', 'sparse beats dense (below 0)', 'Someone 2023, Fig. 1', r'1 % \| 2 %',
+                      '**reproduced**', 'sparse − dense: val. loss -1.2000']
+  assert line[7:] == ['3', f'{1 - math.sqrt(432 / 434):.2g}']
+  # Of fifteen rows, six runs and the one from scratch are different: half an hour each.
+  assert 'Train steps of 7 runs on 1 x cpu each' in text and ': 3.50 hours' in text
+  assert '- Data source of d: fingerprint ffffffffffffffff' in text
+  assert '- Data source of e: fingerprint eeeeeeeeeeeeeeee' in text
+  assert '`python -m experiments.main --suite=t` · [table](t/t.md)' in text
+  assert '[table](u-smoke/u.md)' in text and '![What u is about.](u-smoke/u.png)' in text
+  assert 'It makes no claim.' in text and 'Where we disagree' not in text
+  assert 'Here 2 suites make claims: expect a wrong verdict, by chance, in 0.1 of them' in text
+
+
+def test_a_run_that_was_trained_twice_counts_twice():
+  first, again = made_up.results(made_up.one_pair()), made_up.results(made_up.one_pair(), name='t')
+  again.suite['runs'][0]['seconds'] = 3600.0
+  text = page.to_markdown({'s': first, 't': again})
+  assert 'Train steps of 4 runs on 1 x cpu each' in text and ': 2.50 hours' in text
 
 
 def test_report_says_when_there_is_nothing_to_report(tmp_path):
   with pytest.raises(ConfigError, match='no results in'):
     report.main(['--suite=quickstart', f'--results={tmp_path}'])
+  with pytest.raises(ConfigError, match='--results: got .* a folder of folders with results.jsonl'):
+    report.main([f'--results={tmp_path}'])

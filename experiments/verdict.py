@@ -1,0 +1,177 @@
+"""Verdicts on a suite's claims, by a rule that was written before its runs.
+
+**What is tested.** A claim speaks of two arms a and b and a metric. In each (dense parent, seed)
+pair p that has both, d_p = metric of a - metric of b. The d_p are taken as independent draws from a
+normal distribution; reported are their mean, their standard deviation and the 95 % interval
+mean +- t(0.975, n - 1) sd / sqrt(n), which is not adjusted.
+
+**p-values.** Relations '<' and '>': the two-sided t-test of mean(d) = 0. Relation '~' with a margin
+m: if |mean(d)| <= m, the two one-sided t-tests (TOST, Schuirmann 1987) of mean(d) = -m and
+mean(d) = m, of whose p-values the larger counts; otherwise the two-sided t-test of mean(d) = the
+nearer of -m and m, which is below 0.05 where the 95 % interval lies entirely outside [-m, m].
+
+**Family.** All claims of one suite at one scale. Their p-values are adjusted together by Holm's
+method (1979). A claim that cannot be tested counts with p = 1, so that a run that fails never makes
+the others easier.
+
+**Verdict.** Decided if the adjusted p is below 0.05: 'reproduced' if mean(d) has the claimed sign
+(lies within the margin), 'not reproduced' otherwise. Undecided at this scale in all other cases,
+and whatever the numbers say if there are fewer than 2 pairs, if the d_p are all the same (no spread
+to test against), or if a metric is not finite in any pair: a diverged run is never left out.
+
+**By chance.** Holm keeps the chance that a suite has any wrong verdict at 5 %, however many claims
+it makes. If no arm differed from any other, a suite would so have a false 'reproduced' among its
+'<' and '>' claims in at most 2.5 % of cases: expect at most 1 in 40 suites with one. A '~' claim
+whose true difference lies outside the margin is called reproduced in at most 5 %.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from scipy import special
+
+from experiments import lines
+from experiments.lines import Row
+from experiments.suite import Claim
+from moejax.config import check_choice
+
+LEVEL = 0.05
+REPRODUCED, NOT_REPRODUCED, UNDECIDED = OUTCOMES = ('reproduced', 'not reproduced', 'undecided')
+ROUNDING = 1e-12   # relative; differences that vary by less than this do not vary
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """Mean of n values, their standard deviation, half the width of the mean's 95 % t-interval.
+
+  `sd` and `half` are NaN for a single value, and all are if there is none.
+  """
+  n: int
+  mean: float
+  sd: float
+  half: float
+
+  @property
+  def interval(self) -> tuple[float, float]:
+    return self.mean - self.half, self.mean + self.half
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+  """Estimate of the mean of values that are independent draws."""
+  n = len(values)
+  if not n or not all(map(math.isfinite, values)):
+    return Estimate(n, math.nan, math.nan, math.nan)
+  mean = math.fsum(values) / n
+  if n == 1:
+    return Estimate(n, mean, math.nan, math.nan)
+  sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+  return Estimate(n, mean, sd, float(special.stdtrit(n - 1, 1 - LEVEL / 2)) * sd / math.sqrt(n))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+  """Holm's adjusted p-values, in the given order: the k-th smallest of m times m - k + 1, at most 1
+  and never below that of a smaller p."""
+  adjusted, worst = [0.0] * len(p_values), 0.0
+  for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+    worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+    adjusted[i] = worst
+  return adjusted
+
+
+def p_value(found: Estimate, margin: float | None = None) -> float:
+  """p of a claim without a margin ('<', '>') or with one ('~'); see the top of this file.
+
+  Args:
+    found: of at least 2 differences that are not all the same.
+    margin: of the claim.
+  """
+  def below(mean: float) -> float:
+    """p of the one-sided t-test that has `the mean is below this` as its alternative."""
+    return float(special.stdtr(found.n - 1, (found.mean - mean) * math.sqrt(found.n) / found.sd))
+
+  def above(mean: float) -> float:
+    return float(special.stdtr(found.n - 1, (mean - found.mean) * math.sqrt(found.n) / found.sd))
+
+  def other(mean: float) -> float:
+    """p of the two-sided t-test."""
+    return 2 * min(below(mean), above(mean))
+
+  if margin is None:
+    return other(0.0)
+  if abs(found.mean) <= margin:
+    return max(above(-margin), below(margin))
+  return other(math.copysign(margin, found.mean))
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What the rule says of a claim.
+
+  Attributes:
+    claim: the claim.
+    estimate: of the paired differences, a - b.
+    p: of its own test; None if it cannot be tested.
+    adjusted: by Holm within the suite.
+    outcome: one of OUTCOMES.
+    notes: why it cannot be tested, and pairs that only one arm has.
+  """
+  claim: Claim
+  estimate: Estimate
+  p: float | None
+  adjusted: float
+  outcome: str
+  notes: tuple[str, ...] = ()
+
+
+def decide(claims: Sequence[Claim], rows: Sequence[Row]) -> list[Verdict]:
+  """The verdict on each claim of a suite.
+
+  Args:
+    claims: all of the suite's, since they are one family.
+    rows: all of its arms.
+
+  Raises:
+    ConfigError: a claim's metric is none that an arm of it measured.
+  """
+  tested = [_test(claim, rows) for claim in claims]
+  adjusted = holm([1.0 if p is None else p for _, p, _ in tested])
+  return [Verdict(claim, found, p, q, _outcome(claim, found.mean, p, q), notes)
+          for claim, (found, p, notes), q in zip(claims, tested, adjusted)]
+
+
+def _outcome(claim: Claim, mean: float, p: float | None, adjusted: float) -> str:
+  if p is None or adjusted >= LEVEL:
+    return UNDECIDED
+  if claim.relation == '~':
+    return REPRODUCED if abs(mean) <= claim.margin else NOT_REPRODUCED
+  return REPRODUCED if (mean < 0) == (claim.relation == '<') else NOT_REPRODUCED
+
+
+def _test(claim: Claim, rows: Sequence[Row]) -> tuple[Estimate, float | None, tuple[str, ...]]:
+  """Estimate, p (None with the reason among the notes) and notes."""
+  a, b = (_values(claim, name, rows) for name in (claim.a, claim.b))
+  pairs = sorted(a.keys() & b.keys())
+  differences = [a[pair] - b[pair] for pair in pairs]
+  notes = [f'pair {pair} only has {name}' for name, have, other in
+           ((claim.a, a, b), (claim.b, b, a)) for pair in sorted(have.keys() - other.keys())]
+  obstacles = [f'{claim.metric} of {name} is {values[pair]} in pair {pair}'
+               for name, values in ((claim.a, a), (claim.b, b)) for pair in pairs
+               if not math.isfinite(values[pair])]
+  if not obstacles and len(pairs) < 2:
+    obstacles = ['one pair' if pairs else 'no pair has both arms']
+  scale = max((abs(v) for pair in pairs for v in (a[pair], b[pair])), default=0.0)
+  if not obstacles and max(differences) - min(differences) <= ROUNDING * scale:
+    obstacles = [f'the {len(pairs)} differences are all {differences[0]:+.4g}, without spread']
+  found = estimate(differences)
+  return found, None if obstacles else p_value(found, claim.margin), (*obstacles, *notes)
+
+
+def _values(claim: Claim, name: str, rows: Sequence[Row]) -> dict[int, float]:
+  """{pair: metric} of an arm. Raises ConfigError if it was not measured."""
+  found = {}
+  for row in rows:
+    if (row['domain'], row['arm']) == (claim.domain, name):
+      check_choice(f'claim.metric ({name})', claim.metric, lines.metrics(row))
+      found[row['pair']] = lines.metric(row, claim.metric)
+  return found

@@ -1,0 +1,157 @@
+"""results.jsonl: read out of workdirs, worked by hand; and it comes back as it was written."""
+
+import json
+import math
+
+import pytest
+
+from experiments import results, surgeries
+from experiments import suite as suite_lib
+from experiments.suite import Arm, Claim, Run, Suite
+from moejax.config import ConfigError
+from tests.experiments import made_up
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+  """Names of workdirs without reading data."""
+  monkeypatch.setattr(suite_lib, '_fingerprint', lambda config: 'f' * 64)
+
+
+def dense(**changes):
+  return Run('dense', 'vit_glyphs', changes, arg='runlocal')
+
+
+def child(parent, label='child', **changes):
+  return Run(label, 'vit_glyphs', {'init.mode': 'continue', **changes}, parent, arg='runlocal')
+
+
+def trained(folder, run, first, trunk, end, gap=None):
+  """The workdir of a run: an evaluation every 5 steps, a loss of 100 - step, 0.5 s a step."""
+  path = folder / run.name
+  path.mkdir()
+  facts = {'data_fingerprint': 'f' * 64, 'versions': made_up.VERSIONS, 'devices': '1 x cpu',
+           'parameters': 7, 'parameters_active_per_token': 5, 'train_flops_per_step': 3,
+           'first_step': first, 'trunk_step': trunk, 'end_step': end}
+  (path / 'run.json').write_text(json.dumps(facts))
+  if gap is not None:
+    (path / 'receipt.json').write_text(json.dumps({'measured': {'step0_gap': gap}}))
+  evaluated, timed = [], []
+  for step in range(first, end + 1, 5):
+    evaluated.append({'step': step, 'train/loss': 7.0})
+    evaluated.append({'step': step, 'validation/loss': 100 - step, 'validation/accuracy': 0.5,
+                      'validation/moe/02/dropped': 0.125})
+    timed += [{'step': step, 'steps': 5, 'seconds': 2.5}] if step > first else []
+  evaluated.append({'step': end, 'test/loss': 200 - end, 'test/exact_match': 0.25})
+  for name, lines in (('metrics.jsonl', evaluated), ('timing.jsonl', timed)):
+    (path / name).write_text(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def test_arms_are_read_from_their_workdirs(tmp_path):
+  parent, other = dense(), child(dense())
+  scratch = dense(seed=1)
+  trained(tmp_path, parent, 0, 20, 30)
+  trained(tmp_path, other, 20, 30, 40, gap=0.5)
+  trained(tmp_path, scratch, 0, 10, 10)
+  claim = Claim('it helps', 'someone', 'no figures', 'd', 'child', '<', 'parent')
+  suite = Suite('s', 'mini', (Arm('d', 'parent', parent, parent, pair=3, reference=True),
+                              Arm('d', 'child', other, parent, pair=3, series='c', x=2.0),
+                              Arm('d', 'scratch', scratch, parent)), (claim,), plot='sweep',
+                x_label='size')
+  found = results.collect(suite, tmp_path, {other.key: 1.5})
+  first, second, third = found.rows
+  # The parent's own line is its cooldown, 20 to 30; the child's steps are 20 to 40.
+  assert (first['start_step'], first['end_step'], first['seconds']) == (20, 30, 5.0)
+  assert (second['start_step'], second['end_step'], second['seconds']) == (20, 40, 10.0)
+  assert (third['start_step'], third['end_step'], third['seconds']) == (0, 10, 5.0)
+  assert [(row['base_steps'], row['base_flops'], row['base_seconds']) for row in found.rows] == [
+      (20, 60, 10.0)] * 3
+  assert [row['pair'] for row in found.rows] == [3, 3, 0]
+  assert [row['reference'] for row in found.rows] == [True, False, False]
+  assert [(row['series'], row['x']) for row in found.rows] == [('', None), ('c', 2.0), ('', None)]
+  assert [row['time_ratio'] for row in found.rows] == [None, 1.5, None]
+  assert [row['step0'] for row in found.rows] == [None, {'step0_gap': 0.5}, None]
+  assert second['history'] == [{'step': s, 'loss': 100 - s, 'accuracy': 0.5}
+                               for s in (20, 25, 30, 35, 40)]
+  assert [line['step'] for line in first['history']] == [20, 25, 30]
+  assert second['final'] == {
+      'train': {'loss': 7.0}, 'test': {'loss': 160, 'exact_match': 0.25},
+      'validation': {'loss': 60, 'accuracy': 0.5, 'moe/02/dropped': 0.125}}
+  assert second['parent'] == parent.key and second['config']['init']['parent'] == parent.key
+  assert found.claims == (claim,)
+  assert found.suite['runs'] == [
+      {'key': run.key, 'devices': '1 x cpu', 'seconds': seconds}
+      for run, seconds in ((parent, 15.0), (other, 10.0), (scratch, 5.0))]
+  assert (found.suite['plot'], found.suite['x_label']) == ('sweep', 'size')
+  assert found.suite['suite_command'] == suite.command()
+
+
+def test_a_rung_counts_the_steps_of_the_continuation_it_cools(tmp_path):
+  parent = dense()
+  long = child(parent, steps=30)
+  rung = child(long, steps=10)
+  trained(tmp_path, parent, 0, 20, 30)
+  trained(tmp_path, long, 20, 50, 50)
+  trained(tmp_path, rung, 40, 40, 50)
+  suite = Suite('s', 'mini', (
+      Arm('d', 'rung', rung, parent, start_step=15, base_step=10),
+      Arm('d', 'later', rung, parent, start_step=30), Arm('d', 'alone', rung, parent)))
+  rung, later, alone = results.collect(suite, tmp_path).rows
+  # 5 steps of the parent, 20 of the continuation up to 40 and not its 10 beyond, 10 of its own.
+  assert (rung['start_step'], rung['seconds']) == (15, 17.5)
+  assert (later['start_step'], later['seconds']) == (30, 10.0)
+  assert (alone['start_step'], alone['seconds']) == (40, 5.0)
+  assert (rung['base_steps'], rung['base_flops'], rung['base_seconds']) == (10, 30, 5.0)
+  assert (later['base_steps'], later['base_seconds']) == (20, 10.0)
+
+
+def test_surgeries_are_arms_that_cost_no_training(tmp_path, monkeypatch):
+  parent = dense()
+  cell = surgeries.Surgery('cell', 'vit_glyphs', {'init.mode': 'continue'}, parent, 'runlocal')
+  trained(tmp_path, parent, 0, 20, 30)
+  measured = {'start_step': 20, 'end_step': 20, 'final': {}, 'step0': {'step0_gap': 0.5}}
+  monkeypatch.setattr(surgeries, 'collect', lambda run, folder: measured)
+  found = results.collect(Suite('s', 'mini', (Arm('d', 'cell', cell, parent, x=8),)), tmp_path)
+  row, = found.rows
+  assert measured.items() <= row.items() and (row['x'], row['base_steps']) == (8, 20)
+  assert [run['key'] for run in found.suite['runs']] == [parent.key]
+
+
+def test_what_is_written_is_read_back_and_written_the_same(tmp_path):
+  found = made_up.results(made_up.three_pairs(), made_up.claim(), made_up.claim('~', 0.1))
+  found.rows[0]['final']['test']['loss'] = math.inf
+  results.write(found, tmp_path)
+  again = results.read(tmp_path)
+  assert again == found and isinstance(again.claims[1], Claim)
+  lines = [json.loads(line) for line in (tmp_path / results.FILE).read_text().splitlines()]
+  assert [line['kind'] for line in lines] == ['suite', 'claim', 'claim'] + 6 * ['arm']
+  assert set(lines[1]) == {'kind', 'says', 'source', 'paper', 'domain', 'a', 'relation', 'b',
+                           'metric', 'margin'}
+  before = (tmp_path / results.FILE).read_bytes()
+  results.write(again, tmp_path)
+  assert (tmp_path / results.FILE).read_bytes() == before
+
+
+def test_the_title_is_the_first_line_of_the_suites_file(tmp_path):
+  parent = dense()
+  trained(tmp_path, parent, 0, 20, 30)
+  arms = (Arm('d', 'parent', parent, parent),)
+  known = results.collect(Suite('quickstart', 'mini', arms), tmp_path)
+  assert known.suite['title'].startswith('Quickstart: does upcycling')
+  assert results.collect(Suite('nowhere', 'mini', arms), tmp_path).suite['title'] == 'nowhere'
+
+
+def test_no_results_and_half_of_them_are_refused(tmp_path):
+  with pytest.raises(ConfigError, match='no results in'):
+    results.read(tmp_path)
+  results.write(made_up.results(made_up.one_pair()), tmp_path)
+  path = tmp_path / results.FILE
+  path.write_text(path.read_text().split('\n', 1)[1])
+  with pytest.raises(ConfigError, match='0 lines of kind "suite" in place of one'):
+    results.read(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ConfigError, match='--results: got .* a folder that can be written'):
+    results.write(made_up.results(made_up.one_pair()), tmp_path / 'file')
