@@ -41,7 +41,7 @@ def test_chains_stay_together_and_costs_are_balanced():
 
 
 def test_a_deal_deals_all_once_whatever_the_order_and_number():
-  jobs = chains(*range(7))
+  jobs = chains(*(cost // 2 for cost in range(7)))   # some of equal cost
   for count in (1, 2, 3, 20):
     hands = [Shard(i + 1, count).own(jobs) for i in range(count)]
     assert sorted(key for hand in hands for key in hand) == sorted(job.key for job in jobs)
@@ -59,6 +59,18 @@ def test_a_shard_does_its_own_first_and_then_what_others_have_left(tmp_path, qui
   jobs = chains(8, 1, 5, 3)
   runner.Runner({'s': jobs}, tmp_path, 1, shard=Shard(2, 2)).run()
   assert order(tmp_path) == ['p2', 'p3', 'cp2', 'cp3', 'p0', 'p1', 'cp0', 'cp1']
+
+
+def test_others_have_time_to_begin_and_a_worker_keeps_its_lock(tmp_path):
+  go = tmp_path / 'go'
+  own, other = Fake('own', cost=2, until=str(go)), Fake('other')
+  train = runner.Runner({'s': [own, other]}, tmp_path, 2, shard=Shard(1, 2))
+  train._start_ready(train._bar())
+  assert [worker.job for worker in train.workers] == [own]   # with room for another
+  assert locks.take(tmp_path / 'own') is None
+  go.touch()
+  train.workers[0].process.wait()
+  assert locks.take(tmp_path / 'own') is not None
 
 
 def test_a_shard_waits_for_what_another_does(tmp_path, quick):
