@@ -95,7 +95,7 @@ def _scaled(regime: Regime, scale: str, paper: str, *, trunk: int, extra: int) -
   """The mini regime at another scale; `paper` is the config of the real one."""
   if scale == 'smoke':   # a few steps, only to show that everything runs
     return dataclasses.replace(
-        regime, trunk=10, extra=2, evaluations=1, early=(4, 6), core=2, other=1, arg='runlocal',
+        regime, trunk=16, extra=2, evaluations=1, early=(10, 12), core=1, other=1, arg='runlocal',
         changes={**regime.changes, 'log_every': 1, 'data.eval_batch_size': 8,
                  'data.eval_examples': 8, 'data.eval_repeats': 1})
   if scale == 'colab':

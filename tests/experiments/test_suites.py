@@ -1,0 +1,109 @@
+"""Every suite at every scale: its runs can work, its controls cost what they say."""
+
+import functools
+
+import pytest
+
+from experiments import protocol, suites
+from experiments import suite as suite_lib
+from experiments.surgeries import Surgery
+from moejax.config import ConfigError
+
+NAMES = [name for name in suite_lib.names() if name != 'quickstart']
+SCALES = suite_lib.SCALES
+load = functools.cache(suite_lib.load)
+
+
+def test_all_suites_have_their_place_in_the_order():
+  assert sorted(suites.ORDER) == sorted(NAMES)
+
+
+@pytest.mark.parametrize('scale', SCALES)
+@pytest.mark.parametrize('name', NAMES)
+def test_a_suite_loads_and_every_arm_stands_in_each_of_its_pairs(name, scale):
+  suite = load(name, scale)
+  assert suite.claims
+  pairs = {}
+  for arm in suite.arms:
+    pairs.setdefault((arm.domain, arm.name), []).append(arm.pair)
+  for domain in {domain for domain, _ in pairs}:
+    assert len({tuple(p) for (d, _), p in pairs.items() if d == domain}) == 1
+  numbers = max(len(p) for p in pairs.values())
+  assert numbers == {'smoke': 1, 'paper': 1, 'colab': 3}.get(scale, numbers)
+  assert scale != 'mini' or numbers in (3, 5)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_suite_says_its_claim_its_source_and_what_would_refute_it(name):
+  text = suite_lib.module(name).__doc__
+  assert 'refuted' in text.lower() and '20' in text   # a year
+  for claim in load(name, 'mini').claims:
+    assert claim.source and claim.paper and any(c.isdigit() for c in claim.source)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_dense_control_stands_in_every_domain(name):
+  suite = load(name, 'mini')
+  for domain in {arm.domain for arm in suite.arms}:
+    arms = [arm for arm in suite.arms if arm.domain == domain]
+    if not all(isinstance(arm.run, Surgery) for arm in arms):   # these measure the gap to it
+      assert any('dense' in arm.name for arm in arms)
+
+
+def test_arms_of_a_pair_share_parent_seed_and_batches_and_pairs_share_none():
+  arms = load('dense_vs_upcycled', 'mini').arms
+  for arm in arms:
+    assert arm.run.settings.seed == arm.pair == arm.base.settings.seed
+    assert arm.run.parent is None or arm.run.parent.key == arm.base.key
+  assert len({arm.base.key for arm in arms}) == 10   # five of each domain
+
+
+@pytest.mark.parametrize('make', [protocol.text, protocol.vision])
+def test_equal_flops_are_equal_to_half_a_step(make):
+  pair = make('mini').pairs()[0]
+  up = pair.upcycled(moe={'capacity_factor': 1.0})
+  for run in (pair.paying(up), pair.tiled(up, 'stack')):
+    spent = run.settings.steps * run.step_flops
+    assert abs(spent - up.settings.steps * up.step_flops) <= run.step_flops / 2
+    assert run.settings.schedule.cooldown_steps == round(0.4 * run.settings.steps)
+
+
+def test_the_rungs_of_a_ladder_branch_before_their_cooldown():
+  base = protocol.text('mini').early[0]
+  arms = [arm for arm in load('scratch_vs_upcycled', 'mini').arms if arm.pair == 0]
+  for arm in arms:
+    run = arm.run.settings
+    assert run.init.mode == 'continue' and run.init.optimizer == 'carry'
+    assert run.steps == run.schedule.cooldown_steps
+    extra = run.init.step + run.steps - arm.start_step
+    assert extra == round(arm.x / 100 * base)
+    assert run.steps == round(protocol.COOLDOWN * extra)
+    long = arm.run.parent.settings
+    assert run.init.step - arm.start_step in (*long.branch_steps, long.steps)
+
+
+def test_moe_changes_reach_both_stacks_and_capacity_both_factors():
+  changes = protocol.moe_changes(protocol.text('mini'), {'capacity_factor': 3.0}, {'k': 1},
+                                 {'k': 2})
+  assert changes == {
+      'model.encoder_moe.capacity_factor': 3.0, 'model.encoder_moe.eval_capacity_factor': 3.0,
+      'model.encoder_moe.k': 1, 'model.decoder_moe.capacity_factor': 3.0,
+      'model.decoder_moe.eval_capacity_factor': 3.0, 'model.decoder_moe.k': 2}
+  assert protocol.moe_changes(protocol.vision('mini'), {'k': 1}, None, {'k': 2}) == {
+      'model.moe.k': 1}
+
+
+def test_the_defaults_of_the_upcycled_configs_are_what_suites_call_the_default():
+  for make in (protocol.text, protocol.vision):
+    model = make('mini').pairs()[0].upcycled().settings.model
+    stacks = [getattr(model, stack) for stack in ('moe', 'encoder_moe', 'decoder_moe')
+              if hasattr(model, stack)]
+    assert all(moe.num_experts == protocol.EXPERTS and moe.capacity_factor == 2.0
+               for moe in stacks)
+
+
+def test_a_claim_about_an_arm_that_is_not_there_is_refused():
+  suite = load('expert_init', 'mini')
+  claim = protocol.text('mini').claim('x', 'y', 'z', 'copies', '<', 'nothing')
+  with pytest.raises(ConfigError, match="names the arm 'nothing'"):
+    suite_lib.Suite('s', 'mini', suite.arms, (claim,))
