@@ -26,6 +26,7 @@ from experiments.suite import Arm, Run, Suite
 SCALES = ('mini', 'smoke')
 COOLDOWN = 0.4   # of the extra steps
 EXTRA = 0.2      # extra steps as a share of pretraining
+METRICS = ('validation/loss', 'validation/accuracy', 'test/loss', 'test/accuracy')
 
 # Steps to the trunk, and between evaluations of the arms; a smoke test only shows that they run.
 STEPS = {
@@ -40,7 +41,7 @@ def get_suite(scale: str) -> Suite:
   """The suite at 'mini' (minutes on 2 cores) or 'smoke' (a few steps of each run)."""
   return Suite('quickstart', scale, (
       *_arms('ViT on glyphs', 'ViT', 'vit_glyphs', scale),
-      *_arms('T5 on stdlib_text', 'T5', 't5_stdlib', scale)))
+      *_arms('T5 on stdlib_text', 'T5', 't5_stdlib', scale)), metrics=METRICS)
 
 
 def _arms(domain: str, model: str, config: str, scale: str) -> list[Arm]:
