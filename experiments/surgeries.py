@@ -8,6 +8,7 @@ that is there is not measured again.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -23,7 +24,6 @@ import jax
 from absl import logging
 from tqdm import tqdm
 
-from experiments import results
 from experiments.suite import KEY_LENGTH, Run
 from moejax import data, evaluate, models
 from moejax import main as main_lib
@@ -56,6 +56,19 @@ class Surgery(Run):
     return _digest(f'surgery {super().key}')[:KEY_LENGTH]
 
   @property
+  def work(self) -> int:
+    """One cell."""
+    return 1
+
+  @property
+  def cost(self) -> float:
+    """FLOPs of its evaluation, or of a batch of each split where that is whole splits."""
+    config = self.settings
+    examples = max(config.data.eval_examples, config.data.eval_batch_size)
+    forward = self.step_flops / 3 / config.data.batch_size   # of an example
+    return (1 + len(config.eval_splits)) * examples * config.data.eval_repeats * forward
+
+  @property
   def spec(self) -> dict[str, Any]:
     """What the measuring process has to know of it, as JSON."""
     return {'key': self.key, 'settings': _digest(settings.to_json(self.settings)),
@@ -68,6 +81,10 @@ class Surgery(Run):
   def finished(self, folder: pathlib.Path) -> bool:
     """Whether it is measured."""
     return self.measured(folder) is not None
+
+  def done(self, folder: pathlib.Path) -> int:
+    """1 if it is measured."""
+    return int(self.finished(folder))
 
   def command(self, folder: pathlib.Path) -> list[str]:
     """Words after `python` of the command that measures it alone."""
@@ -99,14 +116,9 @@ class Measure:
     return len(self.cells)
 
   @property
-  def cost(self) -> int:
-    """FLOPs of all forward passes; of one batch at least, where the whole of a split is evaluated,
-    whose size the config does not say."""
-    def forward(cell):
-      config = cell.settings
-      examples = max(config.data.eval_examples, config.data.eval_batch_size)
-      return (1 + len(config.eval_splits)) * examples * cell.step_flops // config.data.batch_size
-    return sum(map(forward, self.cells)) // 3   # a train step is three forward passes
+  def cost(self) -> float:
+    """FLOPs of all its cells."""
+    return sum(cell.cost for cell in self.cells)
 
   def words(self, folder: pathlib.Path, cells: str) -> list[str]:
     """Words after `python` of the command for `cells`, a file or the JSON itself."""
@@ -115,9 +127,11 @@ class Measure:
 
   def command(self, folder: pathlib.Path) -> list[str]:
     """Words after `python`; writes the file that names the cells, whose name says what is in it."""
-    file = folder / self.name / f'cells-{self.key}.json'
-    results.write_text(file, json.dumps([cell.spec for cell in self.cells], indent=1) + '\n')
-    return self.words(folder, str(file))
+    directory, file = folder / self.name, f'cells-{self.key}.json'
+    with _writing(directory):
+      text = json.dumps([cell.spec for cell in self.cells], indent=1) + '\n'
+      workdir.Workdir(directory).write(file, text)
+    return self.words(folder, str(directory / file))
 
   def done(self, folder: pathlib.Path) -> int:
     """Cells that are measured."""
@@ -167,12 +181,8 @@ def measure(parent: str, cells: list[dict[str, Any]], directory: pathlib.Path) -
   Raises:
     ConfigError: a cell that cannot work; those before it are measured and stay.
   """
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
+  with _writing(directory):
     file = metrics.JsonLines(directory / FILE, math.inf)   # drops half a line that a kill has left
-  except OSError as error:
-    fail('--workdir', str(directory), 'a folder that can be written',
-         f'{type(error).__name__}: {error.strerror}. Choose another.')
   there = _lines(directory)
   ahead = [cell for cell in cells if _identity(cell) not in there]
   with tqdm(total=len(cells), initial=len(cells) - len(ahead), unit='cell', dynamic_ncols=True,
@@ -196,7 +206,7 @@ def line(config: settings.RunConfig) -> dict[str, Any]:
   init = config.init
   check(init.mode != 'scratch' and not init.new_head, 'config.init', (init.mode, init.new_head),
         'a mode with a parent whose head is kept', 'Otherwise there is no gap to measure.')
-  opened = initialize.open_parent(init)
+  opened = _open(init.parent, init.step)
   step, splits = opened.reader.step, ('validation', *config.eval_splits)
   program, dataset = _program(config.model, config.parallel, config.mesh), _dataset(config.data)
   plan.check_fit(config, dataset, program.model, program.devices.shards)
@@ -218,11 +228,16 @@ def line(config: settings.RunConfig) -> dict[str, Any]:
 
 
 @functools.cache
+def _open(path: str, step: int) -> initialize.Parent:
+  return initialize.open_run(path, 'config.init.parent', step)
+
+
+@functools.cache
 def _parent(path: str, step: int, model: models.Config, data_config: data.DataConfig,
             mode: str, mesh, splits: tuple[str, ...]) -> dict[str, dict[str, float]]:
   """{split: metrics} of the parent itself, as `model`, on a cell's data and devices."""
   program = _program(model, mode, mesh)
-  opened = initialize.open_run(path, 'config.init.parent', step)
+  opened = _open(path, step)
   params = initialize.parent_params(opened, program.model, program.devices)
   return program.evaluate(params, data_config, splits)
 
@@ -260,7 +275,8 @@ def _batches(config: data.DataConfig, split: str) -> Iterable[data.pipeline.Batc
   """A split's batches, kept in memory if they are small."""
   dataset = _dataset(config)
   row = sum(value[0].nbytes for value in dataset.train_batch(0).values())
-  return (_kept if row * dataset.examples[split] <= IN_MEMORY else _made)(config, split)
+  small = row * dataset.examples[split] * config.eval_repeats <= IN_MEMORY
+  return (_kept if small else _made)(config, split)
 
 
 def _made(config: data.DataConfig, split: str) -> Iterator[data.pipeline.Batch]:
@@ -270,6 +286,17 @@ def _made(config: data.DataConfig, split: str) -> Iterator[data.pipeline.Batch]:
 @functools.cache
 def _kept(config: data.DataConfig, split: str) -> list[data.pipeline.Batch]:
   return list(_made(config, split))
+
+
+@contextlib.contextmanager
+def _writing(directory: pathlib.Path) -> Iterator[None]:
+  """Makes a folder to write to. Raises ConfigError if that cannot be done."""
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    yield
+  except OSError as error:
+    fail('--workdir', str(directory), 'a folder that can be written',
+         f'{type(error).__name__}: {error.strerror}. Choose another.')
 
 
 def _lines(directory: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -295,6 +322,13 @@ def _cells(text: str) -> list[dict[str, Any]]:
                       'itself.') from error
 
 
+def use_compilation_cache() -> None:
+  """Keeps compiled programs where moejax.main does, unless the environment names another place."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir',
+                      os.path.expanduser(main_lib.COMPILATION_CACHE.default))
+
+
 def main(argv: list[str] | None = None) -> int:
   """Measures; returns the exit code. Raises ConfigError on what cannot work."""
   parser = argparse.ArgumentParser(prog='python -m experiments.surgeries', description=__doc__,
@@ -306,9 +340,7 @@ def main(argv: list[str] | None = None) -> int:
                       help=f'folder of {FILE}; made if missing')
   args = parser.parse_args(argv)
   logging.set_verbosity(logging.WARNING)   # libraries' notes on themselves
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir',
-                      os.path.expanduser(main_lib.COMPILATION_CACHE.default))
+  use_compilation_cache()
   try:
     measure(args.parent, _cells(args.cells), args.workdir)
   except KeyboardInterrupt:   # whatever is measured is on disk

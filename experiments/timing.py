@@ -1,0 +1,250 @@
+"""What does a train step cost in time? Ratios to the dense base's, measured side by side.
+
+  python -m experiments.timing --suite=NAME[,NAME] [--scale=mini]
+  python -m experiments.timing --show
+
+Each distinct step of the suites' arms is timed in one process with that of the dense base it
+extends: rounds of a few steps of each in turn, in an order that rotates; a ratio is a step's time
+over the base's in the same round, so that what slows the machine down slows both. Steps are timed
+on as many cores as a run has in training (--cores), from fresh weights: a step's time does not
+depend on them, but for the grouped dispatch, which takes a little less the more even the loads are.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from experiments import cli, results
+from experiments import suite as suite_lib
+from experiments.suite import KEY_LENGTH, Arm, Run, Suite
+from experiments.surgeries import Surgery, use_compilation_cache
+from moejax import trees
+from moejax.config import ConfigError, check
+from moejax.data import DataConfig
+from moejax.moe.settings import MoEConfig
+from moejax.train import loop, metrics, settings, workdir
+from moejax.train.plan import Plan
+
+RESULTS = pathlib.Path(__file__).parent / 'results/step_times.jsonl'
+ROUNDS = 15
+SECONDS = 0.25    # a round of one step, roughly
+MOST = 50         # steps in a round
+TOGETHER = 6      # steps timed against a base at once, for the sake of memory and caches
+BATCHES = 8       # different ones a step is fed in turn
+DEFAULTS = DataConfig()
+
+Table = Mapping[tuple[str, str, str], float]   # (devices, base's step, step) -> ratio
+Advance = Callable[[int], None]                # takes so many steps, and waits for the last
+
+
+def timed(run: Run) -> settings.RunConfig:
+  """The config with everything at its default that does not move a step's time."""
+  config = run.settings
+  moes = {field.name: _timed_moe(getattr(config.model, field.name))
+          for field in dataclasses.fields(config.model) if field.type in ('MoEConfig', MoEConfig)}
+  unread = {name: getattr(DEFAULTS, name) for name in ('eval_examples', 'eval_repeats', 'threads')}
+  return settings.RunConfig(
+      model=dataclasses.replace(config.model, **moes),
+      data=dataclasses.replace(config.data, eval_batch_size=config.data.batch_size, **unread),
+      optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-3),
+      task=config.task, mesh=config.mesh, parallel=config.parallel,
+      microbatches=config.microbatches)
+
+
+def _timed_moe(moe: MoEConfig) -> MoEConfig:
+  if moe.layers == 'none':
+    return MoEConfig()
+  return dataclasses.replace(moe, eval_capacity_factor=moe.capacity_factor,
+                             router_init_std=MoEConfig.router_init_std)
+
+
+def key(run: Run) -> str:
+  """Runs whose steps take the same time on the same devices share it."""
+  changed = json.dumps(_changed(timed(run)), sort_keys=True)
+  return hashlib.sha256(changed.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _changed(config: settings.RunConfig) -> dict[str, Any]:
+  """{dotted key: value} of what is not at its default."""
+  flat = lambda config: trees.flatten(dataclasses.asdict(config))
+  default = flat(settings.RunConfig(model=type(config.model)()))
+  return {path.replace('/', '.'): value for path, value in flat(config).items()
+          if path == 'model/family' or value != default[path]}
+
+
+def ratios(path: pathlib.Path = RESULTS) -> Table:
+  """What is measured."""
+  return {_identity(line): line['ratio'] for line in metrics.read_lines(path)}
+
+
+def ratio_of(arm: Arm, devices: str, table: Table) -> float | None:
+  """An arm's step time over its base's on such devices; None if it was not measured."""
+  steps = key(arm.base), key(arm.run)
+  return 1.0 if steps[0] == steps[1] else table.get((devices, *steps))
+
+
+def time_ratios(suite: Suite, folder: pathlib.Path, path: pathlib.Path = RESULTS
+                ) -> dict[str, float]:
+  """{run's key: `ratio_of`} of a suite's finished runs, each on the devices it was trained on."""
+  table, found = ratios(path), {}
+  for arm in filter(_has_steps, suite.arms):
+    devices = workdir.Workdir(folder / arm.run.name).read('run.json')['devices']
+    if (ratio := ratio_of(arm, devices, table)) is not None:
+      found[arm.run.key] = ratio
+  return found
+
+
+def _has_steps(arm: Arm) -> bool:
+  """Whether there is a step of its own to time: not with a teacher, who may not be trained yet."""
+  return not isinstance(arm.run, Surgery) and not arm.run.settings.task.teacher
+
+
+def measure(suites: Iterable[Suite], rounds: int, path: pathlib.Path = RESULTS) -> None:
+  """Times the steps that are not in `path` yet, under a progress bar; a few lines at a time."""
+  devices = workdir.provenance()['devices']
+  groups = list(_groups(suites, devices, ratios(path)))
+  total = (rounds + 2) * sum(1 + len(arms) for arms in groups)
+  with tqdm(total=total, unit='round', dynamic_ncols=True,
+            disable=not sys.stderr.isatty()) as bar:
+    for arms in groups:
+      configs = [timed(arms[0].base), *(timed(arm.run) for arm in arms)]
+      advances = [prepare(config, bar.update) for config in configs]
+      found = interleaved(advances, rounds, bar.update)
+      lines = [_line(arm, devices, per_round) for arm, per_round in zip(arms, found)]
+      results.write_text(path, ''.join(
+          json.dumps(line) + '\n' for line in [*metrics.read_lines(path), *lines]))
+
+
+def _groups(suites: Iterable[Suite], devices: str, known: Table) -> Iterable[list[Arm]]:
+  """Arms with a distinct step that is not known, at most TOGETHER of one base."""
+  by_base: dict[str, dict[str, Arm]] = {}
+  for arm in (arm for suite in suites for arm in filter(_has_steps, suite.arms)):
+    if ratio_of(arm, devices, known) is None:
+      by_base.setdefault(key(arm.base), {}).setdefault(key(arm.run), arm)
+  for found in by_base.values():
+    arms = list(found.values())
+    yield from (arms[start:start + TOGETHER] for start in range(0, len(arms), TOGETHER))
+
+
+def prepare(config: settings.RunConfig, tick: Callable[[], Any] = lambda: None) -> Advance:
+  """Compiles a run's train step and takes the first."""
+  program = loop.Program(config, Plan.make(config, 0))
+  state, _ = program.first_state(None)
+  batches = [program.put(program.dataset.train_batch(step)) for step in range(BATCHES)]
+  done = 0
+
+  def advance(steps: int) -> None:
+    nonlocal state, done
+    for _ in range(steps):
+      state, marker = program.train_step(state, batches[done % BATCHES])
+      done += 1
+    jax.block_until_ready(marker)
+
+  advance(1)
+  tick()
+  return advance
+
+
+def interleaved(advances: Sequence[Advance], rounds: int, tick: Callable[[], Any] = lambda: None
+                ) -> list[list[float]]:
+  """Rounds of a few steps of each, the order rotating, after one round to warm up.
+
+  Returns:
+    For all but the first of `advances` its time per step over the first's, a number per round.
+  """
+  counts = [max(1, min(MOST, round(SECONDS / _seconds(advance, 2)))) for advance in advances]
+  took = []
+  for i in range(rounds + 1):
+    start = i % len(advances)
+    order = [*range(start, len(advances)), *range(start)]
+    per_step = {}
+    for which in order:
+      per_step[which] = _seconds(advances[which], counts[which])
+      tick()
+    took.append(per_step)
+  return [[one[which] / one[0] for one in took[1:]] for which in range(1, len(advances))]
+
+
+def _seconds(advance: Advance, steps: int) -> float:
+  """Seconds per step."""
+  started = time.perf_counter()
+  advance(steps)
+  return (time.perf_counter() - started) / steps
+
+
+def _line(arm: Arm, devices: str, per_round: list[float]) -> dict[str, Any]:
+  """One of the file: `low` and `high` are quartiles."""
+  low, median, high = statistics.quantiles(per_round, n=4, method='inclusive')
+  return {'devices': devices, 'base': key(arm.base), 'key': key(arm.run),
+          'label': f'{arm.domain}: {arm.name}', 'config': arm.run.config,
+          'ratio': round(median, 4), 'low': round(low, 4), 'high': round(high, 4),
+          'flops_ratio': round(arm.run.step_flops / arm.base.step_flops, 4),
+          'rounds': len(per_round), 'settings': _changed(timed(arm.run)),
+          'versions': workdir.versions()}
+
+
+def _identity(line: dict[str, Any]) -> tuple[str, str, str]:
+  return line['devices'], line['base'], line['key']
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+  """Markdown of measured lines, sorted by label."""
+  rows = ['| step | time / base | quartiles | FLOPs / base | time / FLOPs | rounds | devices |',
+          '|---|---:|---:|---:|---:|---:|---|']
+  for line in sorted(lines, key=lambda line: (line['label'], _identity(line))):
+    rows.append(f'| {line["label"]} | {line["ratio"]:.2f} | {line["low"]:.2f} to {line["high"]:.2f}'
+                f' | {line["flops_ratio"]:.2f} | {line["ratio"] / line["flops_ratio"]:.2f} '
+                f'| {line["rounds"]} | {line["devices"]} |')
+  return '\n'.join(rows) + '\n'
+
+
+def use_cores(number: int) -> None:
+  """Keeps this process on the first `number` of its cores; 0: on all. Before JAX is used."""
+  if number and hasattr(os, 'sched_setaffinity'):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Times, or shows; returns the exit code. Raises ConfigError on what cannot work."""
+  parser = cli.Parser('python -m experiments.timing', __doc__)
+  parser.add_argument('--suite', metavar='NAME[,NAME]',
+                      help='whose steps: all, or some of ' + ', '.join(suite_lib.names()))
+  parser.add_argument('--scale', metavar='SCALE', default='mini',
+                      help='how large (default: %(default)s)')
+  parser.add_argument('--rounds', type=int, default=ROUNDS,
+                      help='rounds of each step (default: %(default)s)')
+  parser.add_argument('--cores', type=int, default=1,
+                      help='cores to time on, those of one run in training; 0: all (default: '
+                           '%(default)s)')
+  parser.add_argument('--results', metavar='FILE', type=pathlib.Path, default=RESULTS,
+                      help='file of the measurements, to be added to (default: %(default)s)')
+  parser.add_argument('--show', action='store_true', help='print what is measured, and no more')
+  args = parser.parse(argv, suite_required=False)
+  if not args.show:
+    check(args.suite is not None, '--suite', args.suite, 'names of suites, or all',
+          'Or print what is measured with --show.')
+    check(args.rounds >= 2, '--rounds', args.rounds, '2 or more', 'Quartiles need a few.')
+    check(args.cores >= 0, '--cores', args.cores, '0 or more', 'Leave it out for one core.')
+    use_cores(args.cores)
+    use_compilation_cache()
+    names = suite_lib.names() if args.suite == 'all' else args.suite.split(',')
+    measure([suite_lib.load(name, args.scale) for name in names], args.rounds, args.results)
+  print(table(metrics.read_lines(args.results)), end='')
+  return 0
+
+
+if __name__ == '__main__':
+  try:
+    sys.exit(main())
+  except ConfigError as error:
+    sys.exit(f'experiments: {error}')
