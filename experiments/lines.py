@@ -112,23 +112,27 @@ def shown(group: list[Line], paths: list[str]) -> list[str]:
   return [path for path in paths if any(line.values(path) for line in group)]
 
 
-def span(group: list[Line], values: dict[str, list[float]]) -> tuple[float, float]:
+def span(group: list[Line], drawn: dict[str, list[float]], ends: dict[str, list[float]]
+         ) -> tuple[float, float]:
   """Limits of an axis that shows every value of the lines that branch from a trunk.
 
-  Another line is inside if its last value is no further from theirs than they spread; a line that
-  is left out (started from nothing, mostly) would flatten all others, and is told in words instead.
+  Of any other line it shows the end, if that is no further from those values than they spread; a
+  line that is left out (started from nothing, mostly) would flatten all others, and is told in
+  words instead.
 
   Args:
     group: the lines of a domain.
-    values: {line's name: what is drawn of it}, the last one being where it ends.
+    drawn: {line's name: what is drawn of it}.
+    ends: {line's name: its last value and the interval around it, if any}; the value stands last.
   """
-  finite = {name: [v for v in drawn if math.isfinite(v)] for name, drawn in values.items()}
-  branches = [v for line in group if line.first['start_step'] > 0 for v in finite[line.name]]
-  branches = branches or [v for drawn in finite.values() for v in drawn] or [0.0]
+  finite = lambda values: [v for v in values if math.isfinite(v)]
+  branches = [v for line in group if line.first['start_step'] > 0
+              for v in finite(drawn[line.name] + ends[line.name])]
+  branches = branches or [v for values in ends.values() for v in finite(values)] or [0.0]
   low, high = min(branches), max(branches)
-  spread = high - low
-  ends = [values[name][-1] for name in finite if values[name] and finite[name]]
-  near = [v for v in ends if low - spread <= v <= high + spread]
+  reach = high - low
+  near = [v for values in ends.values() if low - reach <= values[-1] <= high + reach
+          for v in finite(values)]
   low, high = min([low, *near]), max([high, *near])
   margin = 0.06 * (high - low) or 0.1
   return low - margin, high + margin

@@ -15,8 +15,9 @@ from experiments.lines import Line
 from experiments.results import Results
 from experiments.verdict import Estimate, estimate
 
-# Okabe and Ito's colours, told apart by the colour-blind; markers and dashes say the same again.
-COLORS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#F0E442')
+# Okabe and Ito's colours, told apart by the colour-blind (grey for their yellow, which is faint on
+# white); markers and dashes say the same again.
+COLORS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#777777')
 MARKERS = ('o', 's', '^', 'v', 'D', 'P', 'X', 'h', '*')
 DASHES = (':', '-', '--', '-.', (0, (5, 1, 1, 1, 1, 1)))
 PANEL = 5.2       # inches: two of them are as wide as a README shows at full size
@@ -98,9 +99,10 @@ def _curves(panel: Axes, group: list[Line], styles: dict, _: dict) -> None:
   """Validation loss over extra FLOPs: mean over pairs, each pair thinly, the end's interval."""
   curves = {line.name: curve(line) for line in group}
   means = {name: [estimate(losses) for _, losses in points] for name, points in curves.items()}
-  low, high = lines_lib.span(group, {
-      name: [*(loss for _, losses in points for loss in losses), *_ends(means[name][-1])]
-      for name, points in curves.items()})
+  low, high = lines_lib.span(
+      group, {name: [loss for _, losses in points for loss in losses]
+              for name, points in curves.items()},
+      {name: _ends(found[-1]) for name, found in means.items()})
   lane = 0.012 * max(points[-1][0] for points in curves.values())
   outside = []
   for place, line in enumerate(group):
@@ -144,8 +146,7 @@ def _points(panel: Axes, group: list[Line], styles: dict, about: dict) -> None:
   group = [line for line in group if line.values(path)]
   values = {line.name: [*line.values(path).values()] for line in group}
   means = {name: estimate(drawn) for name, drawn in values.items()}
-  low, high = lines_lib.span(group, {name: [*values[name], *_ends(means[name])]
-                                     for name in values})
+  low, high = lines_lib.span(group, values, {name: _ends(e) for name, e in means.items()})
   for place, line in enumerate(group):
     e, style = means[line.name], styles[line.name]
     if line.first['reference'] and math.isfinite(e.mean):
@@ -175,7 +176,8 @@ def _sweep(panel: Axes, group: list[Line], styles: dict, about: dict) -> None:
   path = lines_lib.shown(group, about['metrics'])[0]
   group = [line for line in group if line.values(path)]
   means = {line.name: estimate([*line.values(path).values()]) for line in group}
-  low, high = lines_lib.span(group, {name: _ends(e) for name, e in means.items()})
+  ends = {name: _ends(e) for name, e in means.items()}
+  low, high = lines_lib.span(group, ends, ends)
   series: dict[str, list[Line]] = {}
   outside = []
   for line in group:
@@ -212,7 +214,7 @@ def _x_axis(panel: Axes, places: list[float], series: int) -> Callable[[float, f
     panel.set_xscale('log', base=2)
     panel.minorticks_off()
   if even or len(places) <= 10:
-    panel.set_xticks(places, [f'{x:g}' for x in places])
+    panel.set_xticks(places, [f'{x:,g}' for x in places])
   width = places[-1] - places[0] if places else 0.0
   octaves, step = min(0.08, 0.5 / max(series, 1)), min(0.012, 0.06 / max(series, 1)) * width
   return lambda x, steps: x * 2 ** (octaves * steps) if even else x + step * steps

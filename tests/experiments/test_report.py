@@ -118,17 +118,21 @@ def test_curves_start_at_zero_extra_flops_and_have_the_steps_of_all_pairs():
 
 def test_an_axis_shows_whole_branches_and_ends_that_do_not_flatten_them():
   group = lines.by_domain(made_up.one_pair(), [])['d']
-  values = {'dense': [2.0, 1.5], 'sparse': [2.25, 1.25], 'scratch': [9.0, 4.0]}
+  def span(scratch, dense=(2.0, 1.5), interval=()):
+    drawn = {'dense': [*dense], 'sparse': [2.25, 1.25], 'scratch': [9.0, scratch]}
+    ends = {name: values[-1:] for name, values in drawn.items()}
+    return lines.span(group, drawn, ends | {'scratch': [*interval, scratch]})
+
   # The branches span 1.25 to 2.25; an end up to one span away is shown too, and 4.0 is not.
-  assert lines.span(group, values) == pytest.approx((1.25 - 0.06, 2.25 + 0.06))
-  assert lines.span(group, {**values, 'scratch': [9.0, 3.25]}) == pytest.approx(
-      (1.25 - 0.12, 3.25 + 0.12))
+  assert span(4.0) == pytest.approx((1.25 - 0.06, 2.25 + 0.06))
+  assert span(3.25) == pytest.approx((1.25 - 0.12, 3.25 + 0.12))
+  assert span(3.25, interval=(3.0, 5.25)) == pytest.approx((1.25 - 0.24, 5.25 + 0.24))
   # The same upside down, as of an accuracy; and what is not finite has no place on any axis.
-  assert lines.span(group, {**values, 'scratch': [0.0, 0.5]}) == pytest.approx(
-      (0.5 - 0.105, 2.25 + 0.105))
-  assert lines.span(group, {**values, 'scratch': [-9.0], 'dense': [math.nan]}) == pytest.approx(
-      (1.25 - 0.06, 2.25 + 0.06))
-  assert lines.span(group, dict.fromkeys(values, [])) == (-0.1, 0.1)
+  assert span(0.5) == pytest.approx((0.5 - 0.105, 2.25 + 0.105))
+  assert span(-9.0) == span(math.inf) == pytest.approx((1.25 - 0.06, 2.25 + 0.06))
+  assert span(4.0, dense=(2.0, math.nan)) == pytest.approx((1.25 - 0.06, 2.25 + 0.06))
+  nothing = {line.name: [math.nan] for line in group}
+  assert lines.span(group, nothing, nothing) == (-0.1, 0.1)
 
 
 def test_data_that_differ_in_a_domain_are_refused_and_may_differ_between_domains():
