@@ -12,12 +12,11 @@ started with its own --shard over a common folder; see experiments/launch/.
 
 import argparse
 import pathlib
-import shlex
 import sys
-import time
 
-from experiments import cli, dry_run, locks, report, results, runner, suites
+from experiments import cli, dry_run, runner, suites, surgeries
 from experiments import suite as suite_lib
+from experiments.session import Session
 from experiments.shards import Shard
 from moejax.config import ConfigError, check, check_choice
 
@@ -62,7 +61,7 @@ def _names(args: argparse.Namespace) -> list[str]:
   """Names of the suites, each once. Raises ConfigError if there is none of a name."""
   if args.suite != ALL:
     return list(dict.fromkeys(args.suite.split(',')))
-  names = list(getattr(suites, 'ORDER', suite_lib.names()))
+  names = suites.ORDER
   scales = dict.fromkeys(scale for name in names for scale in suite_lib.scales(name))
   check_choice('--scale', args.scale, scales)
   have = [name for name in names if args.scale in suite_lib.scales(name)]
@@ -81,72 +80,11 @@ def main(argv: list[str] | None = None) -> int:
   check(pathlib.Path('configs').is_dir(), 'working directory', str(pathlib.Path.cwd()),
         'the root of the repository, where configs/ is', 'cd there.')
   chosen = {name: suite_lib.load(name, args.scale) for name in args.suites}
-  jobs = {name: _jobs(suite) for name, suite in chosen.items()}
+  jobs = {name: surgeries.jobs(suite.runs()) for name, suite in chosen.items()}
   if args.dry_run:
     print(dry_run.table(jobs, args.runs, args.jobs, args.shard))
     return 0
-  return _Session(chosen, args).run(jobs)
-
-
-def _jobs(suite: suite_lib.Suite) -> list:
-  return suite.jobs() if hasattr(suite, 'jobs') else suite.runs()
-
-
-class _Session:
-  """Trains suites and reports each when it is done."""
-
-  def __init__(self, chosen: dict[str, suite_lib.Suite], args: argparse.Namespace):
-    self.suites, self.args = chosen, args
-    self.tables: dict[str, str] = {}   # of the suites reported so far
-    self.unreported: list[str] = []    # suites whose report failed, and why
-
-  def run(self, jobs: dict[str, list]) -> int:
-    started, args = time.monotonic(), self.args
-    train = runner.Runner(jobs, args.runs, args.jobs, shard=args.shard, keep_going=args.keep_going,
-                          report=self._report)
-    print(f'{", ".join(self.suites)} ({args.scale}): {train.found} runs finished, '
-          f'{len(train.pending)} to train in {args.runs}', file=sys.stderr)
-    code = 0
-    try:
-      train.run()
-    except runner.Failed as error:
-      print(f'experiments: {error}', file=sys.stderr)
-      code = 1
-    except KeyboardInterrupt:
-      print(f'\nstopped; what was running is saved. To go on: {self._same_command()}',
-            file=sys.stderr)
-      return 130
-    for message in self.unreported:
-      print(f'experiments: {message}', file=sys.stderr)
-    if len(self.suites) == 1:
-      print(*self.tables.values(), sep='')
-    for name in self.tables:
-      print(f'{name}: {len(jobs[name])} runs. Written to {cli.results_folder(args, name)}')
-    print(f'{time.monotonic() - started:.0f} s', file=sys.stderr)
-    return 1 if self.unreported else code
-
-  def _report(self, name: str) -> None:
-    directory = cli.results_folder(self.args, name)
-    try:
-      # Shards that find the suite finished write the same bytes, but not at the same time.
-      with locks.waited_for(self.args.runs):
-        results.write(results.collect(self.suites[name], self.args.runs), directory)
-        self.tables[name] = report.write(results.read(directory), directory)
-    except ConfigError as error:
-      if not self.args.keep_going:
-        raise
-      self.unreported.append(f'{name}: {error}')
-    else:
-      print(f'{name}: results written to {directory}', file=sys.stderr)
-
-  def _same_command(self) -> str:
-    args = self.args
-    given = {'suite': args.suite, 'scale': args.scale, 'runs': args.runs, 'results': args.results,
-             'shard': args.shard}
-    flags = [f'--{name}={value}' for name, value in given.items()
-             if value not in (None, pathlib.Path('runs'))]
-    return shlex.join(['python', '-m', 'experiments.main', *flags,
-                       *(['--keep_going'] if args.keep_going else []), f'--jobs={args.jobs}'])
+  return Session(chosen, args).run(jobs)
 
 
 if __name__ == '__main__':

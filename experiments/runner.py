@@ -242,7 +242,7 @@ class Runner:
   def _stop(self) -> None:
     """Lets the workers save and end; a second Ctrl-C ends them at once."""
     for worker in self.workers:
-      worker.process.send_signal(signal.SIGINT)
+      worker.process.terminate()   # SIGINT is ignored by what a shell has started with &
     try:
       for worker in self.workers:
         worker.process.wait()

@@ -8,7 +8,8 @@ import pathlib, sys, time
 folder, until, code = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 with (folder.parent / 'order.txt').open('a') as order:
   order.write(folder.name + '\\n')
-while until and not pathlib.Path(until).exists():
+given_up = time.monotonic() + 60
+while until and not pathlib.Path(until).exists() and time.monotonic() < given_up:
   time.sleep(0.02)
 if code:
   sys.exit(f'no luck in {folder.name}')

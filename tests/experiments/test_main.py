@@ -1,6 +1,5 @@
 """Which suites a command line means, and what a dry run says of them."""
 
-import functools
 import json
 import re
 
@@ -15,7 +14,7 @@ from tests.experiments.fakes import Fake
 
 @pytest.fixture(autouse=True)
 def tiny_suites(monkeypatch):
-  tiny.use(functools.partial(monkeypatch.setattr, raising=False))
+  tiny.use(monkeypatch.setattr)
 
 
 def test_several_suites_are_taken_in_the_order_given_and_once():
