@@ -77,7 +77,7 @@ MINI = {'parallel': 'pmap', 'log_every': 100}   # of every run but the paper's
 
 def _text(scale: str) -> Regime:
   changes = {**MINI, 'data.eval_batch_size': 32, 'data.eval_examples': 1024}
-  regime = Regime('T5 on stdlib_text', 't5_stdlib', 24_000, 4_800, 2, 5, 3, ENCODER_DECODER,
+  regime = Regime('T5 on stdlib_text', 't5_stdlib', 24_000, 6_000, 2, 5, 3, ENCODER_DECODER,
                   'test/loss', MARGIN, (4_000, 12_000), changes)
   return _scaled(regime, scale, 'paper/t5_base', trunk=1_000_000, extra=200_000)
 

@@ -13,8 +13,8 @@ from experiments import protocol
 from experiments.suite import Suite
 
 HE, WANG = 'He et al. 2024 (2410.07524)', 'Wang et al. 2024 (2408.15664)'
-ARMS = {'none': {}, 'loss 0.002': {'balance_weight': 0.002}, 'loss 0.02': {'balance_weight': 0.02},
-        'loss 0.2': {'balance_weight': 0.2}, 'bias 0.001': {'bias_rate': 0.001}}
+ARMS = {'none': {}, 'loss 0.02': {'balance_weight': 0.02}, 'loss 0.2': {'balance_weight': 0.2},
+        'bias 0.001': {'bias_rate': 0.001}}
 
 
 def get_suite(scale: str) -> Suite:
