@@ -12,9 +12,9 @@ import jax
 import pytest
 
 from moejax import config as config_lib
-from moejax import models, trees
+from moejax import data, models, trees
 from moejax.config import ConfigError
-from moejax.train import settings
+from moejax.train import loop, plan, settings
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAMES = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != '__init__')
@@ -59,6 +59,31 @@ def test_runlocal_is_the_same_model_in_a_few_steps(name):
 def test_another_argument_is_refused(name):
   with pytest.raises(ConfigError, match="config argument: got 'runlocl'.*Did you mean 'runlocal'"):
     get_config(name, 'runlocl')
+
+
+class Enough(Exception):
+  """Stops a program that has asked for all the data there are to look at."""
+
+
+def test_new_glyphs_are_all_new_to_the_parent(monkeypatch):
+  """Trained on and probed: what is left of the permutation of which the parent has the first."""
+  run, parent = (settings.resolve(get_config(name, 'runlocal'))
+                 for name in ('vit_glyphs_new', 'vit_glyphs'))
+  asked, build = [], loop.Program._data
+
+  def data_of(program, config):
+    asked.append(config)
+    if len(asked) == 2:
+      raise Enough
+    return build(program, config)
+  monkeypatch.setattr(loop.Program, '_data', data_of)
+  with pytest.raises(Enough):
+    loop.Program(run, plan.Plan.make(run, 0))
+  assert [config.source for config in asked] == ['glyphs'] * 2
+  for config in asked:
+    assert (config.image.skip_classes, config.image.classes) == (parent.data.image.classes, 0)
+  assert asked[1].image.augment == 'none' and asked[1].eval_repeats == 1
+  assert run.model.num_classes == data.build(run.data, seed=0).num_classes == 284
 
 
 def train(name, workdir, *overrides, arg='runlocal'):
