@@ -187,13 +187,19 @@ class Pair:
     return dataclasses.replace(run, label=f'{run.label}, cooled from {step:,}', parent=run,
                                changes=changes)
 
-  def finetuned(self, config: str, parent: Run) -> Run:
-    """The end of `parent` (after its cooldown) fine-tuned as config file `config` says."""
+  def finetuned(self, config: str, parent: Run, steps: int = 0) -> Run:
+    """The end of `parent` (after its cooldown) fine-tuned as config file `config` says.
+
+    steps: 0: the config's own; else the cooldown is a fifth of them and evaluation comes last.
+    """
     sparse = parent.config.endswith('_upcycled')
     model = {key: value for key, value in parent.changes.items()
              if key.startswith('model.') and not key.endswith('group_size')}
     words = [*(['upcycled'] if sparse else []), *([self.regime.arg] if self.regime.arg else [])]
     changes = {key: self.regime.changes[key] for key in ('parallel',) if key in self.regime.changes}
+    if steps:
+      changes |= {'steps': steps, 'eval_every': steps, 'checkpoint_every': steps,
+                  'schedule.cooldown_steps': steps // 5}
     return Run(f'{parent.label}, {config}', config, {**changes, 'seed': self.number, **model},
                parent, ','.join(words))
 

@@ -51,6 +51,8 @@ def get_suite(scale: str) -> Suite:
   claims += [
       text.claim('expert choice beats top-2 with priority in the encoder', B1, 'no figures',
                  'expert choice, C=2', '<', 'top-2, priority'),
+      text.claim("expert choice C=1 beats Switch's top-1", B1, 'no figures',
+                 'expert choice, C=1', '<', 'top-1'),
       vision.claim('top-2 with priority equals expert choice C=2', TABLE2, '52.88 and 52.80',
                    'top-2, priority', '~', 'expert choice, C=2'),
       vision.claim('top-1 with priority equals expert choice C=1', TABLE2, '51.51 and 51.91',

@@ -13,11 +13,14 @@ against upcycled at 20 %: the same steps in all.
 Refuted if scratch is ahead at 60 %, or upcycled still is at 180 %.
 """
 
+import functools
+
 from experiments import protocol
 from experiments.suite import Arm, Suite
 
 FIG4 = 'Komatsuzaki et al. 2023, Fig. 4'
 BUDGETS = (20, 60, 120, 180)   # extra steps, in % of the dense pretraining
+CONTROLS = (20, 120)           # those at which the dense model is trained on too
 
 
 def get_suite(scale: str) -> Suite:
@@ -41,18 +44,17 @@ def get_suite(scale: str) -> Suite:
 
 def _pair(regime: protocol.Regime, pair: protocol.Pair) -> list[Arm]:
   """The rungs of one pair."""
-  base = regime.early[0]
-  steps = [round(base * percent / 100) for percent in BUDGETS]
-  trunks = [n - round(protocol.COOLDOWN * n) for n in steps]   # where each one's cooldown begins
-  how = {'changes': {'schedule.cooldown_steps': 0, 'branch_steps': tuple(trunks[:-1])}}
-  long = {'upcycled': pair.upcycled(trunks[-1], start=base, **how),
-          'scratch': pair.scratch(trunks[-1], **how)}
-  dense = pair.dense(trunks[-1], start=base, **how)
-  arms = []
-  for percent, n, trunk in zip(BUDGETS, steps, trunks):
-    for series, run in {**long, 'dense': dense}.items():
-      first = 0 if series == 'scratch' else base
-      rung = pair.rung(run, first + trunk, n - trunk)
+  base, arms = regime.early[0], []
+  for series, make, first, budgets in (
+      ('upcycled', functools.partial(pair.upcycled, start=base), base, BUDGETS),
+      ('scratch', pair.scratch, 0, BUDGETS),
+      ('dense', functools.partial(pair.dense, start=base), base, CONTROLS)):
+    steps = [round(base * percent / 100) for percent in budgets]
+    trunks = [n - round(protocol.COOLDOWN * n) for n in steps]   # where each cooldown begins
+    long = make(trunks[-1], changes={'schedule.cooldown_steps': 0,
+                                     'branch_steps': tuple(trunks[:-1])})
+    for percent, n, trunk in zip(budgets, steps, trunks):
+      rung = pair.rung(long, first + trunk, n - trunk)
       arms.append(pair.arm(f'{series}, {percent} %', rung, series=series, x=percent,
                            start_step=first, base_step=base))
   return arms
