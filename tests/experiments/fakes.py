@@ -25,6 +25,7 @@ class Fake:
     name: of its folder, and its label and key.
     until: a file it waits for; '' for none.
     code: its exit code.
+    begun: how much of its work an earlier attempt has done.
   """
   name: str
   parent: 'Fake | None' = None
@@ -32,6 +33,7 @@ class Fake:
   until: str = ''
   code: int = 0
   work: int = 1
+  begun: int = 0
 
   @property
   def label(self) -> str:
@@ -48,7 +50,7 @@ class Fake:
     return (folder / self.name / 'done').exists()
 
   def done(self, folder: pathlib.Path) -> int:
-    return int(self.finished(folder))
+    return self.work if self.finished(folder) else self.begun
 
 
 def order(folder: pathlib.Path) -> list[str]:

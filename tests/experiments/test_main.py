@@ -60,15 +60,16 @@ def test_a_dry_run_adds_up_by_hand(tmp_path, monkeypatch):
   monkeypatch.setattr(runner, 'cores', lambda: [0, 1, 2, 3])   # two workers have two cores each
   finished(tmp_path, 'known', seconds=36.0, steps=2, flops=50)   # 0.36 s per FLOP
   parent = Fake('known-p-f', cost=20_000, work=100)
-  child, other = Fake('known-c-f', parent, cost=5_000, work=10), Fake('new-o-f', cost=7)
+  child = Fake('known-c-f', parent, cost=6_000, work=12, begun=2)
+  other = Fake('new-o-f', cost=7)
   (tmp_path / parent.name).mkdir()
   (tmp_path / parent.name / 'done').touch()
   table = dry_run.table({'a': [parent, child], 'b': [parent, other]}, tmp_path, 2, Shard(2, 2))
   rows = {name: cells for name, *cells in (re.split(' {2,}', row) for row in table.splitlines())}
-  # 5,000 FLOPs x 0.36 s x 2 cores / 3600 s
-  assert rows['a'] == ['2', '1', '110', '2.50e+04', '5.00e+03', '1.00']
+  # 10/12 of 6,000 FLOPs x 0.36 s x 2 cores / 3600 s
+  assert rows['a'] == ['2', '1', '112', '2.60e+04', '5.00e+03', '1.00']
   assert rows['b'] == ['2', '1', '101', '2.00e+04', '7.00e+00', 'unknown']
-  assert rows['all, shared jobs once'] == ['3', '1', '111', '2.50e+04', '5.01e+03',
+  assert rows['all, shared jobs once'] == ['3', '1', '113', '2.60e+04', '5.01e+03',
                                            '1.00 + 1 jobs unknown']
   assert rows['shard 2/2'] == ['1', '0', '1', '7.00e+00', '7.00e+00', 'unknown']
 

@@ -124,6 +124,11 @@ def test_jobs_run_suite_by_suite_the_costliest_first_and_shared_ones_once(tmp_pa
   assert reported == {'a': order(tmp_path)[:3], 'c': order(tmp_path)[:3], 'b': order(tmp_path)}
 
 
+def test_a_parent_that_a_suite_does_not_name_is_done_too(tmp_path, quick):
+  runner.Runner({'s': [Fake('c', Fake('p', Fake('pp')))]}, tmp_path, 2).run()
+  assert order(tmp_path) == ['pp', 'p', 'c']
+
+
 def test_a_free_worker_starts_on_the_next_suite(tmp_path, quick):
   go = tmp_path / 'go'
   parent = Fake('p', until=str(go))
