@@ -117,20 +117,27 @@ def measure(suites: Iterable[Suite], rounds: int, path: pathlib.Path = RESULTS) 
   with tqdm(total=total, unit='round', dynamic_ncols=True,
             disable=not sys.stderr.isatty()) as bar:
     for arms in groups:
-      configs = [timed(arms[0].base), *(timed(arm.run) for arm in arms)]
-      advances = [prepare(config, bar.update) for config in configs]
+      runs = [arms[0][1].base, *(arm.run for _, arm in arms)]
+      advances = [prepare(timed(run), bar.update) for run in runs]
       found = interleaved(advances, rounds, bar.update)
-      lines = [_line(arm, devices, per_round) for arm, per_round in zip(arms, found)]
+      lines = [_line(label, arm, devices, per_round)
+               for (label, arm), per_round in zip(arms, found)]
       results.write_text(path, ''.join(
           json.dumps(line) + '\n' for line in [*metrics.read_lines(path), *lines]))
 
 
-def _groups(suites: Iterable[Suite], devices: str, known: Table) -> Iterable[list[Arm]]:
-  """Arms with a distinct step that is not known, at most TOGETHER of one base."""
-  by_base: dict[str, dict[str, Arm]] = {}
-  for arm in (arm for suite in suites for arm in filter(_has_steps, suite.arms)):
-    if ratio_of(arm, devices, known) is None:
-      by_base.setdefault(key(arm.base), {}).setdefault(key(arm.run), arm)
+def _groups(suites: Iterable[Suite], devices: str, known: Table
+            ) -> Iterable[list[tuple[str, Arm]]]:
+  """(label, arm) of distinct steps that are not known, at most TOGETHER of one base.
+
+  A step that several arms share goes by the first.
+  """
+  by_base: dict[str, dict[str, tuple[str, Arm]]] = {}
+  for suite in suites:
+    for arm in filter(_has_steps, suite.arms):
+      if ratio_of(arm, devices, known) is None:
+        label = f'{arm.domain}, {suite.name}: {arm.name}'
+        by_base.setdefault(key(arm.base), {}).setdefault(key(arm.run), (label, arm))
   for found in by_base.values():
     arms = list(found.values())
     yield from (arms[start:start + TOGETHER] for start in range(0, len(arms), TOGETHER))
@@ -182,11 +189,11 @@ def _seconds(advance: Advance, steps: int) -> float:
   return (time.perf_counter() - started) / steps
 
 
-def _line(arm: Arm, devices: str, per_round: list[float]) -> dict[str, Any]:
+def _line(label: str, arm: Arm, devices: str, per_round: list[float]) -> dict[str, Any]:
   """One of the file: `low` and `high` are quartiles."""
   low, median, high = statistics.quantiles(per_round, n=4, method='inclusive')
   return {'devices': devices, 'base': key(arm.base), 'key': key(arm.run),
-          'label': f'{arm.domain}: {arm.name}', 'config': arm.run.config,
+          'label': label, 'config': arm.run.config,
           'ratio': round(median, 4), 'low': round(low, 4), 'high': round(high, 4),
           'flops_ratio': round(arm.run.step_flops / arm.base.step_flops, 4),
           'rounds': len(per_round), 'settings': _changed(timed(arm.run)),

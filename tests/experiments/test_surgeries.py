@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import json
 
+import jax
 import pytest
 
 from experiments import surgeries
 from experiments.suite import Run
 from experiments.surgeries import Measure, Surgery
 from moejax.config import ConfigError
-from moejax.train import loop, metrics
+from moejax.train import loop, metrics, parallel
 from moejax.train.workdir import Workdir
 
 TINY = {'steps': 4, 'schedule.cooldown_steps': 2, 'model.num_layers': 2, 'model.d_model': 16,
@@ -39,6 +40,14 @@ CELLS = {
     'all tokens chosen': {'model.moe.capacity_factor': 4.0, 'model.moe.eval_capacity_factor': 4.0},
     'other data': {'data.eval_examples': 16},
 }
+
+
+@pytest.fixture(scope='module', autouse=True)
+def two_devices():
+  """Fewer virtual ones than there are: eight would mostly wait for each other."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(parallel, 'make', functools.partial(parallel.make, devices=jax.devices()[:2]))
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -164,7 +173,7 @@ def test_a_cell_is_not_the_run_of_the_same_config_and_jobs_gather_cells_by_paren
 
 @pytest.mark.parametrize('changes, words', [
     ({'init.new_head': True}, 'config.init: got .*head is kept'),
-    ({'data.eval_batch_size': 12}, 'config.data.eval_batch_size: got 12'),
+    ({'data.eval_batch_size': 7}, 'config.data.eval_batch_size: got 7'),
     ({'model.d_ff': 32}, 'surgery: the rules do not account'),
 ])
 def test_what_cannot_be_measured_is_said_and_leaves_no_line(measured, tmp_path, changes, words):
