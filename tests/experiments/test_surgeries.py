@@ -14,7 +14,7 @@ from moejax.config import ConfigError
 from moejax.train import loop, metrics, parallel
 from moejax.train.workdir import Workdir
 
-TINY = {'steps': 4, 'schedule.cooldown_steps': 2, 'model.num_layers': 2, 'model.d_model': 16,
+TINY = {'steps': 4, 'schedule.cooldown_steps': 2, 'model.num_layers': 1, 'model.d_model': 16,
         'model.d_ff': 24, 'model.num_heads': 2, 'data.batch_size': 32, 'data.eval_batch_size': 32,
         'data.eval_examples': 40, 'parallel': 'pmap', 'log_every': 4, 'eval_every': 4,
         'checkpoint_every': 4}
@@ -95,7 +95,7 @@ def test_the_gap_closes_where_every_expert_takes_every_token_with_weights_that_s
   # C = E: S tokens each. Copies of one MLP, mixed with weights that sum to 1, are that MLP.
   row = collected(measured, 'all tokens chosen')
   assert abs(row['step0']['step0_gap']) < 1e-5 and abs(row['step0']['test_gap']) < 1e-5
-  assert row['final']['test']['moe/encoder/01/unchosen'] == 0
+  assert row['final']['test']['moe/encoder/00/unchosen'] == 0
   unlike = collected(measured, 'random experts, from the end')
   assert abs(unlike['step0']['step0_gap']) > 1e-3 and abs(unlike['step0']['test_gap']) > 1e-3
 
