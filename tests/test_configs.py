@@ -67,8 +67,10 @@ class Enough(Exception):
 
 def test_new_glyphs_are_all_new_to_the_parent(monkeypatch):
   """Trained on and probed: what is left of the permutation of which the parent has the first."""
-  run, parent = (settings.resolve(get_config(name, 'runlocal'))
-                 for name in ('vit_glyphs_new', 'vit_glyphs'))
+  edited, tuned = get_config('vit_glyphs', 'runlocal'), get_config('vit_glyphs_new')
+  edited.probe = tuned.probe   # as for a probe of what pretraining made of the features
+  edited.data.eval_repeats = 2
+  run, tuned = settings.resolve(edited), settings.resolve(tuned)
   asked, build = [], loop.Program._data
 
   def data_of(program, config):
@@ -79,11 +81,13 @@ def test_new_glyphs_are_all_new_to_the_parent(monkeypatch):
   monkeypatch.setattr(loop.Program, '_data', data_of)
   with pytest.raises(Enough):
     loop.Program(run, plan.Plan.make(run, 0))
-  assert [config.source for config in asked] == ['glyphs'] * 2
-  for config in asked:
-    assert (config.image.skip_classes, config.image.classes) == (parent.data.image.classes, 0)
-  assert asked[1].image.augment == 'none' and asked[1].eval_repeats == 1
-  assert run.model.num_classes == data.build(run.data, seed=0).num_classes == 284
+  trained, probed = asked
+  assert (trained.image.classes, trained.image.skip_classes) == (4096, 0)
+  for config in (probed, tuned.data):
+    assert (config.source, config.image.classes) == ('glyphs', 0)
+    assert config.image.skip_classes == 4096
+  assert probed.image.augment == 'none' and (probed.eval_examples, probed.eval_repeats) == (0, 1)
+  assert tuned.model.num_classes == data.build(tuned.data, seed=0).num_classes == 284
 
 
 def train(name, workdir, *overrides, arg='runlocal'):
