@@ -44,5 +44,5 @@ def shrink(config: ConfigDict) -> None:
   config.schedule.cooldown_steps = 4
   config.log_every = 2
   config.eval_every = config.checkpoint_every = 4
-  config.data.batch_size = config.data.eval_batch_size = 8
+  config.data.batch_size = config.data.eval_batch_size = 16
   config.data.eval_examples = 16

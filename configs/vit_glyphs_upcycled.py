@@ -18,7 +18,7 @@ def get_config(arg=None):
   config.model.moe.router = 'expert_choice'
   config.model.moe.capacity_factor = config.model.moe.eval_capacity_factor = 2.0
   config.model.moe.renormalize = True
-  config.model.moe.group_size = 16 * (8 if runlocal else 16)   # images of 16 patches
+  config.model.moe.group_size = 256   # 16 images of 16 patches
   if name:
     set_moe(config.model.moe, name)
   if not runlocal:
