@@ -241,6 +241,8 @@ def test_the_page_has_claims_counts_and_costs_worked_by_hand():
   assert line[:6] == ['e', 'sparse beats dense (below 0)', 'Someone 2023, Fig. 1', r'1 % \| 2 %',
                       '**reproduced**', 'sparse − dense: val. loss -1.2000']
   assert line[7:] == ['3', f'{1 - math.sqrt(432 / 434):.2g}']
+  # Two claims of one suite: p is twice what it is in the table of three pairs above.
+  assert [cells(text, 'd  ')[i] for i in (4, 8)] == ['undecided', '0.15']
   # Of fifteen rows, six runs and the one from scratch are different: half an hour each.
   assert 'Train steps of 7 runs on 1 x cpu each' in text and ': 3.50 hours' in text
   assert '- Data source of d: fingerprint ffffffffffffffff' in text
