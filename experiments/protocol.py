@@ -96,8 +96,7 @@ def _scaled(regime: Regime, scale: str, paper: str, *, trunk: int, extra: int) -
   if scale == 'smoke':   # a few steps, only to show that everything runs
     return dataclasses.replace(
         regime, trunk=16, extra=2, evaluations=1, early=(10, 12), core=1, other=1, arg='runlocal',
-        changes={**regime.changes, 'log_every': 1, 'data.eval_batch_size': 16,
-                 'data.eval_examples': 8, 'data.eval_repeats': 1})
+        changes={**regime.changes, 'log_every': 1, 'data.eval_examples': 8, 'data.eval_repeats': 1})
   if scale == 'colab':
     return dataclasses.replace(regime, core=3)
   if scale == 'paper':

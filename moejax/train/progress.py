@@ -114,7 +114,7 @@ class Log:
 
 
 class Stop:
-  """Set by SIGINT or SIGTERM; a second signal ends the process at once."""
+  """Set by SIGINT or SIGTERM; a second Ctrl-C ends the process at once."""
   signal: int | None = None
 
   @property
@@ -130,8 +130,9 @@ def stop_signals():
   def receive(number, _frame):
     stop.signal = number
     print('\nstopping: saving a checkpoint first (again to stop without)', file=sys.stderr)
-    for s in old:
-      signal.signal(s, old[s])
+    signal.signal(signal.SIGINT, old[signal.SIGINT])
+    # Not a second SIGTERM: schedulers tell a process and whoever started it, who passes it on.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
   for s in (signal.SIGINT, signal.SIGTERM):
     old[s] = signal.signal(s, receive)

@@ -1,4 +1,4 @@
-"""Every suite, every arm, two steps each: from surgery to table, plot and verdicts.
+"""Every suite, two steps an arm: from surgery to table, plot and verdicts.
 
 On one device, as a laptop has: the other tests' eight would each compile for themselves.
 """
@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from experiments import suite as suite_lib
 from experiments import suites
+from tests.experiments import smoke
 
 PARTS = 4   # of about equal length, for as many test processes
 
@@ -27,7 +27,7 @@ def test_every_suite_runs_from_surgery_to_verdict(part, tmp_path):
   reported = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
   assert [line['suite'] for line in reported] == list(names)
   for name in names:
-    suite = suite_lib.load(name, 'smoke')
+    suite = smoke.load(name)
     text = (tmp_path / name / f'{name}.md').read_text()
     for arm in suite.arms:
       assert f'| {arm.name}' in text
