@@ -20,14 +20,13 @@ BOTH = ('dense_vs_upcycled', 'finetuning')   # the others in one domain each, fo
 
 
 def load(name: str) -> Suite:
-  """A suite at smoke scale; one of several domains has the ViT's arms only."""
+  """A suite at smoke scale with the arms its claims name; of several domains, the ViT's."""
   suite = suite_lib.load(name, 'smoke')
-  domains = [arm.domain for arm in suite.arms]
-  if name in BOTH or len(set(domains)) == 1:
-    return suite
-  arms = tuple(arm for arm in suite.arms if arm.domain == domains[-1])
-  claims = tuple(claim for claim in suite.claims if claim.domain == domains[-1])
-  return dataclasses.replace(suite, arms=arms, claims=claims)
+  last = suite.arms[-1].domain
+  claims = [c for c in suite.claims if name in BOTH or c.domain == last]
+  named = {(c.domain, arm) for c in claims for arm in (c.a, c.b)}
+  arms = [arm for arm in suite.arms if (arm.domain, arm.name) in named]
+  return dataclasses.replace(suite, arms=tuple(arms), claims=tuple(claims))
 
 
 def run(name: str, folder: pathlib.Path) -> pathlib.Path:
