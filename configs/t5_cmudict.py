@@ -8,5 +8,5 @@ from configs import t5_stdlib_tasks
 
 def get_config(arg=None):
   config = t5_stdlib_tasks.get_config(arg, 'cmudict', encoder_length=40, decoder_length=72)
-  config.data.eval_examples = 1_024
+  config.data.eval_examples = config.data.eval_examples or 1_024   # runlocal has set fewer
   return config
