@@ -14,6 +14,8 @@ import argparse
 import pathlib
 import sys
 
+import jax
+
 from experiments import cli, dry_run, runner, suites, surgeries
 from experiments import suite as suite_lib
 from experiments.session import Session
@@ -88,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
+  jax.config.update('jax_platforms', 'cpu')   # a TPU, or a GPU's memory, is for the workers
   try:
     sys.exit(main())
   except ConfigError as error:

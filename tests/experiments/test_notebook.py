@@ -88,7 +88,8 @@ def test_it_trains_a_suite_and_shows_it(tmp_path):
   """And afterwards finds it trained, and is interrupted."""
   book = notebook()
   train, flag = sources()['train'], tmp_path / 'started'
-  again = f'assert "jax" not in sys.modules\n{train}'
+  # What starts the workers must not take the TPU they need: here, one that there is not.
+  again = f'assert "jax" not in sys.modules\nos.environ["JAX_PLATFORMS"] = "tpu"\n{train}'
   wait = f'follow([sys.executable, "-c", {INTERRUPTED!r}, {str(flag)!r}])'
   book.cells += [
       nbformat.v4.new_code_cell(again, id='again'),
