@@ -26,8 +26,8 @@ WALL = 'Wall time is that of the extra train steps, without compilation and eval
 TIME = ("Extra time is the extra steps' in % of the dense pretraining's, from step times measured "
         'in turns on one machine.')
 SPREAD = ('± is half the width of the 95 % t-interval of the mean over (dense parent, seed) pairs; '
-          'for Δ, of the mean difference within a pair, where what its arms have in common cancels. '
-          'The bars in the plot are those of the means.')
+          'for Δ, of the mean difference within a pair, where what its arms have in common cancels.'
+          ' The bars in the plot are those of the means.')
 
 
 def header(path: str) -> str:
