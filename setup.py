@@ -27,6 +27,7 @@ setuptools.setup(
         'orbax-checkpoint>=0.11',
         'pillow',
         'scikit-learn',
+        'scipy',
         'tensorboardX',
         'tensorflow-datasets>=4.9.4',
         'tqdm',
