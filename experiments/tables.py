@@ -119,8 +119,8 @@ def several(group: list[Line]) -> bool:
 
 
 def timed(group: list[Line]) -> bool:
-  """Whether step times were compared for any arm."""
-  return any(row['time_ratio'] is not None for line in group for row in line.rows.values())
+  """Whether step times were compared for every arm."""
+  return all(row['time_ratio'] is not None for line in group for row in line.rows.values())
 
 
 def mean_of(line: Line, value: Callable[[lines_lib.Row], float | None], form: str) -> str:
