@@ -75,7 +75,7 @@ NO_PARENT = {'init.mode': 'scratch', 'init.parent': ''}
     ('vit_moe', {'model.moe.group_size': 50}, r'model\.moe\.group_size: got 50.*Nearest: 48'),
     ('vit', {'data.batch_size': 63}, r'config\.data\.batch_size: got 63.*8 devices.*Nearest: 64'),
     ('vit_moe', {'data.batch_size': 8},
-     r'config\.data\.batch_size: got 8.*32 = 4 examples per routing group x 8 devices'),
+     r'config\.data\.batch_size: got 8.*128 = 16 examples per routing group x 8 devices'),
     ('vit', {'mesh.expert': 3}, r'config\.mesh: got .*expert=3.*8 devices'),
     ('vit', {'data.source': 'glyhps'}, r"got 'glyhps'.*Did you mean 'glyphs'"),
     ('vit', {'data.source': 'stdlib_text'}, r"config\.data\.source: got 'stdlib_text'.*'vit'"),

@@ -63,7 +63,8 @@ def test_quickstart_end_to_end_and_once_more(tmp_path):
 
   before, started = contents(tmp_path), time.monotonic()
   out, err = (second := start('experiments.main', *flags)).communicate()
-  assert second.returncode == 0 and '10 jobs finished, 0 to do' in err
+  assert second.returncode == 0
+  assert '8 jobs finished, 0 to do' in err   # of 10, some are the same at this scale
   assert time.monotonic() - started < 30
   assert contents(tmp_path) == before   # no worker was started, and the report is the same
 
