@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from experiments import cli, results
+from experiments import cli, results, runner
 from experiments import suite as suite_lib
 from experiments.suite import KEY_LENGTH, Arm, Run, Suite
 from experiments.surgeries import Surgery, use_compilation_cache
@@ -216,7 +216,8 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def use_cores(number: int) -> None:
-  """Keeps this process on the first `number` of its cores; 0: on all. Before JAX is used."""
+  """Makes this process what a worker is, on `number` cores; 0: on all. Before JAX is used."""
+  os.environ.update(runner.environment())
   if number and hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
 
