@@ -2,6 +2,8 @@
 
 import argparse
 import pathlib
+import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from experiments import suite as suite_lib
@@ -49,3 +51,11 @@ def results_folder(args: argparse.Namespace, suite: str = '') -> pathlib.Path:
   suite = suite or args.suite
   name = suite if args.scale == 'mini' else f'{suite}-{args.scale}'
   return args.results or args.runs / name
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+  """Ends the process with main()'s exit code; a ConfigError is one line and exit code 1."""
+  try:
+    sys.exit(main())
+  except ConfigError as error:
+    sys.exit(f'experiments: {error}')

@@ -20,7 +20,7 @@ from experiments import cli, dry_run, runner, suites, surgeries
 from experiments import suite as suite_lib
 from experiments.session import Session
 from experiments.shards import Shard
-from moejax.config import ConfigError, check, check_choice
+from moejax.config import check, check_choice
 
 ALL = 'all'
 
@@ -91,7 +91,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == '__main__':
   jax.config.update('jax_platforms', 'cpu')   # a TPU, or a GPU's memory, is for the workers
-  try:
-    sys.exit(main())
-  except ConfigError as error:
-    sys.exit(f'experiments: {error}')
+  cli.run(main)

@@ -18,7 +18,6 @@ from experiments.surgeries import Surgery
 from moejax.config import check_choice
 
 COOLDOWN = 0.4   # of a continuation's steps
-EXPERTS = 8      # of a layer, where a suite does not vary it; the paper has 32
 MARGIN = 0.005   # nats; smaller differences count as none
 
 
@@ -27,7 +26,7 @@ class Regime:
   """How one domain is run at one scale.
 
   Attributes:
-    domain: what tables call it.
+    domain: what tables call it; its first word is `family`.
     config: the dense config file; the one that upcycles it ends in _upcycled.
     trunk: steps of dense pretraining.
     extra: steps of a continuation.
@@ -39,6 +38,8 @@ class Regime:
     early: steps of pretraining after which the suites about its amount branch too.
     changes: of every run: config keys -> values.
     arg: of the config files.
+    experts: E, where a suite does not vary it.
+    depth: blocks of a stack.
   """
   domain: str
   config: str
@@ -53,6 +54,13 @@ class Regime:
   early: tuple[int, ...] = ()
   changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   arg: str = ''
+  experts: int = 8
+  depth: int = 2
+
+  @property
+  def family(self) -> str:
+    """'T5' or 'ViT'."""
+    return self.domain.split()[0]
 
   @property
   def every(self) -> int:
@@ -79,7 +87,8 @@ def _text(scale: str) -> Regime:
   changes = {**MINI, 'data.eval_batch_size': 32, 'data.eval_examples': 1024}
   regime = Regime('T5 on stdlib_text', 't5_stdlib', 24_000, 6_000, 2, 5, 3, ENCODER_DECODER,
                   'test/loss', MARGIN, (4_000, 12_000), changes)
-  return _scaled(regime, scale, 'paper/t5_base', trunk=1_000_000, extra=200_000)
+  return _scaled(regime, scale, config='paper/t5_base', domain='T5 Base on C4', trunk=1_000_000,
+                 extra=200_000)
 
 
 def _vision(scale: str) -> Regime:
@@ -87,12 +96,13 @@ def _vision(scale: str) -> Regime:
              'probe.source': 'glyphs', 'probe.skip_classes': 4096, 'probe.drop_rare': True,
              'probe.shots': (1, 5)}   # of the classes that pretraining leaves out
   regime = Regime('ViT on glyphs', 'vit_glyphs', 24_000, 4_800, 2, 5, 3, VIT,
-                  'test_seen/loss', MARGIN, (4_000, 12_000), changes)
-  return _scaled(regime, scale, 'paper/vit_b16', trunk=112_000, extra=56_000)
+                  'test_seen/loss', MARGIN, (4_000, 12_000), changes, depth=4)
+  return _scaled(regime, scale, config='paper/vit_b16', domain='ViT B/16 on ImageNet',
+                 trunk=112_000, extra=56_000)
 
 
-def _scaled(regime: Regime, scale: str, paper: str, *, trunk: int, extra: int) -> Regime:
-  """The mini regime at another scale; `paper` is the config of the real one."""
+def _scaled(regime: Regime, scale: str, *, trunk: int, extra: int, **paper) -> Regime:
+  """The mini regime at another scale; trunk, extra and `paper` are fields of the real one."""
   if scale == 'smoke':   # a few steps, only to show that everything runs
     return dataclasses.replace(
         regime, trunk=16, extra=2, evaluations=1, early=(10, 12), core=1, other=1, arg='runlocal',
@@ -100,8 +110,9 @@ def _scaled(regime: Regime, scale: str, paper: str, *, trunk: int, extra: int) -
   if scale == 'colab':
     return dataclasses.replace(regime, core=3)
   if scale == 'paper':
-    return dataclasses.replace(regime, config=paper, trunk=trunk, extra=extra, evaluations=20,
-                               core=1, other=1, early=(trunk // 4, trunk // 2), changes={})
+    return dataclasses.replace(
+        regime, trunk=trunk, extra=extra, evaluations=20, core=1, other=1, metric='test/loss',
+        early=(trunk // 4, trunk // 2), changes={}, experts=32, depth=12, **paper)
   return regime
 
 
@@ -245,7 +256,7 @@ class Pair:
     changes = {**regime.changes, 'seed': self.number, 'steps': steps, **changes}
     if parent is None:
       changes.setdefault('init.mode', 'scratch')
-    return Run(f'{regime.domain.split()[0]} {label} #{self.number}', config, changes, parent,
+    return Run(f'{regime.family} {label} #{self.number}', config, changes, parent,
                regime.arg)
 
 

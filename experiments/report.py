@@ -11,11 +11,9 @@ results give the same files, byte for byte.
 """
 
 import pathlib
-import sys
 
 from experiments import cli, page, plots, results, tables
 from experiments.results import Results
-from moejax.config import ConfigError
 
 
 def write(found: Results, directory: pathlib.Path) -> str:
@@ -47,7 +45,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  try:
-    sys.exit(main())
-  except ConfigError as error:
-    sys.exit(f'experiments: {error}')
+  cli.run(main)

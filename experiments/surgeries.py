@@ -24,6 +24,7 @@ import jax
 from absl import logging
 from tqdm import tqdm
 
+from experiments import cli
 from experiments.suite import KEY_LENGTH, Run
 from moejax import data, evaluate, models
 from moejax import main as main_lib
@@ -349,7 +350,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  try:
-    sys.exit(main())
-  except ConfigError as error:
-    sys.exit(f'experiments: {error}')
+  cli.run(main)

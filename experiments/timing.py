@@ -29,7 +29,7 @@ from experiments import suite as suite_lib
 from experiments.suite import KEY_LENGTH, Arm, Run, Suite
 from experiments.surgeries import Surgery, use_compilation_cache
 from moejax import trees
-from moejax.config import ConfigError, check
+from moejax.config import check
 from moejax.data import DataConfig
 from moejax.moe.settings import MoEConfig
 from moejax.train import loop, metrics, settings, workdir
@@ -252,7 +252,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  try:
-    sys.exit(main())
-  except ConfigError as error:
-    sys.exit(f'experiments: {error}')
+  cli.run(main)

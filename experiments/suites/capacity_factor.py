@@ -20,7 +20,7 @@ FACTORS = {'T5': (1.0, 2.0, 3.0), 'ViT': (1.0, 2.0, 3.0, 5.0)}
 def get_suite(scale: str) -> Suite:
   arms, claims = [], []
   for regime in (protocol.text(scale), protocol.vision(scale)):
-    factors = FACTORS[regime.domain.split()[0]]
+    factors = FACTORS[regime.family]
     for pair in regime.pairs(core=True):
       base = pair.upcycled()
       arms.append(pair.arm('dense, equal FLOPs', pair.paying(base)))

@@ -20,7 +20,7 @@ STARTS = {'T5': 1, 'ViT': 2}   # how many earlier points of the pretraining
 def get_suite(scale: str) -> Suite:
   arms, claims = [], []
   for regime in (protocol.text(scale), protocol.vision(scale)):
-    starts = (*regime.early[-STARTS[regime.domain.split()[0]]:], regime.trunk)
+    starts = (*regime.early[-STARTS[regime.family]:], regime.trunk)
     for pair in regime.pairs():
       for start in starts:
         how = {} if start == regime.trunk else {'start': start}

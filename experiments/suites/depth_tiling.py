@@ -25,9 +25,9 @@ def get_suite(scale: str) -> Suite:
           pair.arm('dense, equal FLOPs', pair.paying(up), reference=True),
           pair.arm('upcycled', up),
           *(pair.arm(f'depth tiled, {tiling}', pair.tiled(up, tiling))
-            for tiling in TILINGS[regime.domain.split()[0]]),
+            for tiling in TILINGS[regime.family]),
       ]
-    for tiling in TILINGS[regime.domain.split()[0]]:
+    for tiling in TILINGS[regime.family]:
       claims.append(regime.claim(
           f'upcycled beats a depth-tiled dense model (each {tiling} repeated)', FIG5,
           'no figures', 'upcycled', '<', f'depth tiled, {tiling}'))

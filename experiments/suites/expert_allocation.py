@@ -5,8 +5,8 @@ Suggestion (Lo et al. 2024, "A Closer Look into Mixture-of-Experts in Large Lang
 give more experts to deep layers and fewer to the last. It is a suggestion there, not a result;
 their own experiment is about which one layer should stay dense.
 
-All four blocks sparse, 64 experts in all (so the same parameters; the cost per step is the same
-whatever E). Refuted if an even allocation has the lower loss.
+The last four blocks sparse (of 4 in the ViT on glyphs), 64 experts in all (so the same parameters;
+the cost per step is the same whatever E). Refuted if an even allocation has the lower loss.
 """
 
 from experiments import protocol

@@ -28,7 +28,7 @@ def get_suite(scale: str) -> Suite:
       up = pair.upcycled()
       arms += [pair.arm('dense, equal FLOPs', pair.paying(up)),
                pair.arm('copies', up, reference=True)]
-      arms += [pair.arm(name, pair.upcycled(init=init(protocol.EXPERTS)))
+      arms += [pair.arm(name, pair.upcycled(init=init(regime.experts)))
                for name, init in STARTS.items() if name == 'random' or len(regime.stacks) == 1]
     claims.append(regime.claim('copied experts beat random ones', B5, 'far ahead',
                                'copies', '<', 'random'))

@@ -8,8 +8,8 @@ Each pair's dense model at equal extra FLOPs and its upcycled model, both cooled
 alike: T5 on a mixture of three tasks about Python code (stdlib_tasks, held-out files) and on
 spelling to phonemes (cmudict), scored by exact match of greedy outputs (cmudict: of words); ViT on
 digits and on glyph classes the parent never saw, with a new head, and by a few-shot probe of the
-frozen features. Rates, dropout and lengths are the fine-tuning configs', chosen on validation
-splits.
+frozen features. At scale `paper`: SuperGLUE, and the 10-shot probe of ImageNet. Rates, dropout and
+lengths are the fine-tuning configs', chosen on validation splits.
 
 Refuted if the dense model scores higher on the test splits.
 """
@@ -27,15 +27,19 @@ VISION_TASKS = {
     'vit_digits': ('digits', 'test/accuracy', '>'),
     'vit_glyphs_new': ('new classes', 'test_seen/accuracy', '>'),
 }
-PROBE, PROBED = 'probe/5shot_accuracy', 'ViT, 5-shot probe of new classes'
+PROBE = 'probe/5shot_accuracy', 'ViT, 5-shot probe of new classes'   # metric, domain
+PAPER = {'paper/t5_base_superglue': ('SuperGLUE', 'test/mean_over_tasks', '>')}
+PAPER_PROBE = 'probe/10shot_accuracy', 'ViT, 10-shot probe of ImageNet'
 
 
 def get_suite(scale: str) -> Suite:
   text, vision = protocol.text(scale), protocol.vision(scale)
+  text_tasks, vision_tasks, (probe, probed) = (
+      (PAPER, {}, PAPER_PROBE) if scale == 'paper' else (TEXT_TASKS, VISION_TASKS, PROBE))
   arms, claims = [], []
-  for regime, tasks in ((text, TEXT_TASKS), (vision, VISION_TASKS)):
+  for regime, tasks in ((text, text_tasks), (vision, vision_tasks)):
     for config, (title, metric, better) in tasks.items():
-      domain = f'{regime.domain.split()[0]} on {title}'
+      domain = f'{regime.family} on {title}'
       for pair in regime.pairs(core=True):
         up = pair.upcycled()
         for name, parent in (('dense, equal FLOPs', pair.paying(up)), ('upcycled', up)):
@@ -47,13 +51,13 @@ def get_suite(scale: str) -> Suite:
           'upcycled', better, 'dense, equal FLOPs', metric=metric, domain=domain))
   for pair in vision.pairs(core=True):
     up = pair.upcycled()
-    arms += [pair.arm(name, run, domain=PROBED, reference=name == 'dense, equal FLOPs')
+    arms += [pair.arm(name, run, domain=probed, reference=name == 'dense, equal FLOPs')
              for name, run in (('dense parent, cooled', pair.parent),
                                ('dense, equal FLOPs', pair.paying(up)), ('upcycled', up))]
   claims.append(vision.claim(
-      'upcycled is ahead of dense in the few-shot probe (new classes)', FIG3, 'gains carry over',
-      'upcycled', '>', 'dense, equal FLOPs', metric=PROBE, domain=PROBED))
-  metrics = (*(metric for _, metric, _ in (*TEXT_TASKS.values(), *VISION_TASKS.values())), PROBE)
+      'upcycled is ahead of dense in the few-shot probe', FIG3, 'gains carry over',
+      'upcycled', '>', 'dense, equal FLOPs', metric=probe, domain=probed))
+  metrics = (*(metric for _, metric, _ in (*text_tasks.values(), *vision_tasks.values())), probe)
   return Suite('finetuning', scale, tuple(arms), tuple(claims),
                metrics=(*dict.fromkeys(metrics), 'test/word_error_rate', 'test/accuracy'),
                plot='points')

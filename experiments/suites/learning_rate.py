@@ -21,7 +21,7 @@ STARTS = {'T5': ('continue', 'restart'), 'ViT': ('continue', 'rewarm', 'restart'
 def get_suite(scale: str) -> Suite:
   arms, claims = [], []
   for regime in (protocol.text(scale), protocol.vision(scale)):
-    starts = STARTS[regime.domain.split()[0]]
+    starts = STARTS[regime.family]
     for pair in regime.pairs():
       for start in starts:
         changes = {} if start == 'continue' else {'schedule.start': start}

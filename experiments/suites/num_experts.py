@@ -17,13 +17,13 @@ COUNTS = {'T5': (2, 8, 32), 'ViT': (2, 8, 32, 64)}
 def get_suite(scale: str) -> Suite:
   arms, claims = [], []
   for regime in (protocol.text(scale), protocol.vision(scale)):
-    counts = COUNTS[regime.domain.split()[0]]
+    counts = COUNTS[regime.family]
     for pair in regime.pairs(core=True):
       up = pair.upcycled()
       arms += [pair.arm('dense, equal steps', pair.dense()),
                pair.arm('dense, equal FLOPs', pair.paying(up))]
       arms += [pair.arm(f'E={n}', pair.upcycled(moe={'num_experts': n}), series='upcycled', x=n,
-                        reference=n == protocol.EXPERTS) for n in counts]
+                        reference=n == regime.experts) for n in counts]
     claims += [regime.claim(f'{more} experts beat {fewer}', B3, 'more is better, 2 to 128',
                             f'E={more}', '<', f'E={fewer}')
                for fewer, more in zip(counts, counts[1:])]

@@ -1,6 +1,7 @@
 """Every suite at every scale: its runs can work, its controls cost what they say."""
 
 import functools
+import itertools
 
 import pytest
 
@@ -94,11 +95,11 @@ def test_moe_changes_reach_both_stacks_and_capacity_both_factors():
 
 
 def test_the_defaults_of_the_upcycled_configs_are_what_suites_call_the_default():
-  for make in (protocol.text, protocol.vision):
-    model = make('mini').pairs()[0].upcycled().settings.model
+  for make, scale in itertools.product((protocol.text, protocol.vision), ('mini', 'paper')):
+    model = make(scale).pairs()[0].upcycled().settings.model
     stacks = [getattr(model, stack) for stack in ('moe', 'encoder_moe', 'decoder_moe')
               if hasattr(model, stack)]
-    assert all(moe.num_experts == protocol.EXPERTS and moe.capacity_factor == 2.0
+    assert all(moe.num_experts == make(scale).experts and moe.capacity_factor == 2.0
                for moe in stacks)
 
 
@@ -107,3 +108,23 @@ def test_a_claim_about_an_arm_that_is_not_there_is_refused():
   claim = protocol.text('mini').claim('x', 'y', 'z', 'copies', '<', 'nothing')
   with pytest.raises(ConfigError, match="names the arm 'nothing'"):
     suite_lib.Suite('s', 'mini', suite.arms, (claim,))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_papers_scale_is_about_the_papers_runs(name):
+  assert all(run.config.startswith('paper/') for run in load(name, 'paper').runs())
+
+
+@pytest.mark.parametrize('scale', SCALES)
+@pytest.mark.parametrize('name', NAMES)
+def test_what_a_claim_is_about_is_measured(name, scale):
+  suite = load(name, scale)
+  for claim in suite.claims:
+    split, _, metric = claim.metric.partition('/')
+    for arm in suite.arms:
+      if arm.domain == claim.domain and arm.name in (claim.a, claim.b):
+        run = arm.run.settings
+        measured = {'step0': isinstance(arm.run, Surgery), 'validation': True,
+                    'probe': metric in {f'{n}shot_accuracy' for n in run.probe.shots}
+                    and run.probe.source != ''}
+        assert measured.get(split, split in run.eval_splits), (claim.says, arm.name)
