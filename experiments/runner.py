@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 from tqdm import tqdm
 
 from experiments import jobs as jobs_lib
@@ -178,7 +177,7 @@ class Runner:
     with (path / LOG).open('a') as log:
       process = subprocess.Popen(
           [sys.executable, *job.command(self.folder)], stdin=subprocess.DEVNULL, stdout=log,
-          stderr=log, env=environment(), pass_fds=(lock,),
+          stderr=log, pass_fds=(lock,),
           start_new_session=True)   # so that a Ctrl-C reaches it once, through us
     if hasattr(os, 'sched_setaffinity'):
       with contextlib.suppress(ProcessLookupError):
@@ -262,21 +261,6 @@ def share(cores: list[int], jobs: int, slot: int) -> list[int]:
   size = max(1, len(cores) // jobs)
   start = slot * size % len(cores)
   return cores[start:start + size]
-
-
-def environment() -> dict[str, str]:
-  """A worker's environment.
-
-  XLA's CPU backend orders operations so that many can run at once; on one core that made the train
-  step of a T5 with experts 1.9 times as long as the dense one's, where 1.2 times the FLOPs take 1.2
-  times as long in the other order (JAX 0.10.2; later ones may not know the flag, and would refuse
-  to start). Without the others, malloc returns memory to the system at every step.
-  """
-  flags = os.environ.get('XLA_FLAGS', '')
-  if jax.__version_info__ < (0, 11):
-    flags += ' --xla_cpu_enable_concurrency_optimized_scheduler=false'
-  return {'MALLOC_TRIM_THRESHOLD_': str(2**30), 'MALLOC_MMAP_THRESHOLD_': str(2**28), **os.environ,
-          'XLA_FLAGS': flags.strip()}
 
 
 def _move_parent(run: Run, path: pathlib.Path, folder: pathlib.Path) -> None:

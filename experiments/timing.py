@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from experiments import cli, results, runner
+from experiments import cli, results
 from experiments import suite as suite_lib
 from experiments.suite import KEY_LENGTH, Arm, Run, Suite
 from experiments.surgeries import Surgery, use_compilation_cache
@@ -216,8 +216,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def use_cores(number: int) -> None:
-  """Makes this process what a worker is, on `number` cores; 0: on all. Before JAX is used."""
-  os.environ.update(runner.environment())
+  """Keeps this process to `number` cores, as a worker is; 0: to all. Before JAX is used."""
   if number and hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 
 import jax
 import pytest
@@ -206,10 +205,3 @@ def test_a_run_with_a_teacher_is_left_out():
   task = dataclasses.replace(arm.run.settings.task, teacher='somewhere', distill_weight=0.5)
   arm.run.__dict__['settings'] = dataclasses.replace(arm.run.settings, task=task)
   assert not timing._has_steps(arm)
-
-
-def test_steps_are_timed_in_the_environment_of_a_worker(monkeypatch):
-  monkeypatch.setattr(os, 'environ', {'XLA_FLAGS': '--xla_one'})
-  timing.use_cores(0)
-  assert os.environ['XLA_FLAGS'].startswith('--xla_one') and os.environ['MALLOC_TRIM_THRESHOLD_']
-  assert ('scheduler=false' in os.environ['XLA_FLAGS']) == (jax.__version_info__ < (0, 11))
