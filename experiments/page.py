@@ -3,7 +3,7 @@
 import math
 import pathlib
 
-from experiments import results, tables, verdict
+from experiments import results, suites, tables, verdict
 from experiments.results import Results
 from moejax.config import check
 
@@ -12,11 +12,12 @@ FILE, NOTES = 'README.md', 'NOTES.md'   # NOTES.md is written by hand and taken 
 
 
 def find(folder: pathlib.Path) -> dict[pathlib.Path, Results]:
-  """{directory: its results} of every results.jsonl one level below folder, in order of names.
+  """{directory: its results} of every results.jsonl one level below folder.
 
-  Raises ConfigError if there is none.
+  In the order of suites.ORDER; the others after them, by name. Raises ConfigError if there is none.
   """
-  directories = sorted(path.parent for path in folder.glob(f'*/{results.FILE}'))
+  place = lambda path: (*(name != path.name for name in suites.ORDER), path.name)
+  directories = sorted((path.parent for path in folder.glob(f'*/{results.FILE}')), key=place)
   check(bool(directories), '--results', str(folder), f'a folder of folders with {results.FILE}',
         'Train a suite first: python -m experiments.main --suite=NAME --results='
         f'{folder}/NAME')

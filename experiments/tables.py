@@ -93,7 +93,17 @@ def _domain(group: list[Line], paths: list[str]) -> list[str]:
   columns += _costs(group, gap='step0/step0_gap' not in paths)
   cells = [[line.name + (' *' if line.first['reference'] else ''),
             *(cell(line) for _, cell in columns)] for line in group]
-  return table(['arm', *(name for name, _ in columns)], cells)
+  return table(['arm', *(name for name, _ in columns)], cells) + _commonest(group, paths)
+
+
+def _commonest(group: list[Line], paths: list[str]) -> list[str]:
+  """What always giving the commonest answer scores, where outputs were scored."""
+  scored = []
+  for path in paths:
+    split, _, name = path.partition('/')
+    if values := group[0].values(f'{split}/commonest/{name}'):
+      scored.append(f'{header(path)} {mean([*values.values()][:1], "{:.4f}")}')
+  return ['', f'Always giving the commonest answer: {", ".join(scored)}.'] if scored else []
 
 
 def _costs(group: list[Line], gap: bool) -> list[tuple[str, Callable[[Line], str]]]:

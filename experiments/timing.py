@@ -32,7 +32,7 @@ from moejax import trees
 from moejax.config import check
 from moejax.data import DataConfig
 from moejax.moe.settings import MoEConfig
-from moejax.train import loop, metrics, settings, workdir
+from moejax.train import loop, memory, metrics, settings, workdir
 from moejax.train.plan import Plan
 
 RESULTS = pathlib.Path(__file__).parent / 'results/step_times.jsonl'
@@ -216,7 +216,8 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def use_cores(number: int) -> None:
-  """Keeps this process to `number` cores, as a worker is; 0: to all. Before JAX is used."""
+  """Makes this process what a worker is, on `number` cores; 0: on all. Before JAX is used."""
+  memory.keep_freed()
   if number and hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
 

@@ -8,7 +8,8 @@ mean +- t(0.975, n - 1) sd / sqrt(n), which is not adjusted.
 **p-values.** Relations '<' and '>': the two-sided t-test of mean(d) = 0. Relation '~' with a margin
 m: if |mean(d)| <= m, the two one-sided t-tests (TOST, Schuirmann 1987) of mean(d) = -m and
 mean(d) = m, of whose p-values the larger counts; otherwise the two-sided t-test of mean(d) = the
-nearer of -m and m, which is below 0.05 where the 95 % interval lies entirely outside [-m, m].
+nearer of -m and m, which is below 0.05 where the 95 % interval lies entirely outside [-m, m]. If
+all d_p are 0, to the last digit, p = 0: the two arms are one, and there is nothing to sample.
 
 **Family.** All claims of one suite at one scale. Their p-values are adjusted together by Holm's
 method (1979). A claim that cannot be tested counts with p = 1, so that a run that fails never makes
@@ -16,8 +17,9 @@ the others easier.
 
 **Verdict.** Decided if the adjusted p is below 0.05: 'reproduced' if mean(d) has the claimed sign
 (lies within the margin), 'not reproduced' otherwise. Undecided at this scale in all other cases,
-and whatever the numbers say if there are fewer than 2 pairs, if the d_p are all the same (no spread
-to test against), or if a metric is not finite in any pair: a diverged run is never left out.
+and whatever the numbers say if there are fewer than 2 pairs, if the d_p are otherwise all the same
+(no spread to test against), or if a metric is not finite in any pair: a diverged run is never left
+out.
 
 **By chance.** Holm keeps the chance that a suite has any wrong verdict at 5 %, however many claims
 it makes. If no arm differed from any other, a suite would so have a false 'reproduced' among its
@@ -161,6 +163,8 @@ def _test(claim: Claim, rows: Sequence[Row]) -> tuple[Estimate, float | None, tu
   if not obstacles and len(pairs) < 2:
     obstacles = ['one pair' if pairs else 'no pair has both arms']
   scale = max((abs(v) for pair in pairs for v in (a[pair], b[pair])), default=0.0)
+  if not obstacles and claim.relation == '~' and not any(differences):
+    return estimate(differences), 0.0, tuple(notes)
   if not obstacles and max(differences) - min(differences) <= ROUNDING * scale:
     obstacles = [f'the {len(pairs)} differences are all {differences[0]:+.4g}, without spread']
   found = estimate(differences)

@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from moejax.config import ConfigError, unknown_key
+from moejax.train import memory
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Run config: FILE.py or FILE.py:arg.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; made if missing.')
@@ -79,6 +80,7 @@ def main(argv: list[str]) -> int:
     sys.exit(f'moejax: --config: {_last_line(error)}')
   logging.set_verbosity(logging.WARNING)   # libraries' notes on themselves
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  memory.keep_freed()
   import jax  # only now, so that a wrong flag is answered at once
 
   from moejax.train import loop, settings

@@ -157,4 +157,5 @@ def test_a_dense_run_and_the_run_upcycled_from_it(dense, sparse, tuned, fewer, l
     assert 'validation/exact_match' not in lines_of(lines, 'validation')[8]
     last = lines_of(lines, 'test')[10]
     assert 0 <= last['test/exact_match'] <= 1 and 0 <= last['test/swap/exact_match'] <= 1
+    assert 0 < last['test/commonest/mean_over_tasks'] < 1
     assert last['test/loss'] > 0 and lines_of(lines, 'train')[8]['train/teacher_kl'] >= 0

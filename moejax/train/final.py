@@ -1,5 +1,7 @@
 """What is measured once, at the end of a run: decoded outputs and a few-shot probe."""
 
+import functools
+
 import numpy as np
 
 from moejax import evaluate, probe, scores
@@ -23,7 +25,11 @@ class Final:
     self._decode_step = None
 
   def decoded(self, params: dict, split: str) -> dict[str, float]:
-    """Scores of what the model writes for a split; {} for data that is not scored so."""
+    """Scores of what the model writes for a split; {} for data that is not scored so.
+
+    'commonest/SCORE' is that of always giving a task's commonest answer in training, to the same
+    examples.
+    """
     if not self.dataset.metric:
       return {}
     if self._decode_step is None:
@@ -39,8 +45,15 @@ class Final:
         yield self.devices.put(batch)
     texts = evaluate.predictions(self._decode_step, params, batches(), self.dataset.vocabulary,
                                  self.config.decode.examples)
-    return scores.score(self.dataset.metric, texts, references[:len(texts)], tasks[:len(texts)],
-                        self.dataset.tasks)
+    metric, names = self.dataset.metric, self.dataset.tasks
+    answers = references[:len(texts)], tasks[:len(texts)]
+    commonest = scores.baseline(metric, self._trained_on, answers, names)
+    return {**scores.score(metric, texts, *answers, names),
+            **{f'commonest/{name}': value for name, value in commonest.items()}}
+
+  @functools.cached_property
+  def _trained_on(self):
+    return self.dataset.answers('train')
 
   def probed(self, params: dict) -> dict[str, float]:
     """Few-shot accuracy of the model's features; {} without a probe."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from moejax import data, evaluate, models
 from moejax.checkpoints import native
-from moejax.train import initialize, memory, metrics, parallel, settings
+from moejax.train import initialize, metrics, parallel, settings
 from moejax.train.final import Final
 from moejax.train.pathology import Watch
 from moejax.train.plan import Plan, check_fit, facts, first_step
@@ -90,8 +90,6 @@ class Program:
   def __init__(self, config: settings.RunConfig, plan: Plan):
     self.config, self.plan = config, plan
     self.devices = parallel.make(config.parallel, config.mesh)
-    if jax.default_backend() == 'cpu':
-      memory.keep_freed()
     self.dataset = self._data(config.data)
     self.model = models.build(config.model)
     rows = check_fit(config, self.dataset, self.model, self.devices.shards)

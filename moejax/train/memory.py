@@ -6,23 +6,29 @@ at their next touch: 8,000 page faults a step, and half of its time, for a small
 """
 
 import ctypes
-import functools
+import glob
+import os
 import sys
 
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8   # malloc.h
+ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/accel*', '/dev/vfio/[0-9]*', '/dev/kfd')
 
 
-@functools.cache
 def keep_freed() -> bool:
-  """Makes malloc keep what is freed for the next step, from one heap; whether it could.
+  """Makes malloc keep what is freed for the next step, from one heap; whether it did.
 
-  For a process that computes on the CPU: on an accelerator a step takes nothing from malloc. Other
-  systems' malloc is left as it is.
+  Call it before JAX is used: a thread that exists keeps its own heap. It does nothing where there
+  is an accelerator, whose steps take nothing from the host's malloc, nor without glibc.
   """
-  if not sys.platform.startswith('linux'):
+  if not sys.platform.startswith('linux') or not _computes_on_cpu():
     return False
   try:
     mallopt = ctypes.CDLL(None).mallopt
   except AttributeError:   # not glibc
     return False
   return all([mallopt(MMAP_MAX, 0), mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(ARENA_MAX, 1)])
+
+
+def _computes_on_cpu() -> bool:
+  """As far as can be told without JAX."""
+  return os.environ.get('JAX_PLATFORMS') == 'cpu' or not any(map(glob.glob, ACCELERATORS))

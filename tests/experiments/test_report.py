@@ -68,6 +68,23 @@ def test_a_diverged_arm_is_said_in_the_table():
   assert tables.mean([math.inf], '{:.4f}') == 'inf'
 
 
+def test_the_score_of_the_commonest_answer_stands_below_the_table():
+  rows = [made_up.row('a', pair=pair, exact_match=0.5, accuracy=0.75) for pair in (0, 1)]
+  for row in rows:
+    row['final']['test']['commonest/exact_match'] = 0.125
+  text = tables.to_markdown(made_up.results(rows, metrics=('test/exact_match', 'test/accuracy')))
+  assert 'Always giving the commonest answer: test exact match 0.1250.\n' in text
+  other = tables.to_markdown(made_up.results(rows, metrics=('test/accuracy',)))
+  assert 'commonest' not in other
+
+
+def test_the_page_has_the_suites_in_the_order_they_are_run(tmp_path):
+  for name in ('zebra', 'balancing', 'initial_drop', 'finetuning', 'aardvark'):
+    results.write(made_up.results(made_up.one_pair()), tmp_path / name)
+  assert [path.name for path in page.find(tmp_path)] == [
+      'finetuning', 'initial_drop', 'balancing', 'aardvark', 'zebra']
+
+
 def test_metrics_that_a_domain_lacks_are_left_out_and_delta_is_of_the_first_it_has():
   rows = [made_up.row('a', reference=True, exact_match=0.5),
           made_up.row('b', exact_match=0.75),

@@ -158,6 +158,16 @@ def test_differences_without_spread_decide_nothing(relation, margin):
   assert found.notes == ('the 3 differences are all -0.1, without spread',)
 
 
+@pytest.mark.parametrize('relation, margin, outcome', [
+    ('~', 1.0, verdict.REPRODUCED), ('<', None, verdict.UNDECIDED)])
+def test_arms_that_are_the_same_to_the_last_digit(relation, margin, outcome):
+  found, = verdict.decide([claim(relation, margin)], rows('a', [0.8, 0.9]) + rows('b', [0.8, 0.9]))
+  assert found.outcome == outcome and found.p == (0.0 if relation == '~' else None)
+  assert found.estimate.interval == (0.0, 0.0)
+  found, = verdict.decide([claim('~', 1.0)], rows('a', [0.8]) + rows('b', [0.8]))
+  assert found.outcome == verdict.UNDECIDED and found.notes == ('one pair',)
+
+
 def test_a_metric_that_was_not_measured_names_the_nearest():
   with pytest.raises(ConfigError, match="'test/los', allowed: test/loss. Did you mean 'test/loss'"):
     verdict.decide([claim(metric='test/los')], rows('a', [1.0, 2.0]) + rows('b', [1.0, 2.5]))

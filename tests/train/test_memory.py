@@ -3,12 +3,9 @@
 import subprocess
 import sys
 
-import jax
 import pytest
 
-from experiments.suite import Run
-from moejax.train import loop, memory
-from moejax.train.plan import Plan
+from moejax.train import memory
 
 FAULTS = """
 import ctypes, resource, sys
@@ -39,19 +36,16 @@ def test_what_a_step_frees_is_there_for_the_next():
   assert faults(keep=True) < pages / 100
 
 
-class Stop(Exception):
-  pass
-
-
-@pytest.mark.parametrize('backend, kept', [('cpu', 1), ('gpu', 0), ('tpu', 0)])
-def test_only_a_program_that_computes_on_the_cpu_keeps_it(backend, kept, monkeypatch):
-  def build(_):
-    raise Stop
-  calls = []
-  monkeypatch.setattr(memory, 'keep_freed', lambda: calls.append(1))
-  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  monkeypatch.setattr(loop.models, 'build', build)   # what comes next does not matter here
-  run = Run('', 'vit_glyphs', {}, arg='runlocal').settings
-  with pytest.raises(Stop):
-    loop.Program(run, Plan.make(run, 0))
-  assert len(calls) == kept
+@pytest.mark.parametrize('platforms, devices, cpu', [
+    ('', (), True), ('', ('nvidia0',), False), ('cpu', ('nvidia0',), True), ('tpu', (), True),
+    ('', ('accel0', 'accel1'), False), ('', ('nvidiactl',), True)])
+def test_where_an_accelerator_computes_malloc_is_left_alone(platforms, devices, cpu, tmp_path,
+                                                           monkeypatch):
+  for name in devices:
+    (tmp_path / name).touch()
+  monkeypatch.setattr(memory, 'ACCELERATORS', [pattern.replace('/dev', str(tmp_path))
+                                               for pattern in memory.ACCELERATORS])
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  called = []
+  monkeypatch.setattr(memory.ctypes, 'CDLL', lambda _: called.append(1))
+  assert memory.keep_freed() is False and len(called) == cpu * sys.platform.startswith('linux')
