@@ -106,7 +106,8 @@ def _scaled(regime: Regime, scale: str, *, trunk: int, extra: int, **paper) -> R
   if scale == 'smoke':   # a few steps, only to show that everything runs
     return dataclasses.replace(
         regime, trunk=16, extra=2, evaluations=1, early=(10, 12), core=1, other=1, arg='runlocal',
-        changes={**regime.changes, 'log_every': 1, 'data.eval_examples': 8, 'data.eval_repeats': 1})
+        changes={**regime.changes, 'log_every': 1, 'data.eval_examples': 8, 'data.eval_repeats': 1,
+                 'data.eval_batch_size': 64})   # the probe's are many
   if scale == 'colab':
     return dataclasses.replace(regime, core=3)
   if scale == 'paper':
