@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
                            'again (default: %(default)s)')
     self.add_argument('--results', metavar='DIR', type=pathlib.Path,
                       help='folder of results.jsonl, table and plot (default: RUNS/SUITE, and '
-                           'RUNS/SUITE-SCALE for a scale other than mini)')
+                           'RUNS/SUITE-SCALE for a scale other than mini); of several suites, that '
+                           'of their folders')
 
   def parse(self, argv: list[str] | None, *, suite_required: bool = True) -> argparse.Namespace:
     """The flags. Raises ConfigError on what they cannot be."""
@@ -47,10 +48,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def results_folder(args: argparse.Namespace, suite: str = '') -> pathlib.Path:
-  """Where table and plot go; of one of several suites, if named."""
+  """Where table and plot of a suite go; `suite` is one of those that args.suite stands for."""
   suite = suite or args.suite
+  if args.results and suite == args.suite:
+    return args.results
   name = suite if args.scale == 'mini' else f'{suite}-{args.scale}'
-  return args.results or args.runs / name
+  return (args.results or args.runs) / name
 
 
 def run(main: Callable[[], int]) -> NoReturn:

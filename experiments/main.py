@@ -54,8 +54,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   args.jobs = args.jobs or len(runner.cores())
   args.shard = Shard.parse(args.shard) if args.shard is not None else None
   args.suites = _names(args)
-  check(not args.results or len(args.suites) == 1, '--results', str(args.results),
-        'a folder for one suite', 'Leave it out: each suite has its own folder in --runs.')
   return args
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from experiments import dry_run, main, runner
+from experiments import cli, dry_run, main, runner
 from experiments.shards import Shard
 from moejax.config import ConfigError
 from tests.experiments import tiny
@@ -30,7 +30,6 @@ def test_all_suites_are_taken_in_their_order_those_without_the_scale_left_out(ca
 
 @pytest.mark.parametrize('flags, words', [
     (['--suite=all', '--scale=smok'], "--scale: got 'smok'.*Did you mean 'smoke'"),
-    (['--suite=chain,alone', '--results=x'], "--results: got 'x', allowed: a folder for one suite"),
     (['--suite=chain', '--shard=3/2'], "--shard: got '3/2'"),
     (['--suite=chain', '--shard='], "--shard: got ''"),
 ])
@@ -40,9 +39,19 @@ def test_what_cannot_work_is_one_line(flags, words):
   assert '\n' not in str(error.value)
 
 
-def test_a_shard_and_one_suite_with_a_folder_of_results_are_taken():
-  args = main.parse(['--suite=chain', '--results=x', '--shard=2/3', '--jobs=4'])
+def test_a_shard_and_jobs_are_taken():
+  args = main.parse(['--suite=chain', '--shard=2/3', '--jobs=4'])
   assert args.shard == Shard(2, 3) and args.jobs == 4
+
+
+@pytest.mark.parametrize('flags, folder', [
+    (['--suite=chain'], 'runs/chain'), (['--suite=chain', '--scale=smoke'], 'runs/chain-smoke'),
+    (['--suite=chain', '--results=x'], 'x'), (['--suite=chain', '--runs=r'], 'r/chain'),
+    (['--suite=chain,alone', '--results=x'], 'x/chain'),
+    (['--suite=all', '--results=x'], 'x/chain'),
+    (['--suite=all', '--scale=smoke', '--results=x'], 'x/chain-smoke')])
+def test_where_the_results_of_a_suite_go(flags, folder):
+  assert str(cli.results_folder(main.parse(flags), 'chain')) == folder
 
 
 def finished(folder, family, *, seconds, steps, flops):
