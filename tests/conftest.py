@@ -1,8 +1,7 @@
 """Every test process sees 8 virtual CPU devices, so that meshes and pmap can be tested anywhere.
 
-XLA compiles with little optimisation here: the tests' time is nearly all compilation, and that
-makes it four times shorter without changing what is computed. Processes of one session share what
-they compiled; nothing is kept for the next.
+XLA compiles quickly here (tests/xla.py). Processes of one session share what they compiled; nothing
+is kept for the next.
 """
 
 import atexit
@@ -10,10 +9,11 @@ import os
 import shutil
 import tempfile
 
+from tests import xla
+
 DEVICES = 8
-os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + f' --xla_force_host_platform_device_count={DEVICES}'
-    ' --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
+os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') +
+                           f' --xla_force_host_platform_device_count={DEVICES} {xla.QUICK}')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:   # workers inherit it
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='moejax_tests_')

@@ -13,6 +13,7 @@ from experiments import main as main_lib
 from experiments import runner, suites
 from experiments import suite as suite_lib
 from experiments.suite import Arm, Run, Suite
+from tests import xla
 
 STEPS = 400
 
@@ -52,8 +53,7 @@ SUITES = {suite.__name__: types.SimpleNamespace(__doc__='Tiny.', get_suite=suite
 
 def environment() -> dict[str, str]:
   """For processes: one device, as a user's have; XLA compiles quickly."""
-  return {**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0 '
-                                     '--xla_llvm_disable_expensive_passes=true'}
+  return {**os.environ, 'XLA_FLAGS': xla.QUICK}
 
 
 def use(set_attribute=setattr) -> None:
