@@ -107,6 +107,22 @@ def differences(a: Line, b: Line, path: str) -> dict[int, float]:
   return {pair: left[pair] - right[pair] for pair in left if pair in right}
 
 
+def offsets(group: list[Line], path: str) -> dict[int, float]:
+  """{pair: the reference's metric there - its mean over pairs}, for drawings.
+
+  With these taken off, a pair's values keep their differences, all pairs have the reference in one
+  place, and what other arms still spread is what Δ spreads. Without a reference that is finite in
+  every pair nothing is to be taken off: {pair: 0.0}.
+  """
+  pairs = {pair for line in group for pair in line.rows}
+  reference = next((line for line in group if line.first['reference']), None)
+  values = reference.values(path) if reference else {}
+  if values.keys() != pairs or not all(map(math.isfinite, values.values())):
+    return dict.fromkeys(pairs, 0.0)
+  mean = math.fsum(values.values()) / len(values)
+  return {pair: value - mean for pair, value in values.items()}
+
+
 def shown(group: list[Line], paths: list[str]) -> list[str]:
   """Those of the metrics that any line of the domain measured; the first is what plots show."""
   return [path for path in paths if any(line.values(path) for line in group)]

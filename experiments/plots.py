@@ -1,8 +1,12 @@
-"""A suite's plot, a panel per domain: curves, points or a sweep (see suite.Suite.plot)."""
+"""A suite's plot, for each domain: curves and points, points, or a sweep (see suite.Suite.plot).
+
+Claims are about differences within a pair, and pairs differ by more than arms do. So a plot aligns
+the pairs at the reference, if there is one (see lines.offsets): bars are then those of Δ.
+"""
 
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -29,27 +33,38 @@ UNITS = {'loss': 'nats', 'step0_gap': 'nats'}
 def plot(found: Results, path: pathlib.Path) -> None:
   """Draws found.suite['plot'] as PNG; the same results are the same file."""
   domains = lines_lib.by_domain(found.rows, found.suite['metrics'])
-  draw = {'curves': _curves, 'points': _points, 'sweep': _sweep}[found.suite['plot']]
+  kind = found.suite['plot']
+  draws = {'curves': (_curves, _points), 'points': (_points,), 'sweep': (_sweep,)}[kind]
+  if not any(map(tables.several, domains.values())):
+    draws = draws[:1]   # the curves' ends say it all
+  lines = max(map(len, domains.values()))
+  heights = [max(2.4, 1.1 + 0.4 * lines) if draw is _points else 4.2 for draw in draws]
   with matplotlib.rc_context(STYLE):
     columns = min(2, len(domains))
     rows = math.ceil(len(domains) / columns)
-    height = 4.2 if found.suite['plot'] != 'points' else max(
-        2.4, 1.1 + 0.4 * max(map(len, domains.values())))
-    figure = Figure(figsize=(PANEL * columns, height * rows), layout='constrained')
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for panel in panels.flat[len(domains):]:
-      panel.set_visible(False)
-    styles = _styles(domains, found.suite['plot'])
-    for panel, (domain, group) in zip(panels.flat, domains.items()):
-      draw(panel, group, styles, found.suite)
-      panel.set_title(domain)
-    _legend(figure, panels)
-    for left, right in zip(panels[:, :-1].flat, panels[:, 1:].flat):
-      names = [[text.get_text() for text in panel.get_yticklabels()] for panel in (left, right)]
-      if found.suite['plot'] == 'points' and names[0] == names[1]:
-        right.set_yticklabels([])
+    figure = Figure(figsize=(PANEL * columns, rows * sum(heights)), layout='constrained')
+    grid = figure.subplots(rows * len(draws), columns, squeeze=False, height_ratios=heights * rows)
+    styles = _styles(domains, kind)
+    for row, draw in enumerate(draws):   # of the panels of a domain, one below the other
+      panels = grid[row::len(draws)]
+      for panel in panels.flat[len(domains):]:
+        panel.set_visible(False)
+      for panel, (domain, group) in zip(panels.flat, domains.items()):
+        draw(panel, group, styles, found.suite)
+        panel.set_title(domain if row == 0 else '')
+      if draw is _points:
+        _name_arms_once(panels)
+    _legend(figure, grid)
     # Without the software and its version that matplotlib would write into the file.
     figure.savefig(path, dpi=130, metadata={'Software': None})
+
+
+def _name_arms_once(panels) -> None:
+  """Takes the arms' names off a panel if those to its left are the same."""
+  for left, right in zip(panels[:, :-1].flat, panels[:, 1:].flat):
+    names = [[text.get_text() for text in panel.get_yticklabels()] for panel in (left, right)]
+    if names[0] == names[1]:
+      right.set_yticklabels([])
 
 
 def _styles(domains: dict[str, list[Line]], kind: str) -> dict[str, dict]:
@@ -86,10 +101,26 @@ def _legend(figure, panels) -> None:
                   ncols=min(len(handles), per_row), handlelength=3.2)
 
 
-def curve(line: Line) -> list[tuple[float, list[float]]]:
-  """[(extra FLOPs in %, validation loss of each pair)] of the evaluations that all pairs have."""
-  losses = [{point['step'] - row['start_step']: point['loss'] for point in row['history']}
-            for row in line.rows.values()]
+def _aligned(group: list[Line], path: str) -> dict[str, list[float]]:
+  """{line's name: its values of a metric, the pairs aligned at the reference}."""
+  offsets = lines_lib.offsets(group, path)
+  return {line.name: [value - offsets[pair] for pair, value in line.values(path).items()]
+          for line in group}
+
+
+def _aligned_label(group: list[Line], path: str) -> str:
+  """The axis' label, which says so if pairs are aligned."""
+  moved = any(lines_lib.offsets(group, path).values())
+  return axis_label(path) + (', pairs aligned' if moved else '')
+
+
+def curve(line: Line, offsets: Mapping[int, float]) -> list[tuple[float, list[float]]]:
+  """[(extra FLOPs in %, validation loss of each pair)] of the evaluations that all pairs have.
+
+  offsets: {pair: what is taken off}, see lines.offsets.
+  """
+  losses = [{point['step'] - row['start_step']: point['loss'] - offsets[pair]
+             for point in row['history']} for pair, row in line.rows.items()]
   steps = sorted(set.intersection(*map(set, losses)))
   return [(lines_lib.extra_flops(line.first, step), [loss[step] for loss in losses])
           for step in steps]
@@ -97,7 +128,8 @@ def curve(line: Line) -> list[tuple[float, list[float]]]:
 
 def _curves(panel: Axes, group: list[Line], styles: dict, _: dict) -> None:
   """Validation loss over extra FLOPs: mean over pairs, each pair thinly, the end's interval."""
-  curves = {line.name: curve(line) for line in group}
+  offsets = lines_lib.offsets(group, 'validation/loss')
+  curves = {line.name: curve(line, offsets) for line in group}
   means = {name: [estimate(losses) for _, losses in points] for name, points in curves.items()}
   low, high = lines_lib.span(
       group, {name: [loss for _, losses in points for loss in losses]
@@ -120,7 +152,7 @@ def _curves(panel: Axes, group: list[Line], styles: dict, _: dict) -> None:
   panel.set_ylim(low, high)
   _say(panel, outside)
   panel.set_xlabel('extra FLOPs (% of dense pretraining)')
-  panel.set_ylabel(axis_label('validation/loss'))
+  panel.set_ylabel(_aligned_label(group, 'validation/loss'))
 
 
 def _ends(e: Estimate) -> list[float]:
@@ -144,14 +176,14 @@ def _points(panel: Axes, group: list[Line], styles: dict, about: dict) -> None:
   """The first metric of each arm: every pair, mean and interval; the reference down the panel."""
   path = lines_lib.shown(group, about['metrics'])[0]
   group = [line for line in group if line.values(path)]
-  values = {line.name: [*line.values(path).values()] for line in group}
+  values = _aligned(group, path)
   means = {name: estimate(drawn) for name, drawn in values.items()}
   low, high = lines_lib.span(group, values, {name: _ends(e) for name, e in means.items()})
   for place, line in enumerate(group):
     e, style = means[line.name], styles[line.name]
     if line.first['reference'] and math.isfinite(e.mean):
       panel.axvline(e.mean, color='#555555', linestyle='--', linewidth=1, zorder=1)
-      if e.n > 1:
+      if e.n > 1 and e.half > 0:
         panel.axvspan(*e.interval, color='#999999', alpha=0.22, linewidth=0, zorder=0)
     panel.plot(values[line.name], [place + 0.24] * e.n, 'o', color=style['color'], alpha=0.6,
                markersize=3.5, markeredgewidth=0)
@@ -168,14 +200,14 @@ def _points(panel: Axes, group: list[Line], styles: dict, about: dict) -> None:
   panel.xaxis.set_major_locator(MaxNLocator(nbins=5))
   panel.set_yticks(range(len(group)), [line.name for line in group])
   panel.set_ylim(len(group) - 0.5, -0.5)
-  panel.set_xlabel(axis_label(path))
+  panel.set_xlabel(_aligned_label(group, path))
 
 
 def _sweep(panel: Axes, group: list[Line], styles: dict, about: dict) -> None:
   """The first metric over x: a line per series with intervals; arms without x lie across."""
   path = lines_lib.shown(group, about['metrics'])[0]
   group = [line for line in group if line.values(path)]
-  means = {line.name: estimate([*line.values(path).values()]) for line in group}
+  means = {name: estimate(values) for name, values in _aligned(group, path).items()}
   ends = {name: _ends(e) for name, e in means.items()}
   low, high = lines_lib.span(group, ends, ends)
   series: dict[str, list[Line]] = {}
@@ -204,7 +236,7 @@ def _sweep(panel: Axes, group: list[Line], styles: dict, about: dict) -> None:
   panel.set_ylim(low, high)
   _say(panel, outside)
   panel.set_xlabel(about['x_label'])
-  panel.set_ylabel(axis_label(path))
+  panel.set_ylabel(_aligned_label(group, path))
 
 
 def _x_axis(panel: Axes, places: list[float], series: int) -> Callable[[float, float], float]:

@@ -239,8 +239,9 @@ class Suite:
     claims: over these arms.
     metrics: what the table reports, 'split/name'; the first that a domain has is what Δ and the
       plot are about.
-    plot: 'curves': validation loss over extra FLOPs; 'points': the first metric of each arm, all
-      pairs; 'sweep': the first metric over the arms' x, a line per series.
+    plot: 'points': the first metric of each arm, all pairs; 'curves': validation loss over extra
+      FLOPs, and these points below if there are several pairs; 'sweep': the first metric over
+      the arms' x, a line per series.
     x_label: of a sweep.
   """
   name: str

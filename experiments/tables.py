@@ -26,8 +26,11 @@ WALL = 'Wall time is that of the extra train steps, without compilation and eval
 TIME = ("Extra time is the extra steps' in % of the dense pretraining's, from step times measured "
         'in turns on one machine.')
 SPREAD = ('± is half the width of the 95 % t-interval of the mean over (dense parent, seed) pairs; '
-          'for Δ, of the mean difference within a pair, where what its arms have in common cancels.'
-          ' The bars in the plot are those of the means.')
+          'for Δ, of the mean difference within a pair, where what its arms have in common '
+          'cancels.')
+BARS = {True: 'In the plot the pairs are aligned: each is shifted so that its line marked * is at '
+              'the mean of these lines. Its bars are so those of Δ.',
+        False: 'The bars in the plot are those of the means.'}
 
 
 def header(path: str) -> str:
@@ -197,8 +200,8 @@ def _legend(found: Results, domains: dict[str, list[Line]]) -> list[str]:
     more.append(f'Δ is {names} minus that of the line marked *.')
   times = {TIME if timed(group) else WALL for group in groups}
   more += [GAP, *sorted(times)]
-  more.append(SPREAD if any(map(several, groups)) else
-              'One seed per arm: small differences mean nothing.')
+  more += ([SPREAD, BARS[bool(delta)]] if any(map(several, groups)) else
+           ['One seed per arm: small differences mean nothing.'])
   if found.claims:
     more.append('p is adjusted by Holm over all claims of the suite; the rule of the verdicts is '
                 'in experiments/verdict.py.')

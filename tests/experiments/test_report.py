@@ -55,6 +55,7 @@ def test_the_table_of_three_pairs_has_the_numbers_worked_by_hand():
       f'{-1 - half / 2:+.4f} to {-1 + half / 2:+.4f}', '3', '0.074']
   prose = ' '.join(text.split())
   assert 'One seed' not in prose and 'Wall time' not in prose and 'Extra time' in prose
+  assert 'the pairs are aligned' in prose and 'those of the means' not in prose
 
 
 def test_a_diverged_arm_is_said_in_the_table():
@@ -125,12 +126,43 @@ def test_the_csv_has_every_arm_and_pair_unrounded():
 
 def test_curves_start_at_zero_extra_flops_and_have_the_steps_of_all_pairs():
   domain, = lines.by_domain(made_up.three_pairs(), []).values()
-  assert plots.curve(domain[0]) == [(0, [4.0, 5.0, 6.0]), (30, [1.0, 2.0, 3.0])]
-  assert plots.curve(domain[1]) == [(0, [5.0] * 3), (15, [4.0] * 3), (30, [0.5, 1.0, 1.5])]
+  still = dict.fromkeys(range(3), 0.0)
+  assert plots.curve(domain[0], still) == [(0, [4.0, 5.0, 6.0]), (30, [1.0, 2.0, 3.0])]
+  assert plots.curve(domain[1], still) == [
+      (0, [5.0] * 3), (15, [4.0] * 3), (30, [0.5, 1.0, 1.5])]
+  assert plots.curve(domain[0], {0: -1.0, 1: 0.0, 2: 1.0}) == [(0, [5.0] * 3), (30, [2.0] * 3)]
   del domain[1].rows[2]['history'][1]
-  assert [at for at, _ in plots.curve(domain[1])] == [0, 30]
+  assert [at for at, _ in plots.curve(domain[1], still)] == [0, 30]
   scratch = lines.by_domain(made_up.one_pair(), [])['d'][2]
-  assert plots.curve(scratch) == [(0, [9.0]), (15, [6.0]), (30, [4.0])]
+  assert plots.curve(scratch, still) == [(0, [9.0]), (15, [6.0]), (30, [4.0])]
+
+
+def test_pairs_are_aligned_at_a_reference_that_all_of_them_have():
+  def offsets(rows):
+    domain, = lines.by_domain(rows, []).values()
+    return lines.offsets(domain, 'validation/loss')
+  assert offsets(made_up.three_pairs()) == {0: -1.0, 1: 0.0, 2: 1.0}   # ends of 1, 2, 3
+  still = dict.fromkeys(range(3), 0.0)
+  for broken in ('missing', 'infinite', 'none'):
+    rows = made_up.three_pairs()
+    dense = [row for row in rows if row['arm'] == 'dense']
+    if broken == 'missing':
+      rows.remove(dense[1])
+    elif broken == 'infinite':
+      dense[1]['final']['validation']['loss'] = math.inf
+    else:
+      for row in dense:
+        row['reference'] = False
+    assert offsets(rows) == still, broken
+
+
+def test_what_is_drawn_of_aligned_pairs_spreads_as_the_differences_do():
+  domain, = lines.by_domain(made_up.three_pairs(), ['validation/loss']).values()
+  drawn = plots._aligned(domain, 'validation/loss')
+  assert drawn == {'dense': [2.0] * 3, 'sparse': [1.5, 1.0, 0.5]}   # Δ -0.5, -1, -1.5
+  assert plots._aligned_label(domain, 'validation/loss') == 'validation loss (nats), pairs aligned'
+  domain, = lines.by_domain(made_up.one_pair(), []).values()
+  assert plots._aligned_label(domain, 'validation/loss') == 'validation loss (nats)'
 
 
 def test_an_axis_shows_whole_branches_and_ends_that_do_not_flatten_them():
@@ -176,19 +208,21 @@ def test_a_plot_draws_the_numbers_and_says_what_is_outside(plot, tmp_path, monke
   monkeypatch.setattr(plots.Figure, 'savefig',
                       lambda figure, path, **_: drawn.update({path.name: figure}))
   plots.plot(two_domains(plot), tmp_path / 'p.png')
-  left, right = drawn['p.png'].axes
+  left, right, *below = drawn['p.png'].axes
   assert (left.get_title(), right.get_title()) == ('d', 'e')
-  assert 'validation loss (nats)' in (left.get_xlabel(), left.get_ylabel())
+  assert 'validation loss (nats), pairs aligned' in (left.get_xlabel(), left.get_ylabel())
   assert any('outside' in text.get_text() and '50' in text.get_text() for text in left.texts)
   assert any('nan' in text.get_text() for text in right.texts)
   found = {tuple(map(float, points)) for line in left.get_lines() for points in [line.get_ydata()]}
   if plot == 'curves':
-    assert {(5.0, 2.0), (5.0, 4.0, 1.0), (4.0, 1.0), (6.0, 3.0)} <= found
+    assert {(5.0, 2.0), (5.0, 4.0, 1.0), (6.0, 5.0, 1.5), (4.0, 3.0, 0.5)} <= found
+    dots = {tuple(map(float, line.get_xdata())) for line in below[0].get_lines()}
+    assert {(2.0, 2.0, 2.0), (1.5, 1.0, 0.5)} <= dots and len(below) == 2
     assert left.get_xlabel() == 'extra FLOPs (% of dense pretraining)'
   elif plot == 'points':
     assert [text.get_text() for text in left.get_yticklabels()] == ['dense', 'sparse', 'scratch']
     dots = {tuple(map(float, line.get_xdata())) for line in left.get_lines()}
-    assert {(1.0, 2.0, 3.0), (0.5, 1.0, 1.5), (2.0,), (1.0,)} <= dots
+    assert {(2.0, 2.0, 2.0), (1.5, 1.0, 0.5), (2.0,), (1.0,)} <= dots
   else:
     assert (2.0, 2.0) in found and (1.0,) in found   # the control across, the series' one point
     assert left.get_xscale() == 'log' and left.get_xlabel() == 'experts'
