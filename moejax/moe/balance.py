@@ -140,7 +140,8 @@ def update_bias(bias: jax.Array, asked: jax.Array, rate: float) -> jax.Array:
   Returns:
     (E,) float32; an expert at exactly the mean load keeps its bias.
   """
-  return bias + rate * jnp.sign(asked.mean() - asked)
+  # Without a division, which compilers may round so that an expert at the mean would move.
+  return bias + rate * jnp.sign(asked.sum() - asked.size * asked)
 
 
 def telemetry(routing: SlotRouting | TokenRouting, probs: jax.Array, mask: jax.Array,
