@@ -3,7 +3,8 @@
 Everything a report says comes from this file. It has one JSON object a line, told apart by 'kind':
 
   suite   first, once: its name, scale, title, command, metrics and plot, and the runs it trained,
-          their parents too, each {'key', 'devices', 'seconds' of its train steps}
+          their parents too, each {'key', 'devices', 'seconds' of its train steps, 'cpu_seconds'
+          of its processes}
   claim   one per claim: the fields of suite.Claim
   arm     one per arm and pair, see `_record`
 
@@ -146,9 +147,11 @@ def _trained(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
 
 def _spent(run: Run, folder: pathlib.Path) -> dict[str, Any]:
   """What training a run took: all of its steps, those before the trunk too."""
-  facts = Workdir(folder / run.name).read('run.json')
+  workdir = Workdir(folder / run.name)
+  facts = workdir.read('run.json')
   return {'key': run.key, 'devices': facts['devices'],
-          'seconds': _seconds(folder / run.name, facts['first_step'], facts['end_step'])}
+          'seconds': _seconds(workdir.path, facts['first_step'], facts['end_step']),
+          'cpu_seconds': workdir.read('status.json').get('cpu_seconds')}   # None: not recorded
 
 
 def _lineage_seconds(run: Run, folder: pathlib.Path, start: int) -> float:

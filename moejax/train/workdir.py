@@ -2,7 +2,7 @@
 
   config.json     every key of the resolved config; a workdir belongs to one config
   run.json        command, package versions, data fingerprint, parameters, FLOPs, steps
-  status.json     phase and step right now, for whoever waits
+  status.json     phase and step right now, for whoever waits; CPU seconds so far
   metrics.jsonl   one line per log and per evaluation; the same bit for bit on a rerun
   timing.jsonl    seconds of train steps and of evaluations
   receipt.json/.txt   what surgery did to every leaf, and the step-0 gap
@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import sys
+import time
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ class Workdir:
   def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path)
     self.writes = jax.process_index() == 0
+    self._began, self._before = time.process_time(), None
 
   def check(self, config: settings.RunConfig) -> None:
     """Raises ConfigError, with the differing keys, if a run of another config is here."""
@@ -61,7 +63,15 @@ class Workdir:
 
   def status(self, phase: str, step: int) -> None:
     """Says what the run is doing: compiling, training, evaluating, saving, stopped or finished."""
-    self.write('status.json', {'phase': phase, 'step': step, 'pid': os.getpid()})
+    self.write('status.json', {'phase': phase, 'step': step, 'pid': os.getpid(),
+                               'cpu_seconds': self._cpu_seconds()})
+
+  def _cpu_seconds(self) -> float:
+    """CPU time of this process since it has this workdir, and of those that were here before."""
+    if self._before is None:
+      there = (self.path / 'status.json').exists()
+      self._before = self.read('status.json').get('cpu_seconds', 0.0) if there else 0.0
+    return round(self._before + time.process_time() - self._began, 1)
 
   def read(self, name: str) -> dict:
     """A JSON file of this directory. Raises ConfigError if it is missing."""

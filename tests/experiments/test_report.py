@@ -311,6 +311,14 @@ def test_a_run_that_was_trained_twice_counts_twice():
   assert 'Train steps of 4 runs on 1 x cpu each' in text and ': 2.50 hours' in text
 
 
+def test_cpu_time_is_that_of_the_runs_that_recorded_it():
+  found = made_up.results(made_up.one_pair())
+  assert 'CPU time' not in page.to_markdown({'s': found})
+  found.suite['runs'][0]['cpu_seconds'], found.suite['runs'][1]['cpu_seconds'] = 5400.0, None
+  assert 'CPU time of the processes of 1 of these runs' in (text := page.to_markdown({'s': found}))
+  assert 'start-up not: 1.50 hours' in text
+
+
 def test_report_says_when_there_is_nothing_to_report(tmp_path):
   with pytest.raises(ConfigError, match='no results in'):
     report.main(['--suite=quickstart', f'--results={tmp_path}'])

@@ -34,6 +34,8 @@ def trained(folder, run, first, trunk, end, gap=None):
            'parameters': 7, 'parameters_active_per_token': 5, 'train_flops_per_step': 3,
            'first_step': first, 'trunk_step': trunk, 'end_step': end}
   (path / 'run.json').write_text(json.dumps(facts))
+  cpu = {} if first else {'cpu_seconds': end + 0.5}   # as if the others were of an older version
+  (path / 'status.json').write_text(json.dumps({'phase': 'finished', **cpu}))
   if gap is not None:
     (path / 'receipt.json').write_text(json.dumps({'measured': {'step0_gap': gap}}))
   evaluated, timed = [], []
@@ -80,8 +82,8 @@ def test_arms_are_read_from_their_workdirs(tmp_path):
   assert second['parent'] == parent.key and second['config']['init']['parent'] == parent.key
   assert found.claims == (claim,)
   assert found.suite['runs'] == [
-      {'key': run.key, 'devices': '1 x cpu', 'seconds': seconds}
-      for run, seconds in ((parent, 15.0), (other, 10.0), (scratch, 5.0))]
+      {'key': run.key, 'devices': '1 x cpu', 'seconds': seconds, 'cpu_seconds': cpu}
+      for run, seconds, cpu in ((parent, 15.0, 30.5), (other, 10.0, None), (scratch, 5.0, 10.5))]
   assert (found.suite['plot'], found.suite['x_label']) == ('sweep', 'size')
   assert found.suite['suite_command'] == suite.command()
 

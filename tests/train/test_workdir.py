@@ -91,10 +91,17 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_status(tmp_path):
-  Workdir(tmp_path).status('training', 3)
-  assert Workdir(tmp_path).read('status.json') == {
-      'phase': 'training', 'step': 3, 'pid': os.getpid()}
+def test_status_adds_up_the_cpu_time_of_all_processes(tmp_path, monkeypatch):
+  clock = iter([100.0, 102.5, 104.0, 7.0, 8.25])
+  monkeypatch.setattr(workdir.time, 'process_time', lambda: next(clock))
+  there = Workdir(tmp_path)
+  for phase, cpu in (('training', 2.5), ('stopped', 4.0)):
+    there.status(phase, 3)
+    assert there.read('status.json') == {
+        'phase': phase, 'step': 3, 'pid': os.getpid(), 'cpu_seconds': cpu}
+  again = Workdir(tmp_path)   # another process, whose clock began anew
+  again.status('finished', 4)
+  assert again.read('status.json')['cpu_seconds'] == 5.2   # 4 + 1.25, to a tenth
 
 
 def test_reading_what_is_not_there(tmp_path):
