@@ -51,3 +51,17 @@ def test_where_an_accelerator_computes_malloc_is_left_alone(platforms, devices, 
   called = []
   monkeypatch.setattr(memory.ctypes, 'CDLL', lambda _: called.append(1))
   assert memory.keep_freed() is False and len(called) == cpu * sys.platform.startswith('linux')
+
+CALLED = """
+import sys
+from absl import app
+from moejax import main
+main.memory.keep_freed = lambda: sys.exit('kept')
+app.run(main.main, flags_parser=main.parse_flags)
+"""
+
+
+def test_a_run_keeps_it_before_anything_else(tmp_path):
+  done = subprocess.run([sys.executable, '-c', CALLED, '--config=configs/vit_glyphs.py:runlocal',
+                         f'--workdir={tmp_path}'], capture_output=True, text=True)
+  assert done.stderr.splitlines()[-1] == 'kept' and not list(tmp_path.iterdir())
