@@ -9,7 +9,8 @@ mean +- t(0.975, n - 1) sd / sqrt(n), which is not adjusted.
 m: if |mean(d)| <= m, the two one-sided t-tests (TOST, Schuirmann 1987) of mean(d) = -m and
 mean(d) = m, of whose p-values the larger counts; otherwise the two-sided t-test of mean(d) = the
 nearer of -m and m, which is below 0.05 where the 95 % interval lies entirely outside [-m, m]. If
-all d_p are 0, to the last digit, p = 0: the two arms are one, and there is nothing to sample.
+all d_p are 0, to the last digit, p = 0: the two arms are one, and there is nothing to sample. (This
+sentence came after the first runs and before the first verdict; see LOG.md.)
 
 **Family.** All claims of one suite at one scale. Their p-values are adjusted together by Holm's
 method (1979). A claim that cannot be tested counts with p = 1, so that a run that fails never makes

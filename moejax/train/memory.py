@@ -2,8 +2,8 @@
 
 XLA's CPU backend takes the buffers of a step from malloc and frees them after it. glibc returns
 freed memory to the system where it can, large buffers always, and the system hands out zeroed pages
-at their next touch: 8,000 page faults a step, and two fifths of its time, for a small T5 with
-experts.
+at their next touch. For a small T5 with experts that was thousands of page faults a step, and two
+fifths of its time (measured in experiments/LOG.md).
 """
 
 import ctypes
