@@ -7,7 +7,9 @@ Runs that are finished are found, one that was stopped resumes, and suites share
 in common. Ctrl-C saves what is running; the same command goes on. Table and plot are written as
 soon as the last run of their suite is finished; they come from results.jsonl, and
 `python -m experiments.report` makes them again from it. Several machines share the work if each is
-started with its own --shard over a common folder; see experiments/launch/.
+started with its own --shard over a common folder; see experiments/launch/. Machines that share
+nothing can train other --pairs each: a pair's arms start from its own dense parent, and its results
+join those of the pairs that are in --results already.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from experiments import cli, dry_run, runner, suites, surgeries
 from experiments import suite as suite_lib
 from experiments.session import Session
 from experiments.shards import Shard
+from experiments.suite import Suite
 from moejax.config import check, check_choice
 
 ALL = 'all'
@@ -36,6 +39,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   """The flags. Raises ConfigError on what they cannot be."""
   parser = cli.Parser('python -m experiments.main', __doc__)
   parser.add_suite()
+  parser.add_argument('--pairs', metavar='N[,N...]',
+                      help='only these (dense parent, seed) pairs; their results join those of '
+                           'other pairs in --results (default: all)')
   parser.add_argument('--jobs', type=int, default=0, metavar='N',
                       help='runs at a time, each on its share of the cores (default: as many as '
                            'there are cores; give 1 where there is a GPU or TPU)')
@@ -53,8 +59,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   check(args.jobs >= 0, '--jobs', args.jobs, '1 or more', 'Leave it out for the default.')
   args.jobs = args.jobs or len(runner.cores())
   args.shard = Shard.parse(args.shard) if args.shard is not None else None
+  args.pairs = _pairs(args.pairs)
   args.suites = _names(args)
   return args
+
+
+def _pairs(text: str | None) -> tuple[int, ...] | None:
+  """'0,3' -> (0, 3); None: all. Raises ConfigError."""
+  if text is None:
+    return None
+  words = text.split(',')
+  check(all(word.isdecimal() for word in words), '--pairs', text,
+        'numbers of pairs, the first is 0', 'Two of them are --pairs=0,1.')
+  return tuple(dict.fromkeys(map(int, words)))
 
 
 def _names(args: argparse.Namespace) -> list[str]:
@@ -71,6 +88,20 @@ def _names(args: argparse.Namespace) -> list[str]:
   return have
 
 
+def _with_pairs(chosen: dict[str, Suite], pairs: tuple[int, ...] | None) -> dict[str, Suite]:
+  """The suites that have any of the pairs. Raises ConfigError if none has."""
+  if pairs is None:
+    return chosen
+  have = {name: suite for name, suite in chosen.items()
+          if any(arm.pair in pairs for arm in suite.arms)}
+  most = max(arm.pair for suite in chosen.values() for arm in suite.arms)
+  check(bool(have), '--pairs', ','.join(map(str, pairs)), f'pairs 0 to {most}', 'Choose others.')
+  for name in chosen:
+    if name not in have:
+      print(f'{name}: left out, it has none of these pairs', file=sys.stderr)
+  return have
+
+
 def main(argv: list[str] | None = None) -> int:
   """Runs; returns the exit code. Raises ConfigError on what cannot work."""
   args = parse(argv)
@@ -79,8 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   check(pathlib.Path('configs').is_dir(), 'working directory', str(pathlib.Path.cwd()),
         'the root of the repository, where configs/ is', 'cd there.')
-  chosen = {name: suite_lib.load(name, args.scale) for name in args.suites}
-  jobs = {name: surgeries.jobs(suite.runs()) for name, suite in chosen.items()}
+  chosen = _with_pairs({name: suite_lib.load(name, args.scale) for name in args.suites}, args.pairs)
+  jobs = {name: surgeries.jobs((suite if args.pairs is None else suite.of_pairs(args.pairs)).runs())
+          for name, suite in chosen.items()}
   if args.dry_run:
     print(dry_run.table(jobs, args.runs, args.jobs, args.shard))
     return 0

@@ -12,7 +12,8 @@ results give the same files, byte for byte.
 
 import pathlib
 
-from experiments import cli, page, plots, results, tables
+from experiments import cli, page, plots, results, tables, timing
+from experiments import suite as suite_lib
 from experiments.results import Results
 
 
@@ -26,17 +27,28 @@ def write(found: Results, directory: pathlib.Path) -> str:
   return markdown
 
 
+def _timed(directory: pathlib.Path, found: Results) -> Results:
+  """Results with what step times were measured since they were written; writes them too."""
+  name = found.suite['suite']
+  if name not in suite_lib.names():
+    return found
+  filled = timing.fill(found, suite_lib.load(name, found.suite['scale']))
+  if filled != found:
+    results.write(filled, directory)
+  return filled
+
+
 def main(argv: list[str] | None = None) -> int:
   parser = cli.Parser('python -m experiments.report', __doc__)
   parser.add_suite()
   args = parser.parse(argv, suite_required=False)
   if args.suite:
     directory = cli.results_folder(args)
-    print(write(results.read(directory), directory))
+    print(write(_timed(directory, results.read(directory)), directory))
     print(f'Written to {directory}')
     return 0
   folder = args.results or page.FOLDER
-  suites = page.find(folder)
+  suites = {directory: _timed(directory, found) for directory, found in page.find(folder).items()}
   for directory, found in suites.items():
     write(found, directory)
   print(page.write(folder, suites))

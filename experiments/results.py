@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import shlex
-from collections.abc import Mapping
 from typing import Any
 
 from experiments import suite as suite_lib
@@ -37,14 +36,12 @@ class Results:
   rows: list[dict[str, Any]]
 
 
-def collect(suite: Suite, folder: pathlib.Path,
-            time_ratios: Mapping[str, float] | None = None) -> Results:
+def collect(suite: Suite, folder: pathlib.Path) -> Results:
   """What the finished runs in `folder` measured.
 
   Args:
     suite: whose runs are all finished.
     folder: of the workdirs.
-    time_ratios: {run's key: its step time over that of its dense base}, where that was measured.
   """
   known = suite.name in suite_lib.names()
   about = {
@@ -55,7 +52,31 @@ def collect(suite: Suite, folder: pathlib.Path,
                if not isinstance(run, surgeries.Surgery)],
   }
   return Results(about, suite.claims,
-                 [_record(arm, suite, folder, time_ratios or {}) for arm in suite.arms])
+                 [_record(arm, folder) for arm in suite.arms])
+
+
+def merge(suite: Suite, new: Results, old: Results) -> Results:
+  """`new`, with the arms of other pairs from `old`, in the order of the suite.
+
+  Args:
+    suite: with all pairs and claims.
+    new: collected of some of its pairs.
+    old: what is in results.jsonl so far; its arms of the new pairs are replaced.
+
+  Raises:
+    ConfigError: `old` is of another suite or scale.
+  """
+  for key in ('suite', 'scale'):
+    if old.suite[key] != new.suite[key]:
+      fail('--results', f'a folder with results of {key} {old.suite[key]}',
+           f'one of {key} {new.suite[key]}, or an empty one', 'Choose another.')
+  fresh = {row['pair'] for row in new.rows}
+  kept = [row for row in old.rows if row['pair'] not in fresh]
+  rows = {(row['domain'], row['arm'], row['pair']): row for row in [*kept, *new.rows]}
+  places = [(arm.domain, arm.name, arm.pair) for arm in suite.arms]
+  runs = {(run['key'], run['seconds']): run for run in [*old.suite['runs'], *new.suite['runs']]}
+  return Results({**new.suite, 'runs': list(runs.values())}, suite.claims,
+                 [rows[place] for place in places if place in rows])
 
 
 def write(found: Results, directory: pathlib.Path) -> None:
@@ -94,14 +115,13 @@ def read(directory: pathlib.Path) -> Results:
                  kinds['arm'])
 
 
-def _record(arm: Arm, suite: Suite, folder: pathlib.Path,
-            time_ratios: Mapping[str, float]) -> dict[str, Any]:
+def _record(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
   """One arm of one pair.
 
   Its extra steps are those after the trunk of its base, or all of them if it started from nothing:
   `start_step` is where they begin. `history` has an evaluation per entry, from there on.
   `base_steps` of its base are 100 % of dense pretraining. `time_ratio` is the run's step time over
-  the base's, None if it was not measured.
+  the base's, None until it is measured: see `timing.fill`.
   """
   run, base = arm.run, Workdir(folder / arm.base.name)
   base_facts = base.read('run.json')
@@ -116,7 +136,7 @@ def _record(arm: Arm, suite: Suite, folder: pathlib.Path,
       'config': json.loads(settings.to_json(run.settings)),
       'base_steps': base_steps, 'base_flops': base_steps * base_facts['train_flops_per_step'],
       'base_seconds': _seconds(base.path, 0, base_steps),
-      'time_ratio': time_ratios.get(run.key),
+      'time_ratio': None,
       **measured,
   }
 

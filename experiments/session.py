@@ -19,7 +19,7 @@ class Session:
   """Trains suites and reports them.
 
   Args:
-    chosen: {name: suite}, in order.
+    chosen: {name: suite}, in order; of all pairs.
     args: flags, as main.parse gives them.
   """
 
@@ -67,9 +67,9 @@ class Session:
     try:
       # Shards that find the suite finished write the same bytes, but not at the same time.
       with locks.waited_for(self.args.runs):
-        suite, folder = self.suites[name], self.args.runs
-        ratios = timing.time_ratios(suite, folder)
-        results.write(results.collect(suite, folder, ratios), directory)
+        suite = self.suites[name]
+        found = self._collect(suite, directory)
+        results.write(timing.fill(found, suite), directory)
         found = results.read(directory)
         report.write(found, directory)
     except ConfigError as error:
@@ -80,10 +80,19 @@ class Session:
       self.found[name] = found
       tqdm.write(f'{name}: results written to {directory}', file=sys.stderr)
 
+  def _collect(self, suite: Suite, directory: pathlib.Path) -> Results:
+    """What a suite's runs measured; with --pairs, beside what is known of its other pairs."""
+    pairs, runs = self.args.pairs, self.args.runs
+    if pairs is None:
+      return results.collect(suite, runs)
+    found = results.collect(suite.of_pairs(pairs), runs)
+    there = (directory / results.FILE).exists()
+    return results.merge(suite, found, results.read(directory) if there else found)
+
   def _same_command(self) -> str:
     args = self.args
     given = {'suite': args.suite, 'scale': args.scale, 'runs': args.runs, 'results': args.results,
-             'shard': args.shard}
+             'pairs': args.pairs and ','.join(map(str, args.pairs)), 'shard': args.shard}
     flags = [f'--{name}={value}' for name, value in given.items()
              if value not in (None, pathlib.Path('runs'))]
     return shlex.join(['python', '-m', 'experiments.main', *flags,

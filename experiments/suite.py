@@ -13,7 +13,7 @@ import importlib
 import json
 import pathlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -279,6 +279,11 @@ class Suite:
       add(arm.base)
       add(arm.run)
     return list(found.values())
+
+  def of_pairs(self, pairs: Collection[int]) -> 'Suite':
+    """Its arms of some pairs; without claims, since they may be about arms that are left out."""
+    arms = tuple(arm for arm in self.arms if arm.pair in pairs)
+    return dataclasses.replace(self, arms=arms, claims=())
 
   def command(self) -> str:
     """The command that trains and reports it."""

@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from experiments import cli, results
 from experiments import suite as suite_lib
+from experiments.lines import Row
+from experiments.results import Results
 from experiments.suite import KEY_LENGTH, Arm, Run, Suite
 from experiments.surgeries import Surgery, use_compilation_cache
 from moejax import trees
@@ -93,15 +95,19 @@ def ratio_of(arm: Arm, devices: str, table: Table) -> float | None:
   return 1.0 if steps[0] == steps[1] else table.get((devices, *steps))
 
 
-def time_ratios(suite: Suite, folder: pathlib.Path, path: pathlib.Path = RESULTS
-                ) -> dict[str, float]:
-  """{run's key: `ratio_of`} of a suite's finished runs, each on the devices it was trained on."""
-  table, found = ratios(path), {}
-  for arm in filter(_has_steps, suite.arms):
-    devices = workdir.Workdir(folder / arm.run.name).read('run.json')['devices']
-    if (ratio := ratio_of(arm, devices, table)) is not None:
-      found[arm.run.key] = ratio
-  return found
+def fill(found: Results, suite: Suite, path: pathlib.Path = RESULTS) -> Results:
+  """Results with the time ratio of every arm of the suite that was measured on its devices."""
+  table = ratios(path)
+  arms = {(arm.domain, arm.name, arm.pair): arm for arm in filter(_has_steps, suite.arms)}
+
+  def filled(row: Row) -> Row:
+    arm = arms.get((row['domain'], row['arm'], row['pair']))
+    if arm is None or arm.run.key != row['key']:
+      return row
+    ratio = ratio_of(arm, row['devices'], table)
+    return row if ratio is None else {**row, 'time_ratio': ratio}
+
+  return dataclasses.replace(found, rows=[filled(row) for row in found.rows])
 
 
 def _has_steps(arm: Arm) -> bool:

@@ -32,6 +32,9 @@ def test_all_suites_are_taken_in_their_order_those_without_the_scale_left_out(ca
     (['--suite=all', '--scale=smok'], "--scale: got 'smok'.*Did you mean 'smoke'"),
     (['--suite=chain', '--shard=3/2'], "--shard: got '3/2'"),
     (['--suite=chain', '--shard='], "--shard: got ''"),
+    (['--suite=chain', '--pairs=0,x'], "--pairs: got '0,x'.*numbers of pairs"),
+    (['--suite=chain', '--pairs='], "--pairs: got ''"),
+    (['--suite=chains,chain', '--pairs=2'], "--pairs: got '2'.*pairs 0 to 1"),
 ])
 def test_what_cannot_work_is_one_line(flags, words):
   with pytest.raises(ConfigError, match=words) as error:
@@ -81,6 +84,17 @@ def test_a_dry_run_adds_up_by_hand(tmp_path, monkeypatch):
   assert rows['all, shared jobs once'] == ['3', '1', '113', '2.60e+04', '5.01e+03',
                                            '1.00 + 1 jobs unknown']
   assert rows['shard 2/2'] == ['1', '0', '1', '7.00e+00', '7.00e+00', 'unknown']
+
+
+def test_a_pair_is_its_runs_alone_and_suites_without_it_are_left_out(tmp_path, capsys):
+  flags = ['--suite=chains,alone', f'--runs={tmp_path}', '--dry_run', '--jobs=1']
+  assert main.main([*flags, '--pairs=1']) == 0
+  out, err = capsys.readouterr()
+  assert [line.split()[:2] for line in out.splitlines()[1:]] == [['chains', '2']]
+  assert err == 'alone: left out, it has none of these pairs\n'
+  assert main.main([*flags, '--pairs=0,1']) == 0
+  assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:3]] == [
+      ['chains', '3'], ['alone', '1']]
 
 
 def test_a_dry_run_starts_and_writes_nothing(tmp_path, capsys):

@@ -60,7 +60,7 @@ def test_arms_are_read_from_their_workdirs(tmp_path):
                               Arm('d', 'child', other, parent, pair=3, series='c', x=2.0),
                               Arm('d', 'scratch', scratch, parent)), (claim,), plot='sweep',
                 x_label='size')
-  found = results.collect(suite, tmp_path, {other.key: 1.5})
+  found = results.collect(suite, tmp_path)
   first, second, third = found.rows
   # The parent's own line is its cooldown, 20 to 30; the child's steps are 20 to 40.
   assert (first['start_step'], first['end_step'], first['seconds']) == (20, 30, 5.0)
@@ -71,7 +71,7 @@ def test_arms_are_read_from_their_workdirs(tmp_path):
   assert [row['pair'] for row in found.rows] == [3, 3, 0]
   assert [row['reference'] for row in found.rows] == [True, False, False]
   assert [(row['series'], row['x']) for row in found.rows] == [('', None), ('c', 2.0), ('', None)]
-  assert [row['time_ratio'] for row in found.rows] == [None, 1.5, None]
+  assert [row['time_ratio'] for row in found.rows] == [None] * 3
   assert [row['step0'] for row in found.rows] == [None, {'step0_gap': 0.5}, None]
   assert second['history'] == [{'step': s, 'loss': 100 - s, 'accuracy': 0.5}
                                for s in (20, 25, 30, 35, 40)]
@@ -117,6 +117,46 @@ def test_surgeries_are_arms_that_cost_no_training(tmp_path, monkeypatch):
   row, = found.rows
   assert measured.items() <= row.items() and (row['x'], row['base_steps']) == (8, 20)
   assert [run['key'] for run in found.suite['runs']] == [parent.key]
+
+
+def three_pair_suite(pairs=(0, 1, 2)):
+  arms = [Arm('d', name, dense(), dense(), pair=pair) for pair in pairs
+          for name in ('dense', 'sparse')]
+  return Suite('s', 'mini', tuple(arms), (made_up.claim(),))
+
+
+def of_pairs(*pairs):
+  rows = [row for row in made_up.three_pairs() if row['pair'] in pairs]
+  return made_up.results(rows, *([made_up.claim()] if len(pairs) == 3 else []))
+
+
+def test_pairs_that_were_measured_apart_are_merged_into_what_measuring_all_gives():
+  suite, whole = three_pair_suite(), of_pairs(0, 1, 2)
+  merged = results.merge(suite, of_pairs(1), results.merge(suite, of_pairs(2, 0), of_pairs(2, 0)))
+  assert merged.rows == whole.rows and merged.claims == whole.claims
+  by_key = lambda found: sorted(found.suite['runs'], key=lambda run: run['key'])
+  assert by_key(merged) == by_key(whole)
+  assert results.merge(suite, of_pairs(1), whole) == whole   # the same once more
+
+
+def test_a_pair_that_is_measured_again_replaces_its_arms_and_costs_twice():
+  again = of_pairs(1)
+  for row in again.rows:
+    row['final']['test']['loss'] = 9.0
+  for run in again.suite['runs']:
+    run['seconds'] = 7.0
+  merged = results.merge(three_pair_suite(), again, of_pairs(0, 1, 2))
+  assert [row['final']['test']['loss'] == 9.0 for row in merged.rows] == (
+      [False] * 2 + [True] * 2 + [False] * 2)
+  assert len(merged.suite['runs']) == 8
+
+
+def test_arms_a_suite_no_longer_has_are_not_merged_and_other_suites_are_refused():
+  merged = results.merge(three_pair_suite(pairs=(1, 2)), of_pairs(1), of_pairs(0, 1, 2))
+  assert [row['pair'] for row in merged.rows] == [1, 1, 2, 2]
+  other = made_up.results(made_up.three_pairs(), name='t')
+  with pytest.raises(ConfigError, match="--results: got 'a folder with results of suite t'"):
+    results.merge(three_pair_suite(), of_pairs(1), other)
 
 
 def test_what_is_written_is_read_back_and_written_the_same(tmp_path):

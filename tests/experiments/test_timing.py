@@ -12,6 +12,7 @@ from experiments.suite import Arm, Run, Suite
 from experiments.surgeries import Surgery
 from moejax.config import ConfigError
 from moejax.train import parallel, workdir
+from tests.experiments import made_up
 
 
 def dense(label='dense', **changes):
@@ -159,19 +160,20 @@ def test_quartiles_and_the_table_sorted_by_label(clock, tmp_path, monkeypatch, c
   assert rows[3].split('|')[4:6] == [f' {flops:.2f} ', f' {3 / flops:.2f} ']
 
 
-def test_a_suites_ratios_are_those_of_the_devices_it_was_trained_on(clock, tmp_path):
+def test_a_rows_ratio_is_that_of_its_step_on_the_devices_it_was_trained_on(clock, tmp_path):
   path, four = tmp_path / 'step_times.jsonl', sparse('four', **{'model.moe.num_experts': 4})
   timing.measure([suite(four)], 2, path)
   line = json.loads(path.read_text())
   path.write_text(''.join(json.dumps(line | facts) + '\n' for facts in (
       {}, {'devices': 'a TPU', 'ratio': 1.5})))
+  arms = suite(four).arms
   for devices, ratio in (('a TPU', 1.5), (line['devices'], 4.0), ('a GPU', None)):
-    for run in (dense(), four):
-      folder = tmp_path / run.name
-      folder.mkdir(exist_ok=True)
-      (folder / 'run.json').write_text(json.dumps({'devices': devices}))
-    wanted = {dense().key: 1.0} | ({four.key: ratio} if ratio else {})
-    assert timing.time_ratios(suite(four), tmp_path, path) == pytest.approx(wanted)
+    rows = [{**made_up.row(arm.name), 'key': arm.run.key, 'devices': devices} for arm in arms]
+    found = timing.fill(made_up.results(rows), suite(four), path)
+    assert [row['time_ratio'] for row in found.rows] == [1.0, pytest.approx(ratio)]
+  rows = [{**made_up.row(arm.name, ratio=2.5), 'devices': line['devices']} for arm in arms]
+  found = timing.fill(made_up.results(rows), suite(four), path)   # of other runs: keys differ
+  assert [row['time_ratio'] for row in found.rows] == [2.5, 2.5]
 
 
 def test_four_layers_take_longer_than_one(tmp_path, monkeypatch):
