@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax import config as config_lib
-from moejax import trees
+from moejax import stacking, trees
 
 AXES = ('data', 'fsdp', 'expert', 'model')
 GROUP_AXES = ('data', 'fsdp', 'expert')   # examples, hence routing groups, are split over these
@@ -71,8 +71,11 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """PartitionSpec of one parameter or optimizer slot, by its path 'a/b/c'.
 
   An axis that does not divide its dimension is left out (the dimension is then replicated), except
-  `expert`, where it is an error: half an expert cannot be held.
+  `expert`, where it is an error: half an expert cannot be held. Stacked blocks are not split: each
+  device holds its part of every block.
   """
+  if stacking.is_stacked(path):
+    return P(None, *spec(stacking.members(path)[0], shape[1:], mesh))
   for pattern, axes in RULES:
     if re.search(rf'{pattern}(/|$)', path):
       if len(shape) < len(axes):   # a factored or scalar slot: only E is known to be first

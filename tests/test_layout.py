@@ -11,7 +11,7 @@ MODULES = [p for p in sorted((ROOT / 'moejax').rglob('*.py')) if p.parent != ROO
 
 # Each row may import the rows above it and its own row; a name stands for everything under it.
 ORDER = [
-    ['trees', 'config', 'moe.routing', 'flops'],
+    ['trees', 'stacking', 'config', 'moe.routing', 'flops'],
     ['sharding', 'moe.balance'],
     ['moe.dispatch', 'moe.grouped'],
     ['moe', 'models.layers'],
@@ -19,6 +19,7 @@ ORDER = [
     ['tasks', 'scores'],
     ['evaluate', 'decoding', 'probe'],
     ['train'],
+    ['ahead'],
     ['main'],
 ]
 # Rooms beside that order: what each may import, apart from itself.

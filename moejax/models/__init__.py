@@ -1,6 +1,7 @@
 """Backbones: `build(config)` gives the pure functions of a T5 or a ViT, dense or sparse."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from moejax import trees
 from moejax.models.layers import at_least_float32
+from moejax.models.stack import UNROLLED, Execution
 from moejax.models.t5 import T5, T5Config, init_cache
 from moejax.models.vit import ViT, ViTConfig
 
@@ -21,11 +24,13 @@ class Model:
 
   Attributes:
     config: what it was built from.
-    init: jax key -> parameters, a nested dict of float32 arrays; may be traced.
+    init: jax key -> parameters, a nested dict of float32 arrays; may be traced. Never stacked.
     apply: (params, batch, *, train=False, key=None) -> (logits, aux). With `train`, MoE layers use
       their training capacity; with a key too, dropout is drawn, for each example by the key and
       batch['index'] alone. logits are at least float32; aux is {path of an MoE layer: its sums}.
-    shapes: the parameters as ShapeDtypeStructs.
+    shapes: the parameters as ShapeDtypeStructs, never stacked.
+    held: paths of the parameters as `apply` and `features` want them; some are stacked (see
+      moejax.stacking) if blocks are scanned.
     encode, init_cache, decode_step: T5 only, decoding token by token; see t5.py. (params, batch) ->
       encoded; (encoded, length) -> cache; (params, encoded, cache, ids (B,), position ()) ->
       (logits (B, V), cache).
@@ -35,6 +40,7 @@ class Model:
   init: Callable[[jax.Array], dict]
   apply: Callable[..., tuple[jax.Array, dict]]
   shapes: dict[str, Any]
+  held: tuple[str, ...]
   encode: Callable[[dict, dict], Any] | None = None
   init_cache: Callable[[Any, int], dict] | None = None
   decode_step: Callable[..., tuple[jax.Array, dict]] | None = None
@@ -51,12 +57,16 @@ class Model:
     return {'encoder': (batch['encoder_input'] != 0).sum(), 'decoder': (batch['weight'] > 0).sum()}
 
 
-def build(config: Config) -> Model:
-  """Model of a validated T5Config or ViTConfig; allocates nothing."""
+def build(config: Config, execution: Execution = UNROLLED) -> Model:
+  """Model of a validated T5Config or ViTConfig; allocates nothing.
+
+  The functions for decoding unroll blocks, and take parameters that are not stacked, whatever
+  `execution` says.
+  """
   module = {'t5': T5, 'vit': ViT}[config.family]
 
-  def split(key):
-    return nnx.split(module(config, rngs=_InitKeys(key)), nnx.Param)
+  def split(key, execution=UNROLLED):
+    return nnx.split(module(config, execution, rngs=_InitKeys(key)), nnx.Param)
 
   def init(key):
     return nnx.to_pure_dict(split(key)[1])
@@ -65,22 +75,24 @@ def build(config: Config) -> Model:
     keys = None
     if train and key is not None:
       keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch['index'])
-    return nnx.merge(graphdef, params)(batch, train=train, keys=keys)
+    return nnx.merge(running, params)(batch, train=train, keys=keys)
 
   def method(name):
     return lambda params, *args: getattr(nnx.merge(graphdef, params), name)(*args)
 
   def features(params, batch):
-    x, _ = nnx.merge(graphdef, params).features(batch, train=False, keys=None)
+    x, _ = nnx.merge(running, params).features(batch, train=False, keys=None)
     return x.astype(at_least_float32(x.dtype))
 
   graphdef, shapes = nnx.eval_shape(split, jax.random.key(0))
+  running, held = nnx.eval_shape(functools.partial(split, execution=execution), jax.random.key(0))
+  held = tuple(trees.flatten(nnx.to_pure_dict(held)))
   if config.family == 't5':
     more = {'encode': method('encode'), 'decode_step': method('decode_step'),
             'init_cache': init_cache}
   else:
     more = {'features': features}
-  return Model(config, init, apply, nnx.to_pure_dict(shapes), **more)
+  return Model(config, init, apply, nnx.to_pure_dict(shapes), held, **more)
 
 
 class _InitKeys:

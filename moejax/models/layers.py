@@ -34,12 +34,12 @@ def at_least_float32(dtype) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def split(keys: jax.Array | None, n: int) -> list[jax.Array | None]:
-  """n keys for each example: n arrays (B,), one for each of n places; None gives n times None.
+def split(keys: jax.Array | None, n: int) -> jax.Array | list[None]:
+  """n keys for each example, (n, B): (B,) for each of n places. None gives n times None.
 
   One call for many places: each call compiles a hash of its own.
   """
-  return [None] * n if keys is None else list(jax.vmap(lambda k: jax.random.split(k, n))(keys).T)
+  return [None] * n if keys is None else jax.vmap(lambda k: jax.random.split(k, n))(keys).T
 
 
 def flat_draw(draw: Callable, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

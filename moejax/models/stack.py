@@ -8,12 +8,41 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from moejax import stacking
+from moejax.config import check_choice
 from moejax.models import attention, layers
 from moejax.moe.layer import MoEConfig, MoELayer
 
 PLACES = 6  # where a block draws: inside and after attention, cross-attention and MLP
+
+# What the backward pass finds instead of computing it again, by name; 'none' keeps everything.
+REMAT = {
+    'none': None,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,   # matmuls with weights
+    'full': jax.checkpoint_policies.nothing_saveable,                   # inputs of blocks alone
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+  """How stacks run, which changes no result.
+
+  Attributes:
+    scan: repeated blocks run under lax.scan, with stacked parameters (see moejax.stacking): the
+      time to compile no longer grows with depth.
+    remat: key of REMAT: trades time for memory.
+  """
+  scan: bool = False
+  remat: str = 'none'
+
+  def __post_init__(self):
+    check_choice('config.execution.remat', self.remat, REMAT)
+
+
+UNROLLED = Execution()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +115,17 @@ class Block(nnx.Module):
     """x (B, L, D) -> (x (B, L, D), aux of the MoE layer, or None, new cache).
 
     Args:
-      keys: PLACES arrays (B,), or None for each.
-      source: keys and values (B, M, H, K) to cross-attend to, or None.
+      keys: (PLACES, B), or None.
+      source: what to cross-attend to: a sequence (B, M, D), or its keys and values (B, M, H, K);
+        None without cross-attention.
       cache: keys and values (B, Lmax, H, K) of earlier tokens, among which those of x are written
         at `position`; None: x is all there is.
       (The others are Stack's.)
 
     The new cache is what x attended to: keys and values of the whole sequence.
     """
-    inside, after, cross_inside, cross_after, mlp_inside, mlp_after = keys
+    inside, after, cross_inside, cross_after, mlp_inside, mlp_after = (
+        [None] * PLACES if keys is None else keys)
     add = lambda x, y, keys: x + layers.dropout(y, self.dropout_rate, keys)
     with jax.named_scope('attention'):
       h = self.attention_norm(x)
@@ -106,6 +137,8 @@ class Block(nnx.Module):
     if self.cross:
       with jax.named_scope('cross_attention'):
         h = self.cross_attention_norm(x)
+        if not isinstance(source, tuple):
+          source = self.cross_attention.project(source)
         x = add(x, self.cross_attention(h, source, None, source_mask, cross_inside), cross_after)
     aux = None
     with jax.named_scope('moe' if self.sparse else 'mlp'):
@@ -134,20 +167,28 @@ class Stack(nnx.Module):
   Args:
     sparse: {block number: number of experts}; the other blocks are dense.
     relative_bias: module giving the attention bias shared by the blocks, or None.
+    execution: with `scan`, repeated blocks are one entry of `layers`, named by moejax.stacking,
+      which expects parameters with a leading axis.
   """
 
   def __init__(self, spec: BlockSpec, depth: int, moe: MoEConfig, sparse: dict[int, int],
-               relative_bias: attention.RelativeBias | None = None, *, rngs: nnx.Rngs):
+               relative_bias: attention.RelativeBias | None = None,
+               execution: Execution = UNROLLED, *, rngs: nnx.Rngs):
     self.has_relative_bias = relative_bias is not None
     if self.has_relative_bias:
       self.relative_bias = relative_bias
+    kinds = [sparse.get(i, 0) for i in range(depth)]
+    together = stacking.names(kinds) if execution.scan else [[f'{i:02d}'] for i in range(depth)]
     self.layers = nnx.Dict({
-        f'{i:02d}': Block(spec, moe, sparse.get(i, 0), rngs=rngs) for i in range(depth)})
+        name: Block(spec, moe, kinds[int(stacking.members(name)[0])], rngs=rngs)
+        for names in together for name in names})
+    self.together = tuple(map(tuple, together))
     self.final_norm = spec.make_norm(rngs)
     self.dropout_rate = spec.dropout_rate
+    self.remat = execution.remat
 
   def __call__(self, x: jax.Array, *, mask: jax.Array | None, token_mask: jax.Array, train: bool,
-               keys: jax.Array | None, source: dict | None = None,
+               keys: jax.Array | None, source: jax.Array | None = None,
                source_mask: jax.Array | None = None) -> tuple[jax.Array, dict]:
     """Runs the blocks.
 
@@ -157,7 +198,7 @@ class Stack(nnx.Module):
       token_mask: (B, L) bool, False at tokens that routers must treat as padding.
       train: chooses the routers' capacity factor.
       keys: (B,) jax keys, one per example; None: no dropout.
-      source: what to cross-attend to, as from `project`.
+      source: (B, M, D), what to cross-attend to.
       source_mask: (B, 1, 1, M) bool, False at its padding.
 
     Returns:
@@ -166,17 +207,57 @@ class Stack(nnx.Module):
     L = x.shape[1]
     bias = (self.relative_bias(L, L, layers.at_least_float32(x.dtype))
             if self.has_relative_bias else None)
-    first, *keys = layers.split(keys, 1 + PLACES * len(self.layers))
-    x = layers.dropout(x, self.dropout_rate, first)
+    depth = sum(len(stacking.members(name)) for name in self.layers)
+    if keys is not None:
+      drawn = layers.split(keys, 1 + PLACES * depth)                 # (1 + PLACES * depth, B)
+      x = layers.dropout(x, self.dropout_rate, drawn[0])
+      keys = drawn[1:].reshape(depth, PLACES, -1)
+    same = {'bias': bias, 'mask': mask, 'source': source, 'source_mask': source_mask,
+            'token_mask': token_mask}
     auxes = {}
-    for i, (name, block) in enumerate(self.layers.items()):
-      with jax.named_scope(name):
-        x, aux, _ = block(
-            x, bias=bias, mask=mask, source=source and source[name], source_mask=source_mask,
-            token_mask=token_mask, train=train, keys=keys[PLACES * i:PLACES * (i + 1)])
-      if aux is not None:
-        auxes[f'layers/{name}'] = aux
+    for names in self.together:
+      with jax.named_scope('_'.join(names)):
+        x, found = self._run(names, x, keys, same, train)
+      auxes |= found
     return self.final_norm(x), auxes
+
+  def _run(self, names: tuple[str, ...], x: jax.Array, keys: jax.Array | None, same: dict,
+           train: bool) -> tuple[jax.Array, dict]:
+    """Runs the blocks `names` one after the other, as often as they stand for blocks.
+
+    Args:
+      names: of blocks that are stacked alike, or of one that is not.
+      x: (B, L, D).
+      keys: (blocks of the stack, PLACES, B), or None.
+      same: arguments that all blocks share; arrays and None.
+      train: see __call__.
+
+    Returns:
+      (B, L, D), {'layers/01': aux of that MoE block}.
+    """
+    graphs, params = zip(*(nnx.split(self.layers[name], nnx.Param) for name in names))
+    params = [nnx.to_pure_dict(state) for state in params]
+    members = [stacking.members(name) for name in names]             # a list per block
+
+    def run(x, params, keys, same):
+      auxes = []
+      for graph, own, places in zip(graphs, params, keys):
+        x, aux, _ = nnx.merge(graph, own)(x, keys=places, train=train, **same)
+        auxes.append(aux)
+      return x, auxes
+
+    if self.remat != 'none':
+      # A scan keeps the two passes apart by itself; elsewhere the compiler might merge them again.
+      run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=len(members[0]) == 1)
+    if not stacking.is_stacked(names[0]):
+      own = [None if keys is None else keys[int(name)] for name in names]
+      x, auxes = run(x, params, own, same)
+      return x, {f'layers/{name}': aux for name, aux in zip(names, auxes) if aux is not None}
+    own = [None if keys is None else keys[np.array(found, int)] for found in members]
+    x, auxes = jax.lax.scan(lambda x, of: run(x, *of, same), x, (params, own))
+    return x, {f'layers/{member}': jax.tree.map(lambda sums, i=i: sums[i], aux)
+               for found, aux in zip(members, auxes) if aux is not None
+               for i, member in enumerate(found)}
 
   def project(self, source: jax.Array) -> dict:
     """Keys and values of a sequence (B, M, D) in each block's cross-attention.
@@ -190,13 +271,15 @@ class Stack(nnx.Module):
            source_mask: jax.Array) -> tuple[jax.Array, dict]:
     """Runs the blocks on one token of each sequence: what __call__ gives at that position.
 
-    MoE layers drop nothing, so that a token's output depends on no other.
+    MoE layers drop nothing, so that a token's output depends on no other. Blocks must not be
+    stacked.
 
     Args:
       x: (B, 1, D) embeddings.
       cache: {'00': (keys, values)}, each (B, Lmax, H, K), filled in before `position`.
       position: int scalar in [0, Lmax), the same for all sequences.
-      source, source_mask: as in __call__.
+      source: {'00': (keys, values)} to cross-attend to, as from `project`.
+      source_mask: as in __call__.
 
     Returns:
       (B, 1, D) after the final norm, and the cache with `position` filled in.
@@ -209,6 +292,6 @@ class Stack(nnx.Module):
       with jax.named_scope(name):
         x, _, kept[name] = block(
             x, bias=bias, mask=mask, source=source[name], source_mask=source_mask,
-            token_mask=jnp.ones(x.shape[:2], bool), train=False, keys=[None] * PLACES,
+            token_mask=jnp.ones(x.shape[:2], bool), train=False, keys=None,
             cache=cache[name], position=position)
     return self.final_norm(x), kept

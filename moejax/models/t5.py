@@ -17,7 +17,7 @@ from flax import nnx
 
 from moejax.config import check, check_choice
 from moejax.models import attention, layers
-from moejax.models.stack import BlockSpec, Stack
+from moejax.models.stack import UNROLLED, BlockSpec, Execution, Stack
 from moejax.moe.layer import MoEConfig
 
 PAD, EOS = 0, 1   # PAD also starts every decoder input
@@ -131,13 +131,13 @@ def init_cache(encoded: Encoded, length: int) -> dict:
 class T5(nnx.Module):
   """Parameters token_embed, encoder, decoder, head."""
 
-  def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+  def __init__(self, config: T5Config, execution: Execution = UNROLLED, *, rngs: nnx.Rngs):
     self.dtype = jnp.dtype(config.dtype)
     self.dropout_rate = config.dropout_rate
     self.token_embed = layers.Embed(
         config.vocab_size, config.d_model, init=layers.normal(1.0), rngs=rngs)
-    self.encoder = _stack(config, 'encoder', rngs)
-    self.decoder = _stack(config, 'decoder', rngs)
+    self.encoder = _stack(config, 'encoder', execution, rngs)
+    self.decoder = _stack(config, 'decoder', execution, rngs)
     self.head = layers.Dense(config.d_model, config.vocab_size, bias=False,
                              init=layers.fan_in_normal(), rngs=rngs)
 
@@ -154,13 +154,13 @@ class T5(nnx.Module):
       logits (B, L', V), at least float32, and {'encoder/layers/01': aux of that MoE layer}.
     """
     *encoder_keys, decoder_keys, decoded_keys = layers.split(keys, 4)
-    encoded, encoder_aux = self._encode(batch['encoder_input'], train, encoder_keys)
+    encoded, source_mask, encoder_aux = self._encode(batch['encoder_input'], train, encoder_keys)
     with jax.named_scope('decoder'):
       x = self.token_embed(batch['decoder_input'], self.dtype)
       causal = jnp.tri(x.shape[1], dtype=bool)                       # (L', L')
       x, decoder_aux = self.decoder(
           x, mask=causal, token_mask=batch['weight'] > 0, train=train, keys=decoder_keys,
-          source=encoded.source, source_mask=encoded.mask)
+          source=encoded, source_mask=source_mask)
       x = layers.dropout(x, self.dropout_rate, decoded_keys)
     logits = self._logits(x)
     aux = {f'encoder/{path}': value for path, value in encoder_aux.items()}
@@ -168,7 +168,9 @@ class T5(nnx.Module):
 
   def encode(self, batch: dict) -> Encoded:
     """Runs the encoder in evaluation on 'encoder_input' (B, M)."""
-    return self._encode(batch['encoder_input'], False, [None, None])[0]
+    x, mask, _ = self._encode(batch['encoder_input'], False, [None, None])
+    with jax.named_scope('decoder'):
+      return Encoded(self.decoder.project(x), mask)
 
   def decode_step(self, encoded: Encoded, cache: dict, ids: jax.Array,
                   position: jax.Array) -> tuple[jax.Array, dict]:
@@ -189,24 +191,22 @@ class T5(nnx.Module):
                                    source_mask=encoded.mask)
     return self._logits(x)[:, 0], cache
 
-  def _encode(self, ids, train, keys) -> tuple[Encoded, dict]:
-    """ids (B, M) -> what the decoder needs of them, and the encoder's aux."""
+  def _encode(self, ids, train, keys) -> tuple[jax.Array, jax.Array, dict]:
+    """ids (B, M) -> encoded (B, M, D), mask (B, 1, 1, M) and the encoder's aux."""
     inside_keys, after_keys = keys
     tokens = ids != PAD
     mask = tokens[:, None, None, :]
     with jax.named_scope('encoder'):
       x = self.token_embed(ids, self.dtype)
       x, aux = self.encoder(x, mask=mask, token_mask=tokens, train=train, keys=inside_keys)
-      x = layers.dropout(x, self.dropout_rate, after_keys)
-    with jax.named_scope('decoder'):
-      return Encoded(self.decoder.project(x), mask), aux
+      return layers.dropout(x, self.dropout_rate, after_keys), mask, aux
 
   def _logits(self, x: jax.Array) -> jax.Array:
     with jax.named_scope('head'):
       return self.head(x, layers.at_least_float32(self.dtype))
 
 
-def _stack(config: T5Config, name: str, rngs: nnx.Rngs) -> Stack:
+def _stack(config: T5Config, name: str, execution: Execution, rngs: nnx.Rngs) -> Stack:
   """The encoder or the decoder of a T5."""
   decoder = name == 'decoder'
   spec = BlockSpec(
@@ -221,4 +221,4 @@ def _stack(config: T5Config, name: str, rngs: nnx.Rngs) -> Stack:
   bias = attention.RelativeBias(config.relative_buckets, config.relative_max_distance,
                                 config.num_heads, bidirectional=not decoder, rngs=rngs)
   return Stack(spec, getattr(config, f'{name}_layers'), getattr(config, f'{name}_moe'),
-               config.sparse_layers(name), bias, rngs=rngs)
+               config.sparse_layers(name), bias, execution, rngs=rngs)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from moejax.config import check, check_choice
 from moejax.models import layers
-from moejax.models.stack import BlockSpec, Stack
+from moejax.models.stack import UNROLLED, BlockSpec, Execution, Stack
 from moejax.models.t5 import DTYPES
 from moejax.moe.layer import MoEConfig
 
@@ -106,7 +106,7 @@ def config(size: str, **changes) -> ViTConfig:
 class ViT(nnx.Module):
   """Parameters patch_embed, position_embed, cls (if head is 'cls'), encoder, head."""
 
-  def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: ViTConfig, execution: Execution = UNROLLED, *, rngs: nnx.Rngs):
     D = config.d_model
     self.dtype = jnp.dtype(config.dtype)
     self.patch_size = config.patch_size
@@ -122,7 +122,8 @@ class ViT(nnx.Module):
         norm=layers.LayerNorm, norm_eps=config.norm_eps, bias=True, gated=False,
         activation=config.activation, scaled=True, init=layers.xavier_uniform,
         q_init=layers.xavier_uniform, dropout_rate=config.dropout_rate, attention_dropout_rate=0.0)
-    self.encoder = Stack(spec, config.num_layers, config.moe, config.sparse_layers(), rngs=rngs)
+    self.encoder = Stack(spec, config.num_layers, config.moe, config.sparse_layers(),
+                         execution=execution, rngs=rngs)
     self.head = layers.Dense(
         D, config.num_classes, bias=True, init=layers.fan_in_normal(), rngs=rngs)
 

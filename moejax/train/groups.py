@@ -10,6 +10,7 @@ import heapq
 import re
 from collections.abc import Collection
 
+from moejax import stacking
 from moejax.config import check, fail, nearest
 
 NO_GRAD = re.compile(r'/no_grad/')  # state kept among the parameters; the train step writes it
@@ -72,7 +73,12 @@ def _check_regex(key: str, pattern: str) -> None:
 
 
 def group(config, path: str) -> Group:
-  """The first of config.groups whose regular expression is found in path; both 1 if none is."""
+  """The first of config.groups whose regular expression is found in path; both 1 if none is.
+
+  Of a stacked path (moejax.stacking) that of its first block: `check_groups` sees to it that all
+  agree. So for `frozen`.
+  """
+  path = stacking.members(path)[0]
   for regex, learning_rate, weight_decay in config.groups:
     if re.search(regex, path):
       return Group(learning_rate, weight_decay)
@@ -89,6 +95,7 @@ def frozen(config, path: str) -> bool:
     config: OptimizerConfig.
     path: of a parameter.
   """
+  path = stacking.members(path)[0]
   return _matches(config.freeze, path) or group(config, path).learning_rate == 0
 
 
@@ -132,6 +139,26 @@ def check_groups(config, paths: Collection[str]) -> None:
     taken |= found
   check(any(not frozen(config, path) for path in trainable), 'optimizer.freeze', config.freeze,
         'a set that leaves something to train', 'With optimizer.groups, every leaf is frozen.')
+
+
+def check_stacked(config, held: Collection[str]) -> None:
+  """Checks that blocks which are stacked are treated alike.
+
+  Args:
+    config: OptimizerConfig.
+    held: paths of all parameters, some of them stacked.
+
+  Raises:
+    ConfigError: a group, the frozen set or the decay mask tells blocks of one scan apart.
+  """
+  treated = lambda path: (group(config, path), untouched(config, path),
+                          bool(re.search(config.weight_decay_mask, path)))
+  for path in held:
+    first, *others = stacking.members(path)
+    for other in others:
+      check(treated(other) == treated(first), 'config.execution.scan', True,
+            f'False, since the optimizer treats {first} and {other} differently',
+            'Blocks that run in one scan share groups, freeze and weight_decay_mask.')
 
 
 def _check_found(key: str, given: str, regex: str, paths: Collection[str]) -> set[str]:

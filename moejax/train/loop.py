@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from moejax import data, evaluate, models
 from moejax.checkpoints import native
 from moejax.train import initialize, metrics, parallel, settings
+from moejax.train.assemble import Step
 from moejax.train.final import Final
+from moejax.train.layout import Layout
 from moejax.train.pathology import Watch
 from moejax.train.plan import Plan, check_fit, facts, first_step
 from moejax.train.progress import Log, stop_signals
-from moejax.train.schedule import schedule
-from moejax.train.step import TrainState, make_train_step
+from moejax.train.step import TrainState
 from moejax.train.teacher import Teacher
 from moejax.train.workdir import Workdir, provenance
 
@@ -54,7 +55,7 @@ def run(config: settings.RunConfig, path: str) -> int:
     if done is None:
       state = program.begin(workdir, log)
     else:
-      state = TrainState(**writer.restore(done, program.shapes.as_dict()))
+      state = program.restore(writer, done)
       log.say(f'{path}: resumed at step {done} of {plan.end}')
     done = int(state.step)
     watch = Watch(config, plan.first)
@@ -72,7 +73,7 @@ def run(config: settings.RunConfig, path: str) -> int:
         program.evaluate(done, state.params, log, window)
       if plan.save_due(done) or stop.signal:
         with log.pause('saving', done):
-          writer.save(done, state.as_dict(), {})
+          writer.save(done, program.saved(state), {})
       if stop.signal:
         break
     with log.pause('saving', done):
@@ -91,7 +92,7 @@ class Program:
     self.config, self.plan = config, plan
     self.devices = parallel.make(config.parallel, config.mesh)
     self.dataset = self._data(config.data)
-    self.model = models.build(config.model)
+    self.model = models.build(config.model, config.execution)
     rows = check_fit(config, self.dataset, self.model, self.devices.shards)
     self.teacher = Teacher(config, self.devices) if config.task.teacher else None
     probe_data = None
@@ -101,19 +102,13 @@ class Program:
           image=dataclasses.replace(config.data.image, classes=0, augment='none',
                                     skip_classes=config.probe.skip_classes)))
     self.final = Final(config, self.model, self.devices, self.dataset, probe_data)
-    learning_rate = schedule(config.schedule, config.optimizer.learning_rate,
-                             start_step=plan.first, end_step=plan.end)
-    make = lambda reduce: make_train_step(
-        self.model, config.optimizer, learning_rate, task=config.task,
-        microbatches=config.microbatches, rows_per_group=rows, reduce=reduce)
-    shapes = initialize.state_shapes(config, self.model, self.devices)
     batch = self.dataset.train_batch(0)
     if self.teacher:
-      batch |= {'teacher_logits': jax.eval_shape(self.model.apply, shapes.params, batch)[0]}
-    window = jax.eval_shape(make(lambda x: x), shapes, batch)[0].window
-    small = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.devices.replicated())
-    self.shapes = dataclasses.replace(shapes, window=jax.tree.map(small, window))
-    self.train_step = self.devices.compile(make(self.devices.reduce), self.shapes)
+      batch |= {'teacher_logits': jax.eval_shape(
+          models.build(config.model).apply, self.model.shapes, batch)[0]}
+    step = Step(config, plan, self.model, self.devices, rows, batch)
+    self.layout, self.shapes, self.single = step.layout, step.shapes, step.single
+    self.train_step = self.devices.compile(step.fn, self.shapes)
     self.eval_step = self._eval_step(self.model)
 
   def _data(self, config: data.DataConfig) -> data.Dataset:
@@ -146,16 +141,27 @@ class Program:
     state, receipt = initialize.first_state(self.config, self.model, self.devices, parent)
     window = jax.tree.map(
         lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), self.shapes.window)
+    state = Step.relaid(state, self.layout.stack)
     return dataclasses.replace(state, window=window), receipt
+
+  def saved(self, state: TrainState) -> dict:
+    """What a checkpoint holds of a state: single blocks, whether or not they are scanned."""
+    return Step.relaid(state, self.layout.unstack).as_dict()
+
+  def restore(self, writer: native.Writer, step: int) -> TrainState:
+    """The state of a finished checkpoint."""
+    state = TrainState(**writer.restore(step, self.single.as_dict()))
+    return Step.relaid(state, self.layout.stack)
 
   def _step0_gap(self, parent: initialize.Parent, child: dict, log: Log) -> dict:
     """The parent's validation loss beside this run's at its first step, and what routing lost."""
     lost = {k: v for k, v in child.items() if k.endswith(('/dropped', '/unchosen'))}
     if self.config.init.new_head:   # the parent's answers are to other questions
       return {'loss': child['loss'], **lost}
-    model = models.build(settings.model_of(parent.config, self.config))
+    model = models.build(settings.model_of(parent.config, self.config), self.config.execution)
     with log.pause('evaluating', self.plan.first):
       params = initialize.parent_params(parent, model, self.devices)
+      params = Layout(model, self.devices).stack(params)
       batches = map(self.devices.put, self.dataset.eval_batches('validation'))
       sums = evaluate.total(self._eval_step(model), params, batches)
     loss = metrics.summarize(sums)['loss']
@@ -175,8 +181,8 @@ class Program:
         batches = map(self.devices.put, self.dataset.eval_batches(split))
         values = metrics.summarize(evaluate.total(self.eval_step, params, batches))
         values |= {k: v for k, v in window.items() if k.endswith('/router_grad_norm')}
-        if last:
-          values |= self.final.decoded(params, split)
+        if last and self.dataset.metric:
+          values |= self.final.decoded(self.layout.unstack(params), split)
         log.report(step, split, values)
         results[split] = values
       if last and (probed := self.final.probed(params)):

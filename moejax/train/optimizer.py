@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moejax import trees
+from moejax import stacking, trees
 from moejax.config import check, check_choice
 from moejax.train import groups
 from moejax.train.groups import NO_GRAD, untouched
@@ -138,7 +138,7 @@ def update(config: OptimizerConfig, grads: Tree, opt_state: Tree, params: Tree,
   """One step of the optimizer; pure, for use under jit. Does not clip by global norm.
 
   Leaves that are frozen or under `/no_grad/` come back as they are, slots too, whatever their
-  gradients.
+  gradients. Those of stacked blocks (moejax.stacking) are updated block by block.
 
   Args:
     config: which optimizer.
@@ -153,6 +153,7 @@ def update(config: OptimizerConfig, grads: Tree, opt_state: Tree, params: Tree,
   tx = _slots(config)
 
   def leaf(path, param, grad, state):
+    stacked, path = stacking.is_stacked(path), stacking.members(path)[0]
     if untouched(config, path):
       return param, state
     mult = groups.group(config, path)
@@ -165,6 +166,8 @@ def update(config: OptimizerConfig, grads: Tree, opt_state: Tree, params: Tree,
       return (param - lr * delta).astype(param.dtype), state
 
     if EXPERTS.search(path):
+      one = jax.vmap(one, in_axes=(0, 0, 0, None))
+    if stacked:
       one = jax.vmap(one, in_axes=(0, 0, 0, None))
     return one(grad, state, param, lr * mult.learning_rate)
 

@@ -65,10 +65,15 @@ class MeshParallel:
   def compile(self, fn: Callable, state=None) -> Callable:
     """Compiles eval_step(params, batch), or train_step(state, batch) if `state`, arrays or shapes
     with shardings, is given: it is then donated and keeps its shardings."""
-    if state is None:
-      return self._in_mesh(jax.jit(fn))
+    return self._in_mesh(jax.jit(fn) if state is None else self._train(fn, state))
+
+  def lower(self, fn: Callable, state, batch):
+    """train_step(state, batch) lowered for the mesh, from shapes with shardings."""
+    return self._in_mesh(self._train(fn, state).lower)(state, batch)
+
+  def _train(self, fn: Callable, state):
     out = (jax.tree.map(lambda x: x.sharding, state), self.replicated())
-    return self._in_mesh(jax.jit(fn, donate_argnums=0, out_shardings=out))
+    return jax.jit(fn, donate_argnums=0, out_shardings=out)
 
   def compile_rows(self, fn: Callable) -> Callable:
     """Compiles fn(params, batch) -> tree of arrays with the batch's rows, which stay in place."""

@@ -8,7 +8,7 @@ from typing import Any
 from moejax import flops, trees
 from moejax.config import check, fail
 from moejax.train import initialize
-from moejax.train.groups import check_groups
+from moejax.train.groups import check_groups, check_stacked
 from moejax.train.schedule import check_run
 from moejax.train.settings import RunConfig
 
@@ -92,7 +92,23 @@ def check_fit(config: RunConfig, dataset, model, shards: int) -> int:
   else:
     _check_at_least('vocab_size', config.model.vocab_size, dataset.vocab_size)
   check_groups(config.optimizer, trees.flatten(model.shapes).keys())
+  check_stacked(config.optimizer, model.held)
   rows = model.rows_per_group(dataset.encoder_length, dataset.decoder_length)
+  check_batches(config, rows, shards)
+  return rows
+
+
+def check_batches(config: RunConfig, rows: int, shards: int) -> None:
+  """Checks that batches are whole routing groups on every device.
+
+  Args:
+    config: the run.
+    rows: examples per routing group.
+    shards: devices over which the examples of a batch are split.
+
+  Raises:
+    ConfigError: names the key that does not fit.
+  """
   for key, size, parts in (('batch_size', config.data.batch_size, config.microbatches),
                            ('eval_batch_size', config.data.eval_batch_size, 1)):
     whole = rows * shards * parts
@@ -100,7 +116,6 @@ def check_fit(config: RunConfig, dataset, model, shards: int) -> int:
           f'a multiple of {whole} = {rows} examples per routing group x {shards} devices'
           + (f' x {parts} microbatches' if parts > 1 else ''),
           f'Nearest: {max(1, round(size / whole)) * whole}.')
-  return rows
 
 
 def _check_at_least(key: str, given: int, needed: int) -> None:

@@ -13,6 +13,7 @@ from moejax import config as config_lib
 from moejax.config import check
 from moejax.data import DataConfig
 from moejax.evaluate import DecodeConfig
+from moejax.models.stack import Execution
 from moejax.models.t5 import T5Config
 from moejax.models.vit import ViTConfig
 from moejax.probe import ProbeConfig
@@ -33,6 +34,7 @@ class RunConfig:
     steps: train steps of this run; those of a parent come on top in the global step.
     model, data, optimizer, schedule, init, mesh: see their own classes.
     parallel: 'mesh' (jit over mesh axes) or 'pmap' (data-parallel).
+    execution: how stacks of blocks run: unrolled or scanned, what the backward pass computes again.
     microbatches: gradient accumulation, parts per batch.
     task: what is trained on: label smoothing, z-loss, distillation.
     decode: how outputs are decoded, at the last step, for data that is scored by them.
@@ -57,6 +59,7 @@ class RunConfig:
   probe: ProbeConfig = ProbeConfig()
   mesh: MeshConfig = MeshConfig()
   parallel: str = 'mesh'
+  execution: Execution = Execution()
   microbatches: int = 1
   log_every: int = 50
   eval_every: int = 500

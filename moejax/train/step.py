@@ -11,9 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moejax import tasks, trees
+from moejax import stacking, tasks, trees
 from moejax.moe import balance
 from moejax.train import optimizer
+
+KERNEL, BIAS = '/moe/router/kernel', '/moe/router/no_grad/bias'   # ends of paths
 
 
 @jax.tree_util.register_dataclass
@@ -140,17 +142,21 @@ def move_biases(model, config: optimizer.OptimizerConfig, params: dict, layers: 
   Returns:
     params with new biases.
   """
-  def leaf(path, bias):
-    layer, found, _ = path.partition('/moe/router/no_grad/bias')
-    if not found:
-      return bias
-    stack, node = path.split('/')[0], layer_of(layers, layer)
+  def one(path, bias):
+    stack, node = path.split('/')[0], layer_of(layers, path)
     if not optimizer.frozen(config, path):
       moe = model.config.moe if model.config.family == 'vit' else getattr(
           model.config, f'{stack}_moe')
       bias = balance.update_bias(bias, node['asked'], moe.bias_rate)
     node['router_bias_max'] = jnp.abs(bias).max()
     return bias
+
+  def leaf(path, bias):
+    if not path.endswith(BIAS):
+      return bias
+    if not stacking.is_stacked(path):
+      return one(path, bias)
+    return jnp.stack([one(member, bias[i]) for i, member in enumerate(stacking.members(path))])
   return trees.map_with_path(leaf, params)
 
 
@@ -185,14 +191,14 @@ def add_router_norms(layers: dict, grads: dict) -> None:
   A frozen router has no gradient in grads, and gets no norm.
   """
   for path, grad in trees.flatten(grads).items():
-    layer, found, _ = path.partition('/moe/router/kernel')
-    if found:
-      layer_of(layers, layer)['router_grad_norm'] = jnp.sqrt(
-          jnp.sum(grad.astype(jnp.float32) ** 2))
+    if path.endswith(KERNEL):
+      squares = jnp.square(grad.astype(jnp.float32)).sum((-2, -1))    # (), or of each block
+      for member, total in zip(stacking.members(path), squares.reshape(-1)):
+        layer_of(layers, member)['router_grad_norm'] = jnp.sqrt(total)
 
 
 def layer_of(layers: dict, path: str) -> dict:
-  """The sums of layer '<stack>/layers/<n>' in nested ones."""
-  for name in path.split('/'):
+  """The sums of the layer that a leaf '<stack>/layers/<n>/moe/...' is of, in nested ones."""
+  for name in path.partition('/moe/')[0].split('/'):
     layers = layers[name]
   return layers

@@ -1,0 +1,124 @@
+"""Scanned and rematerialised stacks compute what unrolled ones do, in value and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import models, stacking, trees
+from moejax.config import ConfigError
+from moejax.models import t5, vit
+from moejax.models.stack import REMAT, Execution
+from moejax.moe.layer import MoEConfig
+from tests.models.helpers import random_params
+
+CHOSEN = MoEConfig(layers='every_2', num_experts=4, capacity_factor=1.5, group_size=24, z_weight=1.)
+CONFIGS = {   # each has stacked blocks, and the ViT one that is not
+    't5': t5.config('tiny', encoder_layers=4, decoder_layers=4, dropout_rate=0.1,
+                    encoder_moe=CHOSEN, decoder_moe=MoEConfig(
+                        layers='last_2', router='top_k', num_experts=4, group_size=12,
+                        balance_weight=1., noise_std=1., capacity_factor=1.25)),
+    'vit': vit.config('tiny', num_layers=5, dropout_rate=0.1, moe=MoEConfig(
+        layers='1,3', num_experts=4, group_size=8, dropout_rate=0.2)),
+}
+HELD = {'t5': {'encoder': {'00+2x2', '01+2x2'}, 'decoder': {'00+1x2', '02+1x2'}},
+        'vit': {'encoder': {'00+2x2', '01+2x2', '04'}}}
+
+
+def batch(config):
+  rng = np.random.default_rng(0)
+  index = np.arange(4, dtype=np.int32)
+  if config.family == 'vit':
+    return {'image': rng.normal(size=(4, 8, 8, 1)).astype(np.float32), 'index': index,
+            'weight': np.array([1, 1, 1, 0], np.float32)}
+  ids = rng.integers(1, 60, (4, 12)).astype(np.int32)
+  ids[1, 7:] = 0
+  return {'encoder_input': ids, 'decoder_input': ids[:, :6], 'index': index,
+          'weight': (ids[:, 3:9] > 0).astype(np.float32)}
+
+
+def objective(model, config, train=True):
+  """params -> (a loss that every output moves, aux), and its gradient."""
+  given, key = batch(config), jax.random.key(3)
+
+  def loss(params):
+    logits, aux = model.apply(params, given, train=train, key=key if train else None)
+    extra = sum(v for sums in aux.values() for k, v in sums.items() if k.endswith('_loss'))
+    return jnp.square(logits).mean() + extra / 48, aux
+  return jax.value_and_grad(loss, has_aux=True)
+
+
+def stacked(params, model):
+  copy = jax.tree.map(lambda x: x, params)
+  return stacking.stack(copy, model.held, lambda path, leaves: jnp.stack(leaves))
+
+
+@pytest.fixture(scope='module', params=CONFIGS)
+def unrolled(request):
+  config = CONFIGS[request.param]
+  model = models.build(config)
+  params = random_params(model.shapes)
+  return request.param, config, params, jax.jit(objective(model, config))(params)
+
+
+@pytest.mark.parametrize('scan, remat', [(True, 'none'), (True, 'dots'), (False, 'full')])
+def test_the_same_values_and_gradients(unrolled, scan, remat):
+  family, config, params, ((loss, aux), grads) = unrolled
+  model = models.build(config, Execution(scan, remat))
+  if scan:
+    for stack, names in HELD[family].items():
+      found = {path.split('/')[2] for path in model.held if path.startswith(f'{stack}/layers/')}
+      assert found == names
+  held = stacked(params, model)
+  assert set(trees.flatten(held)) == set(model.held)
+  (again, same), slopes = jax.jit(objective(model, config))(held)
+  np.testing.assert_allclose(again, loss, rtol=1e-5)
+  assert list(same) == list(aux)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), same, aux)
+  slopes = trees.flatten(stacking.unstack(slopes, lambda path, leaf: list(leaf)))
+  for path, grad in trees.flatten(grads).items():
+    largest = np.abs(grad).max()
+    np.testing.assert_allclose(slopes[path], grad, atol=1e-5 * largest + 1e-8, err_msg=path)
+
+
+def test_evaluation_without_keys():
+  config = CONFIGS['vit']
+  model, scanned = models.build(config), models.build(config, Execution(scan=True))
+  params = random_params(model.shapes)
+  loss = [jax.jit(objective(m, config, train=False))(p)[0][0]
+          for m, p in ((model, params), (scanned, stacked(params, scanned)))]
+  np.testing.assert_allclose(*loss, rtol=1e-5)
+
+
+def test_a_scan_compiles_one_repetition_however_deep():
+  def size(depth, scan):
+    config = vit.config('tiny', num_layers=depth)
+    model = models.build(config, Execution(scan))
+    held = jax.eval_shape(lambda: stacked(jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), model.shapes), model))
+    return len(str(jax.make_jaxpr(objective(model, config))(held)))
+  assert size(12, True) < 1.05 * size(4, True)
+  assert size(12, False) > 2 * size(4, False)
+
+
+def test_what_is_computed_again_need_not_be_kept():
+  config = vit.config('tiny', num_layers=4, d_model=64, d_ff=256)
+
+  def kept(remat):
+    model = models.build(config, Execution(True, remat))
+    held = jax.eval_shape(lambda: stacked(jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), model.shapes), model))
+    residuals = jax.eval_shape(lambda p: jax.vjp(
+        lambda p: objective_value(model, config, p), p)[1], held)
+    return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+  def objective_value(model, config, params):
+    return jnp.square(model.apply(params, batch(config), train=True, key=None)[0]).mean()
+
+  assert list(REMAT) == ['none', 'dots', 'full']
+  assert kept('none') > kept('dots') > kept('full')
+
+
+def test_an_unknown_policy_is_refused():
+  with pytest.raises(ConfigError, match="config.execution.remat: got 'ful'.*'full'"):
+    Execution(remat='ful')
