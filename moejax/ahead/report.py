@@ -1,0 +1,221 @@
+"""python -m moejax.main --config=FILE --compile_for=v5p:4x4x8: will it fit, and what will it cost?
+
+The real train step is compiled for the slice; no TPU and no data are needed. The estimate of its
+time is a roofline: each operation takes the longer of its FLOPs at the chip's peak and its HBM
+traffic at full bandwidth; communication is reckoned by `chips.seconds`. `serial` adds all of it up,
+`overlapped` hides the shorter of computation and communication behind the other. Real programs lie
+above `overlapped`: no operation reaches its roof.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax import flops, models, sharding
+from moejax.ahead import chips, hlo
+from moejax.config import ConfigError, check
+from moejax.train import parallel
+from moejax.train.assemble import Step
+from moejax.train.plan import Plan, check_batches
+from moejax.train.settings import RunConfig
+
+LARGEST = 5   # buffers that the report lists
+
+
+def run(config: RunConfig, slice_name: str, path: str | None = None) -> int:
+  """Compiles, prints the report, and writes it to a folder's ahead.json if one is given.
+
+  Returns:
+    The exit code, 0.
+
+  Raises:
+    ConfigError: no such slice, or no compiler for it; the mesh or the batch does not fit; or the
+      program needs more memory than a chip has.
+  """
+  found = compile_for(config, slice_name)
+  print(to_text(found))
+  if path:
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'ahead.json').write_text(json.dumps(found, indent=2) + '\n')
+    print(f'Written to {folder / "ahead.json"}')
+  return 0
+
+
+def compile_for(config: RunConfig, slice_name: str) -> dict[str, Any]:
+  """What `to_text` shows, as JSON. Raises ConfigError as `run` does."""
+  chip, count = chips.parse(slice_name)
+  check(config.parallel == 'mesh', 'config.parallel', config.parallel, "'mesh' with --compile_for",
+        'pmap compiles for the devices at hand alone.')
+  check(not config.task.teacher, 'config.task.teacher', config.task.teacher,
+        "'' with --compile_for", 'The teacher is not compiled.')
+  devices = parallel.make('mesh', config.mesh, chips.topology(slice_name).devices)
+  started = time.monotonic()
+  lowered, model, step = lower(config, devices)
+  traced = time.monotonic()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    raise _too_large(error, slice_name, config) from error
+  seconds = {'trace': traced - started, 'compile': time.monotonic() - traced}
+  module = hlo.Module(compiled.as_text())
+  text = config.data.text
+  lengths = {} if config.model.family == 'vit' else {
+      'encoder_length': text.encoder_length, 'decoder_length': text.decoder_length}
+  work = flops.train_step_flops(config.model, config.data.batch_size, **lengths) / count
+  total, active = flops.parameters(model.shapes, config.model)
+  return {
+      'slice': slice_name, 'chips': count, 'mesh': dict(devices.mesh.shape),
+      'execution': dataclasses.asdict(config.execution), 'microbatches': config.microbatches,
+      'batch_size': config.data.batch_size,
+      'parameters': total, 'parameters_active_per_token': active,
+      'memory': _memory(compiled, chip), 'largest': _largest(module),
+      'flops': {'model': work, 'executed': sum(
+          n * module.flops(i, c) for i, n, c in module.run())},
+      'collectives': _collectives(module, chip), 'roofline': _roofline(module, chip, work),
+      'loops_of_unknown_length': len(module.unknown_loops),
+      'seconds': {name: round(value, 1) for name, value in seconds.items()},
+      'versions': {'jax': jax.__version__},
+  }
+
+
+def lower(config: RunConfig, devices) -> tuple[Any, models.Model, Step]:
+  """The train step, lowered for devices that need not be there, from shapes alone."""
+  model = models.build(config.model, config.execution)
+  text = config.data.text
+  rows = model.rows_per_group(text.encoder_length, text.decoder_length)
+  check_batches(config, rows, devices.shards)
+  batch = batch_shapes(config, sharding.batch_sharding(devices.mesh))
+  step = Step(config, Plan.make(config, 0), model, devices, rows, batch)
+  return devices.lower(step.fn, step.shapes, batch), model, step
+
+
+def batch_shapes(config: RunConfig, placed: jax.sharding.Sharding) -> dict:
+  """A train batch of the run as shapes; see data.Dataset for what is in it."""
+  B, model, text = config.data.batch_size, config.model, config.data.text
+  make = lambda dtype, *dims: jax.ShapeDtypeStruct((B, *dims), dtype, sharding=placed)
+  if model.family == 'vit':
+    side = model.image_size
+    return {'image': make(jnp.float32, side, side, model.channels), 'label': make(jnp.int32),
+            'weight': make(jnp.float32), 'index': make(jnp.int32)}
+  length = text.decoder_length
+  return {'encoder_input': make(jnp.int32, text.encoder_length),
+          'decoder_input': make(jnp.int32, length), 'target': make(jnp.int32, length),
+          'weight': make(jnp.float32, length), 'index': make(jnp.int32)}
+
+
+def _too_large(error: Exception, slice_name: str, config: RunConfig) -> ConfigError:
+  """What to do about a program that does not fit; any other error as it is."""
+  message = ' '.join(str(error).split())
+  sizes = re.search(r'([\d.]+\w) *\) exceeds available HBM \(([\d.]+\w)\)', message)
+  if 'RESOURCE_EXHAUSTED' not in message:
+    return ConfigError(f'--compile_for: {slice_name}: the compiler failed: {message[:500]}')
+  needs = f'{sizes[1]} for temporaries, of {sizes[2]} in all' if sizes else message[:300]
+  remedies = [*(['config.execution.scan=True'] if not config.execution.scan else []),
+              *(['config.execution.remat=full'] if config.execution.remat != 'full' else []),
+              f'config.microbatches={2 * config.microbatches}', 'a smaller config.data.batch_size',
+              'more of config.mesh.fsdp, or a larger slice']
+  return ConfigError(f'--compile_for: {slice_name}: does not fit: a chip would need {needs}. The '
+                     'cheapest remedies, in this order: ' + '; '.join(remedies[:4]))
+
+
+def _memory(compiled, chip: chips.Chip) -> dict[str, float]:
+  """Bytes per chip: the state and the batch (updated in place), temporaries, and what there is."""
+  stats = compiled.memory_analysis()
+  held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+  code = stats.generated_code_size_in_bytes
+  return {'held': held, 'temporary': stats.temp_size_in_bytes, 'code': code,
+          'total': held + stats.temp_size_in_bytes + code, 'available': chip.memory}
+
+
+def _largest(module: hlo.Module) -> list[dict[str, Any]]:
+  """The largest arrays that operations make in HBM, one per shape and origin."""
+  sizes: dict[tuple, float] = {}
+  for instruction, _, _ in module.run():
+    if instruction.opcode in hlo.FREE:
+      continue
+    for array in instruction.arrays:
+      if not array.near:
+        shape = f'{array.dtype}[{",".join(map(str, array.dims))}]'
+        sizes[shape, _origin(instruction.scope)] = array.bytes
+  top = sorted(sizes.items(), key=lambda item: -item[1])[:LARGEST]
+  return [{'shape': shape, 'origin': origin, 'bytes': size} for (shape, origin), size in top]
+
+
+def _origin(scope: str) -> str:
+  """'jvp(encoder)/00+2x12/moe' of 'jit(train_step)/jvp(encoder)/00+2x12/while/body/moe/dot'."""
+  noise = r'jit\(\w+\)|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map'
+  words = [word for word in scope.split('/')[:-1] if not re.fullmatch(noise, word)]
+  return '/'.join(words) or '(other)'
+
+
+def _collectives(module: hlo.Module, chip: chips.Chip) -> list[dict[str, Any]]:
+  """One line per kind and number of devices."""
+  found: dict[tuple, list] = collections.defaultdict(list)
+  for collective in hlo.collectives(module):
+    found[collective.kind, collective.devices].append(collective)
+  return [{'kind': kind, 'devices': devices, 'times': sum(c.times for c in group),
+           'sent_bytes': sum(c.sent for c in group),
+           'seconds': sum(chips.seconds(c, chip) for c in group)}
+          for (kind, devices), group in sorted(found.items())]
+
+
+def _roofline(module: hlo.Module, chip: chips.Chip, work: float) -> dict[str, float]:
+  """Seconds of a step by what bounds them, and the MFU that `work` FLOPs of a model would have."""
+  compute = memory = 0.0
+  for instruction, times, computation in module.run():
+    if instruction.opcode.removesuffix('-start') in hlo.COLLECTIVES:
+      continue
+    by_flops = module.flops(instruction, computation) / chip.flops
+    by_bytes = module.bytes(instruction, computation) / chip.bandwidth
+    if by_flops >= by_bytes:
+      compute += times * by_flops
+    else:
+      memory += times * by_bytes
+  network = math.fsum(chips.seconds(c, chip) for c in hlo.collectives(module))
+  serial, overlapped = compute + memory + network, max(compute + memory, network)
+  return {'compute_bound': compute, 'memory_bound': memory, 'network': network, 'serial': serial,
+          'overlapped': overlapped, 'mfu_serial': work / (serial * chip.flops),
+          'mfu_overlapped': work / (overlapped * chip.flops)}
+
+
+def to_text(found: dict[str, Any]) -> str:
+  """The report for people."""
+  memory, work, roof = found['memory'], found['flops'], found['roofline']
+  gib = lambda size: f'{size / chips.GIB:.2f} GiB'
+  ms = lambda seconds: f'{1e3 * seconds:.1f} ms'
+  spent = {key: ms(value) for key, value in roof.items()}
+  mesh = ' '.join(f'{axis}={size}' for axis, size in found['mesh'].items())
+  lines = [
+      f'slice        {found["slice"]}: {found["chips"]} chips, mesh {mesh}; batch '
+      f'{found["batch_size"]}, microbatches {found["microbatches"]}, '
+      f'scan {found["execution"]["scan"]}, remat {found["execution"]["remat"]}',
+      f'parameters   {found["parameters"]:,}, {found["parameters_active_per_token"]:,} active per '
+      'token',
+      f'HBM a chip   {gib(memory["total"])} of {gib(memory["available"])}: '
+      f'{gib(memory["held"])} state and batch, {gib(memory["temporary"])} temporaries, '
+      f'{gib(memory["code"])} program']
+  lines += [f'  largest    {gib(entry["bytes"])} {entry["shape"]} {entry["origin"]}'
+            for entry in found['largest']]
+  lines += [f'FLOPs a chip {work["model"]:.3e} of the model (flops.py), {work["executed"]:.3e} in '
+            f'matmuls of the program ({work["executed"] / work["model"]:.2f} times)']
+  lines += [f'collectives  {c["kind"]} over {c["devices"]}: {c["times"]} times, sends '
+            f'{gib(c["sent_bytes"])}, {ms(c["seconds"])}' for c in found['collectives']]
+  lines += [
+      f'roofline     {spent["compute_bound"]} bound by FLOPs, {spent["memory_bound"]} by HBM, '
+      f'{spent["network"]} on the network',
+      f'  serial     {spent["serial"]}, MFU {roof["mfu_serial"]:.3f}',
+      f'  overlapped {spent["overlapped"]}, MFU {roof["mfu_overlapped"]:.3f}',
+      f'compiled in  {found["seconds"]["compile"]:.0f} s, after {found["seconds"]["trace"]:.0f} s '
+      'of tracing']
+  if found['loops_of_unknown_length']:
+    lines.append(f'{found["loops_of_unknown_length"]} loops of unknown length were counted once')
+  return '\n'.join(lines)

@@ -1,0 +1,113 @@
+"""Programs read back: FLOPs, bytes and communication that are known by hand."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moejax.ahead import hlo
+
+# As a TPU's compiler writes: tiled layouts, S(1) for VMEM, matmuls as convolutions, loops whose
+# length stands in their condition, and groups of devices by mesh axes.
+TPU = (pathlib.Path(__file__).parent / 'tpu.hlo').read_text()
+
+
+@pytest.fixture
+def tpu():
+  return hlo.Module(TPU)
+
+
+def test_a_loop_counts_as_often_as_it_runs(tpu):
+  runs = {i.name: n for i, n, _ in tpu.run()}
+  assert runs['y'] == 12 and runs['loop'] == 1 and not tpu.unknown_loops
+  assert 'slice.1' not in runs    # fused: part of an operation, not one
+  assert sum(n * tpu.flops(i, c) for i, n, c in tpu.run()) == 12 * 2 * 128 * 64 * 32
+
+
+def test_bytes_are_those_that_are_touched_in_hbm(tpu):
+  found = {i.name: tpu.bytes(i, c) for i, _, c in tpu.run()}
+  assert found['own'] == 2 * 64 * 32 * 2 + 4          # a slice read, the same written, the number
+  assert found['y'] == 64 * 32 * 2 + 128 * 32 * 4     # x is in VMEM
+  assert found['new'] == 2 * 128 * 32 * 4 + 4         # the update read, and written in place
+  assert found['loop'] == found['out'] == found['w'] == 0
+
+
+def test_communication_by_mesh_axes(tpu):
+  [found] = hlo.collectives(tpu)
+  assert (found.kind, found.devices, found.times) == ('all-reduce', 8, 12)
+  assert found.bytes == 128 * 32 * 4 and found.scope == 'jit(step)/encoder/mlp/psum'
+  assert found.sent == 12 * 2 * 7 / 8 * 128 * 32 * 4
+
+
+@pytest.mark.parametrize('text, size', [
+    ('replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add', 4),
+    ('replica_groups=[4,32]<=[32,4]T(1,0), use_global_device_ids=true', 32),
+    ("replica_groups=mesh['axis_0'=4,'axis_1'=8] {'axis_0','axis_1'}, x={1}", 32),
+    ("replica_groups=mesh['axis_0'=16] {'axis_0':(2)4}", 4),
+    ('source_target_pairs={{0,1},{1,2}}', 2),
+    ('replica_groups={}', 1),
+])
+def test_group_sizes_in_every_notation(text, size):
+  assert hlo.group_size(text) == size
+
+
+@pytest.mark.parametrize('text, left, right, out, flops', [
+    ('dim_labels=bf_io->bf', (128, 64), (64, 32), (128, 32), 2 * 128 * 64 * 32),
+    # 3 x 3 over 5 x 5 without padding: 9 places each.
+    ('window={size=3x3}, dim_labels=b01f_01io->b01f', (2, 5, 5, 4), (3, 3, 4, 8), (2, 3, 3, 8),
+     2 * 2 * 9 * 9 * 4 * 8),
+    # The same with padding: along each side 2 + 3 + 3 + 3 + 2 = 13 of 15 taps are inside.
+    ('window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f', (2, 5, 5, 4), (3, 3, 4, 8),
+     (2, 5, 5, 8), 2 * 2 * 13 * 13 * 4 * 8),
+    # A batch of 6 matmuls as a window of 6 that meets one element at each of 6 places.
+    ('window={size=6 stride=5 pad=0_0 lhs_dilate=6}, dim_labels=0bf_0io->0bf', (6, 10, 4),
+     (6, 4, 8), (6, 10, 8), 6 * 2 * 10 * 4 * 8),
+])
+def test_flops_of_convolutions_by_hand(text, left, right, out, flops):
+  assert hlo._convolution_flops(text, left, right, out) == flops
+
+
+def test_a_loop_of_unknown_length_is_told():
+  text = TPU.replace('constant(12)', 'parameter(1)')
+  module = hlo.Module(text)
+  assert sum(n * module.flops(i, c) for i, n, c in module.run()) == 2 * 128 * 64 * 32
+  assert module.unknown_loops == ['body']
+
+
+def compiled(fn, *args):
+  return hlo.Module(jax.jit(fn).lower(*args).compile().as_text())
+
+
+def test_flops_of_a_program_that_runs_here():
+  def fn(x, ws):
+    y, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)
+    return jnp.einsum('bij,bjk->bik', y.reshape(4, 2, 16), jnp.ones((4, 16, 3)) * y.sum())
+  module = compiled(fn, jnp.ones((8, 16)), jnp.ones((5, 16, 16)))
+  assert sum(n * module.flops(i, c) for i, n, c in module.run()) == (
+      5 * 2 * 8 * 16 * 16 + 4 * 2 * 2 * 16 * 3)
+
+
+@pytest.mark.parametrize('kind, fn, size', [
+    ('all-gather', lambda x: jax.lax.all_gather(x, 'a', tiled=True), 8 * 6 * 4),
+    ('all-reduce', lambda x: jax.lax.psum(x, 'a'), 2 * 6 * 4),
+    ('reduce-scatter', lambda x: jax.lax.psum_scatter(
+        jnp.tile(x, (2, 1)), 'a', tiled=True), 4 * 6 * 4),
+    ('all-to-all', lambda x: jax.lax.all_to_all(
+        jnp.tile(x, (2, 1)), 'a', 0, 1, tiled=True), 4 * 6 * 4),
+    ('collective-permute', lambda x: jax.lax.ppermute(
+        x, 'a', [(0, 1), (1, 2), (2, 3), (3, 0)]), 2 * 6 * 4),
+])
+def test_collectives_of_programs_that_run_here(kind, fn, size):
+  mesh = jax.make_mesh((4,), ('a',), devices=jax.devices()[:4],
+                       axis_types=(jax.sharding.AxisType.Auto,))
+
+  @functools.partial(jax.shard_map, mesh=mesh, in_specs=P('a'), out_specs=P('a'), check_vma=False)
+  def run(x):   # (2, 6) on each of four devices
+    return jax.lax.fori_loop(0, 3, lambda i, y: y + jnp.sin(fn(x + y)).sum(), 0.0)[None]
+
+  [found] = hlo.collectives(compiled(run, jnp.arange(48.).reshape(8, 6)))
+  assert (found.kind, found.bytes, found.times) == (kind, size, 3)
+  assert found.devices == (2 if kind == 'collective-permute' else 4)
