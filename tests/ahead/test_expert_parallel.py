@@ -1,0 +1,87 @@
+"""The compiled train step, read: tokens travel to experts by all-to-all, and nothing is gathered.
+
+Whatever grows with the global batch must stay on its device, or leave it in an all-to-all of just
+the slots that experts elsewhere have for it.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+
+from moejax import models, trees
+from moejax.ahead import hlo, report
+from moejax.data import DataConfig
+from moejax.data.settings import TextConfig
+from moejax.models import t5
+from moejax.models.stack import Execution
+from moejax.moe.layer import MoEConfig
+from moejax.sharding import MeshConfig
+from moejax.train import optimizer, parallel, settings
+
+E, C, D, F, LENGTH, TARGET = 8, 2.0, 32, 64, 16, 8
+LAYERS = 2   # of each stack, the second one sparse
+
+
+def config(B, mesh, remat='none'):
+  moe = MoEConfig(layers='every_2', num_experts=E, capacity_factor=C)
+  model = t5.config(
+      'tiny', d_model=D, d_ff=F, encoder_layers=LAYERS, decoder_layers=LAYERS,
+      encoder_moe=dataclasses.replace(moe, group_size=LENGTH),
+      decoder_moe=dataclasses.replace(moe, group_size=TARGET, router='top_k', balance_weight=0.02))
+  return settings.RunConfig(
+      model=model, mesh=MeshConfig(**mesh), execution=Execution(remat=remat),
+      data=DataConfig(source='stdlib_text', batch_size=B, eval_batch_size=B,
+                      text=TextConfig(encoder_length=LENGTH, decoder_length=TARGET)),
+      optimizer=optimizer.OptimizerConfig(name='adafactor'))
+
+
+@functools.cache
+def communication(B, remat='none', **mesh):
+  run = config(B, mesh, remat)
+  lowered, _, _ = report.lower(run, parallel.make('mesh', run.mesh))
+  return hlo.collectives(hlo.Module(lowered.compile().as_text()))
+
+
+MESHES = [dict(data=1, expert=8), dict(data=2, expert=4)]
+
+
+@pytest.mark.parametrize('mesh', MESHES, ids=str)
+def test_all_to_alls_carry_the_slots_and_no_more(mesh):
+  B, n = 16, mesh['expert']
+  found = [c for c in communication(B, **mesh) if c.kind == 'all-to-all']
+  slots = B // 8 * (LENGTH + TARGET) * C              # of a device's own tokens, both stacks
+  # There and back, forward and backward; the float32 of this test.
+  expected = 4 * slots * D * 4 * (n - 1) / n
+  assert {c.devices for c in found} == {n}
+  assert expected <= sum(c.sent for c in found) <= 1.1 * expected
+
+
+def test_rematerialising_sends_what_it_computes_again():
+  mesh = MESHES[0]
+  sent = [sum(c.sent for c in communication(16, remat, **mesh) if c.kind == 'all-to-all')
+          for remat in ('none', 'full')]
+  assert sent[1] == pytest.approx(6 / 4 * sent[0])   # the forward pass twice
+
+
+@pytest.mark.parametrize('mesh', MESHES, ids=str)
+def test_nothing_that_grows_with_the_batch_is_gathered(mesh):
+  def gathered(B):
+    return sorted((c.kind, c.bytes) for c in communication(B, **mesh)
+                  if c.kind not in ('all-to-all',))
+  assert gathered(16) == gathered(32)   # gradients, counts and sums: the same for any batch
+
+
+@pytest.mark.parametrize('mesh', MESHES, ids=str)
+def test_no_expert_leaves_its_device(mesh):
+  shapes = trees.flatten(models.build(config(16, mesh).model).shapes)
+  size = lambda experts: 4 * sum(trees.count({path: leaf}) for path, leaf in shapes.items()
+                                 if ('/experts/' in path) == experts)
+  found = communication(16, **mesh)
+  assert all(c.bytes < D * F * 4 for c in found if c.kind == 'all-gather')
+  # Gradients are added over the devices that hold the same parameters: those of an expert over
+  # `data` alone, so not at all if that is 1. Both stacks read the embedding, and each adds its own;
+  # beside that there are counts and sums, all of it less than one expert.
+  own = size(True) / mesh['expert'] if mesh['data'] > 1 else 0
+  added = sum(c.bytes for c in found if c.kind == 'all-reduce')
+  assert size(False) + own <= added < size(False) + own + 3 * D * F * 4
