@@ -2,7 +2,8 @@
 
 Where neither does, the choice is ours and the file says so. The data, C4, ImageNet (for JFT-300M,
 which is not public) and SuperGLUE, must be prepared by TFDS as array_record; data.data_dir names
-their folder. A mesh with more than one kind of axis is the command line's: --config.mesh.expert=8.
+their folder. SLICES names the TPU slice that each is compiled for, with --compile_for=SLICE; on
+other machines set --config.mesh.fsdp and --config.mesh.expert.
 
 :runlocal changes more here than in other configs: the model becomes one of mini size, with at most
 four experts, and reads embedded data. Optimizer, losses, kind of routing and surgery stay: it shows
@@ -16,10 +17,27 @@ from moejax.models import t5, vit
 
 EXPERTS = 4
 
+# Where each pair of runs, dense and upcycled, is meant to be trained.
+SLICES = {'t5_base': 'v5e:4x8', 't5_base_superglue': 'v5e:4x4', 't5_large': 'v5p:4x4x4',
+          't5_xl': 'v5p:4x4x8',
+          'vit_b32': 'v5e:4x4', 'vit_b16': 'v5e:4x8', 'vit_l32': 'v5e:4x8', 'vit_l16': 'v5p:4x4x4'}
+
+
+def place(config: ConfigDict, *, remat: str = 'full', **mesh: int) -> None:
+  """Scanned blocks, and the axes of the mesh; `data` takes the devices that the others leave."""
+  config.execution.update(scan=True, remat=remat)
+  config.mesh.update(mesh)
+
+
+def unplace(config: ConfigDict) -> None:
+  """Whatever devices there are, split over the data alone."""
+  config.mesh.update(data=-1, fsdp=1, expert=1, model=1)
+
 
 def shrink_t5(config: ConfigDict, source: str, encoder_length: int, decoder_length: int) -> None:
   """The same kind of T5 run in mini size, on bytes of an embedded source."""
   shrink(config)
+  unplace(config)
   config.model.update(t5.SIZES['mini'])
   config.data.source = source
   config.data.text.vocabulary = 'bytes'
@@ -33,6 +51,7 @@ def shrink_t5(config: ConfigDict, source: str, encoder_length: int, decoder_leng
 def shrink_vit(config: ConfigDict) -> None:
   """The same kind of ViT run in mini size, on glyphs of ten characters, probed on digits."""
   shrink(config)
+  unplace(config)
   config.model.update(vit.SIZES['mini'])
   config.data.source, config.probe.source = 'glyphs', 'digits'
   config.data.image.update({'size': 24, 'channels': 1, 'classes': 10, 'augment': 'mild'})

@@ -11,7 +11,7 @@ document, where t5 packs several; how often and on how much is evaluated.
 """
 
 from configs import words
-from configs.paper import shrink_t5
+from configs.paper import place, shrink_t5
 from moejax.models import t5
 from moejax.train import settings
 
@@ -24,7 +24,7 @@ def get_config(arg=None, size='base'):
 
   config.data.source = 'tfds:c4/en'
   config.data.batch_size = 2048
-  config.data.eval_batch_size = 256
+  config.data.eval_batch_size = 1024
   config.data.eval_examples = 8192
   config.data.text.encoder_length = 512
   config.data.text.decoder_length = 114
@@ -39,6 +39,7 @@ def get_config(arg=None, size='base'):
   config.schedule.warmup_steps = 0
   config.schedule.timescale = 10_000
   config.task.z_loss = 1e-4
+  place(config, fsdp=4 if size == 'xl' else 1)
 
   if words(arg):
     shrink_t5(config, 'stdlib_text', 114, 32)

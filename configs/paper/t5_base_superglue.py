@@ -9,7 +9,7 @@ differ from the benchmark's.
 """
 
 from configs import words
-from configs.paper import shrink_t5, stacks, t5_base, t5_base_upcycled
+from configs.paper import place, shrink_t5, stacks, t5_base, t5_base_upcycled
 
 
 def get_config(arg=None, size='base'):
@@ -31,6 +31,7 @@ def get_config(arg=None, size='base'):
   for moe, length in stacks(config):
     moe.group_size = moe.group_size and 8 * length   # 8 sequences, as before
 
+  place(config, expert=16 if upcycled else 1)   # 16 chips: one routing group each
   config.model.dropout_rate = 0.1
   config.optimizer.learning_rate = 1e-3
   config.schedule.name = 'constant'

@@ -10,7 +10,7 @@ replaces the routing, as in t5_stdlib_upcycled.py.
 """
 
 from configs import preset, set_moe
-from configs.paper import shrink_t5, stacks, t5_base
+from configs.paper import place, shrink_t5, stacks, t5_base
 from moejax.moe import presets
 
 
@@ -28,6 +28,7 @@ def get_config(arg=None, size='base'):
   set_moe(config.model.encoder_moe, name or 'sparse_upcycling')
   causal = name and presets.preset(name).causal
   set_moe(config.model.decoder_moe, name if causal else 'sparse_upcycling_decoder')
+  place(config, expert=32)
   if runlocal:
     shrink_t5(config, 'stdlib_text', 114, 32)
   return config

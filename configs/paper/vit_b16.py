@@ -10,7 +10,7 @@ epochs), then a cooldown of 22,400; bfloat16; flips and shifted crops, and no mi
 """
 
 from configs import words
-from configs.paper import shrink_vit
+from configs.paper import place, shrink_vit
 from moejax.models import vit
 from moejax.train import settings
 
@@ -44,6 +44,7 @@ def get_config(arg=None, size='B/16'):
   config.probe.shots = (10,)
   config.probe.examples = 51_200   # 50 of a class, more or less
 
+  place(config)
   if words(arg):
     shrink_vit(config)
   return config

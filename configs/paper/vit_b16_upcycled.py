@@ -8,7 +8,7 @@ preset's name as an argument replaces the routing.
 """
 
 from configs import preset, set_moe
-from configs.paper import shrink_vit, vit_b16
+from configs.paper import place, shrink_vit, vit_b16
 
 
 def get_config(arg=None, size='B/16', layers='last_6'):
@@ -23,6 +23,7 @@ def get_config(arg=None, size='B/16', layers='last_6'):
   set_moe(config.model.moe, name or 'sparse_upcycling')
   if not name:
     config.model.moe.renormalize = True
+  place(config, expert=16 if size == 'B/32' else 32)
   if runlocal:
     shrink_vit(config)
   return config

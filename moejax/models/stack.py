@@ -14,15 +14,20 @@ from flax import nnx
 from moejax import stacking
 from moejax.config import check_choice
 from moejax.models import attention, layers
+from moejax.moe import routing
 from moejax.moe.layer import MoEConfig, MoELayer
 
 PLACES = 6  # where a block draws: inside and after attention, cross-attention and MLP
 
-# What the backward pass finds instead of computing it again, by name; 'none' keeps everything.
+_policies = jax.checkpoint_policies
+_routing = _policies.save_only_these_names(routing.KEPT)
+
+# What the backward pass finds instead of computing it again; 'none' keeps everything.
 REMAT = {
     'none': None,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,   # matmuls with weights
-    'full': jax.checkpoint_policies.nothing_saveable,                   # inputs of blocks alone
+    'dots': _policies.save_from_both_policies(   # matmuls with weights, and who goes where
+        _policies.dots_with_no_batch_dims_saveable, _routing),
+    'full': _routing,                            # inputs of blocks, and who goes where
 }
 
 

@@ -154,9 +154,13 @@ class T5(nnx.Module):
       logits (B, L', V), at least float32, and {'encoder/layers/01': aux of that MoE layer}.
     """
     *encoder_keys, decoder_keys, decoded_keys = layers.split(keys, 4)
-    encoded, source_mask, encoder_aux = self._encode(batch['encoder_input'], train, encoder_keys)
+    ids = batch['encoder_input']
+    # One look-up for both stacks: its gradient, a scatter and a sum over devices, is dear.
+    x = self.token_embed(jnp.concatenate([ids, batch['decoder_input']], axis=1), self.dtype)
+    encoded, source_mask, encoder_aux = self._encode(
+        x[:, :ids.shape[1]], ids != PAD, train, encoder_keys)
     with jax.named_scope('decoder'):
-      x = self.token_embed(batch['decoder_input'], self.dtype)
+      x = x[:, ids.shape[1]:]
       causal = jnp.tri(x.shape[1], dtype=bool)                       # (L', L')
       x, decoder_aux = self.decoder(
           x, mask=causal, token_mask=batch['weight'] > 0, train=train, keys=decoder_keys,
@@ -168,7 +172,9 @@ class T5(nnx.Module):
 
   def encode(self, batch: dict) -> Encoded:
     """Runs the encoder in evaluation on 'encoder_input' (B, M)."""
-    x, mask, _ = self._encode(batch['encoder_input'], False, [None, None])
+    ids = batch['encoder_input']
+    x = self.token_embed(ids, self.dtype)
+    x, mask, _ = self._encode(x, ids != PAD, False, [None, None])
     with jax.named_scope('decoder'):
       return Encoded(self.decoder.project(x), mask)
 
@@ -191,13 +197,11 @@ class T5(nnx.Module):
                                    source_mask=encoded.mask)
     return self._logits(x)[:, 0], cache
 
-  def _encode(self, ids, train, keys) -> tuple[jax.Array, jax.Array, dict]:
-    """ids (B, M) -> encoded (B, M, D), mask (B, 1, 1, M) and the encoder's aux."""
+  def _encode(self, x, tokens, train, keys) -> tuple[jax.Array, jax.Array, dict]:
+    """Embeddings (B, M, D) of real tokens (B, M) -> encoded (B, M, D), mask (B, 1, 1, M), aux."""
     inside_keys, after_keys = keys
-    tokens = ids != PAD
     mask = tokens[:, None, None, :]
     with jax.named_scope('encoder'):
-      x = self.token_embed(ids, self.dtype)
       x, aux = self.encoder(x, mask=mask, token_mask=tokens, train=train, keys=inside_keys)
       return layers.dropout(x, self.dropout_rate, after_keys), mask, aux
 

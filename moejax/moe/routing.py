@@ -17,6 +17,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+KEPT = 'routing'   # what models.stack's policies keep goes by this name
 
 
 class SlotRouting(NamedTuple):
@@ -63,6 +66,17 @@ SCORES = {
 }
 
 
+def _top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """The k largest along the last axis, with gradient, and where they are."""
+  index = _kept(jax.lax.top_k(jax.lax.stop_gradient(values), k)[1])
+  return jnp.take_along_axis(values, index, axis=-1), index
+
+
+def _kept(index: jax.Array) -> jax.Array:
+  """What a sort found out: small, and dear to find out again when blocks are rematerialised."""
+  return checkpoint_name(index, KEPT)
+
+
 def probabilities(logits: jax.Array, score: str = 'softmax') -> jax.Array:
   """Each token's distribution over all experts, for balance losses and telemetry.
 
@@ -100,7 +114,7 @@ def expert_choice(logits: jax.Array, mask: jax.Array, capacity: int, *,
   """
   G, S, E = logits.shape
   probs = jnp.where(mask[..., None], probabilities(logits), -1.0)   # padding ranks last
-  weight, index = jax.lax.top_k(probs.swapaxes(1, 2), capacity)     # (G, E, C)
+  weight, index = _top_k(probs.swapaxes(1, 2), capacity)            # (G, E, C)
   valid = weight >= 0
   weight = jnp.where(valid, weight, 0.0)
   if renormalize:
@@ -136,7 +150,7 @@ def top_k(logits: jax.Array, mask: jax.Array, k: int, *, score: str = 'softmax',
   logits = logits.astype(jnp.float32)
   scores = SCORES[score](logits)                                    # (G, S, E)
   ranked = scores if bias is None else scores + bias
-  expert = jax.lax.top_k(jax.lax.stop_gradient(ranked), k)[1]       # (G, S, K)
+  _, expert = _top_k(ranked, k)                                     # (G, S, K)
   if renormalize or score == 'softmax_of_chosen':
     # As a softmax of log-scores, because a bias can choose experts whose scores all underflow.
     log_scores = jax.nn.log_sigmoid(logits) if score == 'sigmoid' else logits
@@ -166,7 +180,7 @@ def top_p(logits: jax.Array, mask: jax.Array, p: float, k: int, *, renormalize: 
   Returns:
     TokenRouting with K = k, best expert first, the valid ones in front.
   """
-  weight, expert = jax.lax.top_k(probabilities(logits), k)          # (G, S, K)
+  weight, expert = _top_k(probabilities(logits), k)                 # (G, S, K)
   enough = jnp.cumsum(weight, axis=-1) - weight >= p                # before this choice
   weight = jnp.where(enough, 0.0, weight)
   if renormalize:
@@ -229,8 +243,8 @@ def place(routing: TokenRouting, num_experts: int, capacity: int, *, order: str 
           'token': token[..., None] * K + choice}[order].reshape(G, K * S)
   expert = jnp.where(routing.valid, routing.expert, E).reshape(G, S * K)   # invalid ones queue last
   # A stable sort by expert keeps the order within each expert, so its queue is one run.
-  expert, line = jax.lax.sort_key_val(
-      jnp.take_along_axis(expert, line, axis=1), line, is_stable=True)
+  expert, line = map(_kept, jax.lax.sort_key_val(
+      jnp.take_along_axis(expert, line, axis=1), line, is_stable=True))
   count = (expert[:, None] == jnp.arange(E)[:, None]).sum(-1, keepdims=True)      # (G, E, 1)
   start = jnp.cumsum(count, axis=1) - count
   slot = jnp.arange(C)                                              # (C,)

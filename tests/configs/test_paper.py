@@ -4,14 +4,17 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
+from configs import paper
 from moejax import config as config_lib
-from moejax import data, models, trees
+from moejax import data, models, stacking, trees
+from moejax.ahead import chips
 from moejax.config import ConfigError
 from moejax.sharding import MeshConfig
 from moejax.surgery import rules
@@ -19,7 +22,8 @@ from moejax.train import groups, initialize, parallel, plan, settings
 from moejax.train.schedule import schedule
 from moejax.train.step import make_train_step
 
-NAMES = sorted(p.stem for p in pathlib.Path('configs/paper').glob('*.py') if p.stem != '__init__')
+EVERY = sorted(p.stem for p in pathlib.Path('configs/paper').glob('*.py') if p.stem != '__init__')
+NAMES = [name for name in EVERY if name.startswith(('t5_base', 'vit_b16'))]   # as the others
 UPCYCLED = [(name, 'upcycled') for name in NAMES if name.endswith('superglue')]
 RUNS = [(name, '') for name in NAMES] + UPCYCLED
 
@@ -113,6 +117,38 @@ VIT_MOE = VIT + 6 * (31 * (768 * 3072 * 2 + 3840) + 768 * 32) / 1e6
 MILLIONS = {('t5_base', ''): T5, ('t5_base_superglue', ''): T5, ('t5_base_upcycled', ''): T5_MOE,
             ('t5_base_superglue', 'upcycled'): T5_MOE, ('vit_b16', ''): VIT,
             ('vit_b16_upcycled', ''): VIT_MOE}
+
+
+# T5 v1.1 Large has 783 and XL 2,850 million, ViT-B/32, L/32 and L/16 88, 306 and 304.
+SIZES = {
+    't5_large': (783.2, 1024, 2816, 3, 24), 't5_xl': (2849.8, 2048, 5120, 3, 24),
+    'vit_b32': (88.2, 768, 3072, 2, 6), 'vit_l32': (306.5, 1024, 4096, 2, 12),
+    'vit_l16': (304.3, 1024, 4096, 2, 12)}
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_the_other_sizes(name):
+  dense, D, F, matrices, sparse = SIZES[name]
+  experts = sparse * (31 * (matrices * D * F + (D + F if name.startswith('vit') else 0)) + 32 * D)
+  for suffix, millions in (('', dense), ('_upcycled', dense + experts / 1e6)):
+    run, local = resolved(name + suffix), resolved(name + suffix, 'runlocal')
+    assert count(models.build(run.model).shapes) == pytest.approx(millions, rel=2e-3)
+    assert run.execution.scan and local.model.d_model == 32 and local.mesh == MeshConfig()
+    assert (pathlib.PurePath(run.init.parent).name == name) == bool(suffix)
+
+
+def test_every_run_has_a_slice_that_its_mesh_and_batches_fill():
+  assert {name.removesuffix('_upcycled') for name in EVERY} == set(paper.SLICES)
+  for name, word in [(name, '') for name in EVERY] + UPCYCLED:
+    run = resolved(name, word)
+    _, count = chips.parse(paper.SLICES[name.removesuffix('_upcycled')])
+    sizes = [run.mesh.fsdp, run.mesh.expert, run.mesh.model]
+    assert run.mesh.data == -1 and count % math.prod(sizes) == 0
+    model = models.build(run.model, run.execution)
+    rows = model.rows_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
+    plan.check_batches(run, rows, count // run.mesh.model)
+    assert (run.mesh.expert > 1) == ('upcycled' in name + word)
+    assert any(stacking.is_stacked(path) for path in model.held)
 
 
 @functools.cache

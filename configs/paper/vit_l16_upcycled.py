@@ -1,0 +1,7 @@
+"""Upcycles a run of vit_l16.py as vit_b16_upcycled.py does: the last half of the blocks."""
+
+from configs.paper import vit_b16_upcycled
+
+
+def get_config(arg=None):
+  return vit_b16_upcycled.get_config(arg, size='L/16', layers='last_12')
