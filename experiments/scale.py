@@ -1,0 +1,195 @@
+"""Every configuration of the paper, compiled for its TPU slice: does it fit, and what will it cost?
+
+  python -m experiments.scale                    all of it; hours. It goes on where it was stopped
+  python -m experiments.scale --only=t5_base     the runs whose names have that in them
+  python -m experiments.scale --show             the tables of what is compiled, and no more
+
+Needs the compiler for TPUs (pip install -e '.[tpu]') and no TPU. `paper` has the runs of
+configs/paper, each on the slice that configs.paper.SLICES names; `weak` one upcycled run on slices
+of 4 to 512 chips with the same examples per chip. Results are lines of ahead.jsonl; a run that is
+there, with these settings and this version of JAX, is not compiled again. What the estimate of the
+time assumes stands in moejax/ahead/report.py and chips.py.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from configs import paper
+from experiments import cli, results
+from moejax.ahead import chips
+from moejax.config import ConfigError, fail
+from moejax.train import metrics, settings
+
+FOLDER = pathlib.Path(__file__).parent / 'results/scale'
+FILE, PAGE = 'ahead.jsonl', 'README.md'
+WEAK = {   # slice -> experts' axis; the rest of the chips split the data
+    'v5p:2x2x1': 4, 'v5p:2x2x2': 8, 'v5p:2x2x4': 16, 'v5p:2x4x4': 32, 'v5p:4x4x4': 32,
+    'v5p:4x4x8': 32, 'v5p:4x8x8': 32, 'v5p:8x8x8': 32}
+PER_CHIP = 16   # examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One program to compile.
+
+  Attributes:
+    table: 'paper' or 'weak'.
+    name: what its line says.
+    config: file in configs/paper.
+    slice: as --compile_for.
+    changes: dotted config keys -> values.
+  """
+  table: str
+  name: str
+  config: str
+  slice: str
+  changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def key(self) -> str:
+    """Of everything that the program depends on."""
+    config = importlib.import_module(f'configs.paper.{self.config}').get_config()
+    config.update_from_flattened_dict(dict(self.changes))
+    text = settings.to_json(settings.resolve(config)) + self.slice + jax.__version__
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+  def command(self, workdir: str) -> list[str]:
+    """Words after `python`."""
+    return ['-m', 'moejax.main', f'--config=configs/paper/{self.config}.py',
+            *(f'--config.{key}={value}' for key, value in self.changes.items()),
+            f'--compile_for={self.slice}', f'--workdir={workdir}', '--compilation_cache=']
+
+
+def entries() -> list[Entry]:
+  """All there are, the cheapest tables first."""
+  found = []
+  for name, slice_name in paper.SLICES.items():
+    pair = [name] if name.endswith('superglue') else [name, f'{name}_upcycled']
+    found += [Entry('paper', run, run, slice_name) for run in pair]
+  for slice_name, experts in WEAK.items():
+    _, count = chips.parse(slice_name)
+    found.append(Entry('weak', f'{count} chips', 't5_base_upcycled', slice_name, {
+        'mesh.expert': experts, 'data.batch_size': PER_CHIP * count,
+        'data.eval_batch_size': PER_CHIP * count}))
+  return found
+
+
+def compile_entry(entry: Entry) -> dict[str, Any]:
+  """Its line of FILE. Raises ConfigError with what the compiler said if it cannot be."""
+  with tempfile.TemporaryDirectory() as workdir:
+    done = subprocess.run([sys.executable, *entry.command(workdir)], capture_output=True, text=True,
+                          check=False)
+    if done.returncode:
+      raise ConfigError(f'{entry.name}: {done.stderr.strip().splitlines()[-1]}')
+    report = json.loads((pathlib.Path(workdir) / 'ahead.json').read_text())
+  return {'table': entry.table, 'name': entry.name, 'key': entry.key, 'config': entry.config,
+          'changes': dict(entry.changes), **report}
+
+
+def run(chosen: Iterable[Entry], folder: pathlib.Path) -> int:
+  """Compiles what is not there yet; returns how many could not be."""
+  chosen, failed = list(chosen), 0
+  there = {line['key'] for line in metrics.read_lines(folder / FILE)}
+  with tqdm(chosen, unit='program', dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+    for entry in bar:
+      bar.set_postfix_str(f'{entry.name} on {entry.slice}')
+      if entry.key in there:
+        continue
+      try:
+        line = compile_entry(entry)
+      except ConfigError as error:
+        tqdm.write(str(error), file=sys.stderr)
+        failed += 1
+        continue
+      kept = [old for old in metrics.read_lines(folder / FILE)
+              if (old['table'], old['name']) != (line['table'], line['name'])]
+      results.write_text(folder / FILE, ''.join(json.dumps(x) + '\n' for x in [*kept, line]))
+  return failed
+
+
+COLUMNS = ('run', 'slice', 'mesh', 'parameters', 'active', 'HBM', 'of', 'FLOPs / model',
+           'all-to-all', 'other', 'step', 'MFU', 'MFU / dense', 'compiled in')
+
+LEGEND = (
+    'Per chip: HBM in GiB, and what a program may use; FLOPs of all matmuls in the program over '
+    "the model's (flops.py), where what is above 1 is computed again in the backward pass; GiB "
+    'sent in all-to-alls and in all other collectives. Step: estimated milliseconds, all '
+    'operations and all communication one after another (moejax/ahead/report.py); MFU is what that '
+    'step would have. Nothing of this ran on a TPU. Compiled in: seconds on the machine that made '
+    'the table.')
+
+
+def page(lines: list[dict[str, Any]]) -> str:
+  """Markdown of both tables, in the order of `entries`."""
+  place = {(entry.table, entry.name): i for i, entry in enumerate(entries())}
+  lines = sorted(lines, key=lambda x: place.get((x['table'], x['name']), len(place)))
+  mfu = {x['name']: x['roofline']['mfu_serial'] for x in lines if x['table'] == 'paper'}
+  out = ['# Compiled for TPUs', '']
+  for table, title in (('paper', 'The runs of configs/paper'),
+                       ('weak', f'T5 Base, upcycled, {PER_CHIP} examples per chip')):
+    rows = [x for x in lines if x['table'] == table]
+    if rows:
+      out += [f'## {title}', '', '| ' + ' | '.join(COLUMNS) + ' |',
+              '|---|---|---|' + '---:|' * (len(COLUMNS) - 3), *(_row(x, mfu) for x in rows), '']
+  out += [*textwrap.wrap(LEGEND, 100), '',
+          'Made by `python -m experiments.scale`, with JAX '
+          + ', '.join(sorted({x['versions']['jax'] for x in lines})) + '.']
+  return '\n'.join(out) + '\n'
+
+
+def _row(line: dict[str, Any], mfu: Mapping[str, float]) -> str:
+  gib = lambda size: f'{size / chips.GIB:.2f}'
+  sent = lambda kinds: sum(c['sent_bytes'] for c in line['collectives']
+                           if (c['kind'] == 'all-to-all') == kinds)
+  memory, roof, work = line['memory'], line['roofline'], line['flops']
+  parent = mfu.get(line['name'].removesuffix('_upcycled'))
+  beside = (f'{roof["mfu_serial"] / parent:.2f}' if parent and line['name'].endswith('_upcycled')
+            else '')
+  mesh = ' '.join(f'{axis}={size}' for axis, size in line['mesh'].items() if size > 1) or '1'
+  cells = [line['name'], line['slice'], mesh, f'{line["parameters"] / 1e6:,.0f} M',
+           f'{line["parameters_active_per_token"] / 1e6:,.0f} M', gib(memory['total']),
+           gib(memory['available']), f'{work["executed"] / work["model"]:.2f}', gib(sent(True)),
+           gib(sent(False)), f'{1e3 * roof["serial"]:,.0f}', f'{roof["mfu_serial"]:.2f}', beside,
+           f'{line["seconds"]["compile"]:.0f} s']
+  return '| ' + ' | '.join(cells) + ' |'
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Compiles, or shows; returns the exit code. Raises ConfigError on a wrong flag."""
+  parser = cli.Parser('python -m experiments.scale', __doc__)
+  parser.add_argument('--only', metavar='TEXT', default='', help='runs with this in their names')
+  parser.add_argument('--table', choices=('paper', 'weak'), help='one of the tables')
+  parser.add_argument('--show', action='store_true', help='print what is compiled, and no more')
+  parser.add_argument('--results', metavar='DIR', type=pathlib.Path, default=FOLDER,
+                      help=f'folder of {FILE} and {PAGE} (default: %(default)s)')
+  args = parser.parse(argv, suite_required=False)
+  chosen = [entry for entry in entries()
+            if args.only in entry.name and args.table in (None, entry.table)]
+  if not chosen:
+    fail('--only', args.only, ', '.join(dict.fromkeys(entry.name for entry in entries())),
+         'It is a part of such a name.')
+  failed = 0 if args.show else run(chosen, args.results)
+  lines = metrics.read_lines(args.results / FILE)
+  if lines:
+    text = page(lines)
+    print(text)
+    if not args.show:
+      results.write_text(args.results / PAGE, text)
+  return 1 if failed else 0
+
+
+if __name__ == '__main__':
+  jax.config.update('jax_platforms', 'cpu')
+  cli.run(main)

@@ -1,0 +1,106 @@
+"""The table of what is compiled for TPUs, with reports made by hand in place of the compiler."""
+
+import json
+
+import pytest
+
+from experiments import scale
+from moejax.ahead import chips
+from moejax.config import ConfigError
+from moejax.train import metrics
+
+
+def report(entry, mfu=0.5):
+  return {
+      'table': entry.table, 'name': entry.name, 'key': entry.key, 'config': entry.config,
+      'changes': dict(entry.changes), 'slice': entry.slice, 'chips': 8,
+      'mesh': {'data': 2, 'fsdp': 1, 'expert': 4, 'model': 1}, 'parameters': 2_000_000_000,
+      'parameters_active_per_token': 250_000_000,
+      'memory': {'total': 8 * chips.GIB, 'available': 15.75 * chips.GIB},
+      'flops': {'model': 100.0, 'executed': 133.0},
+      'collectives': [{'kind': 'all-to-all', 'sent_bytes': chips.GIB},
+                      {'kind': 'all-reduce', 'sent_bytes': 2 * chips.GIB},
+                      {'kind': 'all-gather', 'sent_bytes': chips.GIB}],
+      'roofline': {'serial': 0.5, 'mfu_serial': mfu}, 'seconds': {'compile': 61.0},
+      'versions': {'jax': '1.2'}}
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+  """Names that were compiled; 'vit_l16' cannot be."""
+  names = []
+
+  def compile_entry(entry):
+    names.append(entry.name)
+    if entry.name == 'vit_l16':
+      raise ConfigError('vit_l16: does not fit')
+    return report(entry, 0.45 if entry.name.endswith('upcycled') else 0.5)
+  monkeypatch.setattr(scale, 'compile_entry', compile_entry)
+  return names
+
+
+def test_what_is_there_is_not_compiled_again_and_what_fails_is_told(compiled, tmp_path, capsys):
+  flags = [f'--results={tmp_path}', '--only=vit_l']
+  assert scale.main(flags) == 1
+  assert compiled == ['vit_l32', 'vit_l32_upcycled', 'vit_l16', 'vit_l16_upcycled']
+  assert 'vit_l16: does not fit' in capsys.readouterr().err
+  assert scale.main(flags) == 1 and compiled[4:] == ['vit_l16']
+  assert len(metrics.read_lines(tmp_path / scale.FILE)) == 3
+
+
+def test_another_setting_replaces_the_line(compiled, tmp_path):
+  flags = [f'--results={tmp_path}', '--only=vit_b16_upcycled']
+  scale.main(flags)
+  path = tmp_path / scale.FILE
+  path.write_text(path.read_text().replace('"key": "', '"key": "x'))
+  scale.main(flags)
+  assert compiled == ['vit_b16_upcycled'] * 2 and len(metrics.read_lines(path)) == 1
+
+
+def test_the_page_has_the_numbers(compiled, tmp_path, capsys):
+  assert scale.main([f'--results={tmp_path}', '--table=paper', '--only=vit_b32']) == 0
+  text = (tmp_path / scale.PAGE).read_text()
+  dense, sparse = ([c.strip() for c in line.split('|')[1:-1]] for line in text.splitlines()
+                   if line.startswith('| vit'))
+  assert sparse == ['vit_b32_upcycled', 'v5e:4x4', 'data=2 expert=4', '2,000 M', '250 M', '8.00',
+                    '15.75', '1.33', '1.00', '3.00', '500', '0.45', '0.90', '61 s']
+  assert dense[0] == 'vit_b32' and dense[12] == ''
+  capsys.readouterr()
+  assert scale.main([f'--results={tmp_path}', '--show']) == 0
+  assert capsys.readouterr().out.strip() == text.strip()
+  assert len(compiled) == 2
+
+
+def test_every_entry_says_how_it_is_compiled_and_has_a_key_of_its_own():
+  found = scale.entries()
+  assert len({entry.key for entry in found}) == len(found)
+  weak = [entry for entry in found if entry.table == 'weak']
+  assert [entry.changes['data.batch_size'] // scale.PER_CHIP for entry in weak] == [
+      4, 8, 16, 32, 64, 128, 256, 512]
+  command = weak[0].command('DIR')
+  assert '--config.mesh.expert=4' in command and '--compile_for=v5p:2x2x1' in command
+  assert {entry.name for entry in found if entry.table == 'paper'} >= {'t5_xl', 't5_xl_upcycled'}
+
+
+def test_a_name_that_is_none_is_refused():
+  with pytest.raises(ConfigError, match="--only: got 'vit_x'.*t5_base"):
+    scale.main(['--only=vit_x'])
+
+
+def test_the_compilers_own_words_are_shown(monkeypatch):
+  class Done:
+    returncode, stderr = 1, 'noise\nmoejax: --compile_for: no such slice\n'
+  monkeypatch.setattr(scale.subprocess, 'run', lambda *args, **kwargs: Done)
+  with pytest.raises(ConfigError, match='t5_base: moejax: --compile_for: no such slice'):
+    scale.compile_entry(scale.entries()[0])
+
+
+def test_its_report_becomes_a_line(monkeypatch):
+  def run(command, **kwargs):
+    workdir = next(w for w in command if w.startswith('--workdir=')).removeprefix('--workdir=')
+    with open(f'{workdir}/ahead.json', 'w') as file:
+      json.dump({'slice': 'v5e:4x8', 'chips': 32}, file)
+    return type('Done', (), {'returncode': 0})
+  monkeypatch.setattr(scale.subprocess, 'run', run)
+  line = scale.compile_entry(entry := scale.entries()[0])
+  assert (line['name'], line['chips'], line['key']) == ('t5_base', 32, entry.key)
