@@ -4,12 +4,13 @@ PYTHON ?= python3
 PARITY_PYTHON ?= $(PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test parity clean
+.PHONY: help venv quickstart test parity tpu clean
 
 help:
 	@echo 'make quickstart  dense training, sparse upcycling and their controls; a table and a plot'
 	@echo 'make test        ruff and all tests'
 	@echo 'make parity      compares T5 and ViT with transformers and torch, in a venv of its own'
+	@echo 'make tpu         compiles for TPUs, which need not be there, in a venv of its own'
 	@echo 'make venv        makes .venv with the pinned versions; the others do it by themselves'
 	@echo 'make clean       removes the venvs and caches; runs/ stays'
 	@echo 'PYTHON=python3.12 make ...  chooses the interpreter (3.11 or later) for a new .venv'
@@ -29,6 +30,12 @@ venv: .venv/stamp
 	  -e '.[parity]'
 	@touch $@
 
+.venv-tpu/stamp: setup.py constraints.txt
+	$(call check_python,$(PYTHON))
+	test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[tpu]'
+	@touch $@
+
 quickstart: .venv/stamp
 	.venv/bin/python -m experiments.main --suite=quickstart
 
@@ -39,8 +46,11 @@ test: .venv/stamp
 parity: .venv-parity/stamp
 	.venv-parity/bin/python -m tests.parity.make_golden --check
 
+tpu: .venv-tpu/stamp
+	.venv-tpu/bin/python -m tests.ahead.live
+
 clean:
-	rm -rf .venv .venv-parity .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-parity .venv-tpu .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define check_python

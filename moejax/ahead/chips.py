@@ -7,6 +7,7 @@ the formulas for collectives are too.
 
 import dataclasses
 import math
+import os
 import re
 
 from moejax.ahead.hlo import Collective
@@ -74,6 +75,8 @@ def seconds(collective: Collective, chip: Chip) -> float:
 def topology(slice_name: str):
   """jax's description of a slice. Raises ConfigError: no such slice, or no compiler for TPUs."""
   parse(slice_name)
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')           # there is no TPU to ask about
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')   # nor one to fight over
   from jax.experimental import topologies
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=slice_name)
