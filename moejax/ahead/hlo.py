@@ -275,18 +275,40 @@ def collectives(module: Module) -> list[Collective]:
   """All communication of a step between more than one device."""
   found = []
   for instruction, times, computation in module.run():
-    kind = instruction.opcode.removesuffix('-start')
-    if kind not in COLLECTIVES:
-      continue
-    around = module.computations[computation]
-    into = [a for name in instruction.operands if name in around for a in around[name].arrays]
-    size = sum(a.bytes for a in into)
-    devices = group_size(instruction.text)
-    if kind == 'all-gather':
-      size *= devices
-    if devices > 1:
-      found.append(Collective(kind, size, devices, times, instruction.scope))
+    inside = module.fused(instruction)
+    around = inside or module.computations[computation]
+    for talks in communication(module, instruction):
+      kind, devices = _kind(talks), group_size(talks.text)
+      size = sum(a.bytes for name in talks.operands if name in around for a in around[name].arrays)
+      if kind == 'all-gather':
+        size *= devices
+      if inside and 'all-reduce-scatter' in instruction.attribute('calls'):
+        kind = 'reduce-scatter'
+      if devices > 1:
+        found.append(Collective(kind, size, devices, times, talks.scope or instruction.scope))
   return found
+
+
+def communication(module: Module, instruction: Instruction) -> list[Instruction]:
+  """The collectives that an operation is, or begins.
+
+  A TPU fuses collectives into operations: an all-reduce with the slice that each device keeps of
+  it, which is a reduce-scatter; and, in three parts, one that goes on while something else is
+  computed. Of those parts the first counts.
+  """
+  inside = module.fused(instruction)
+  if not inside:
+    return [instruction] if _kind(instruction) else []
+  if (instruction.name.startswith('async-collective-done')
+      or instruction.attribute('calls').startswith('async_collective_fusion')):
+    return []
+  return [talks for talks in inside.values() if _kind(talks)]
+
+
+def _kind(instruction: Instruction) -> str:
+  """Which collective this is, or starts; '' if none."""
+  kind = instruction.opcode.removesuffix('-start')
+  return kind if kind in COLLECTIVES else ''
 
 
 def group_size(text: str) -> int:

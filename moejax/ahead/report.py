@@ -9,6 +9,7 @@ above `overlapped`: no operation reaches its roof.
 
 import collections
 import dataclasses
+import gzip
 import json
 import math
 import pathlib
@@ -31,7 +32,8 @@ LARGEST = 5   # buffers that the report lists
 
 
 def run(config: RunConfig, slice_name: str, path: str | None = None) -> int:
-  """Compiles, prints the report, and writes it to a folder's ahead.json if one is given.
+  """Compiles and prints the report. Into a folder, if one is given, go ahead.json with the same
+  numbers and program.hlo.gz, the program itself.
 
   Returns:
     The exit code, 0.
@@ -40,18 +42,20 @@ def run(config: RunConfig, slice_name: str, path: str | None = None) -> int:
     ConfigError: no such slice, or no compiler for it; the mesh or the batch does not fit; or the
       program needs more memory than a chip has.
   """
-  found = compile_for(config, slice_name)
+  found, program = compile_for(config, slice_name)
   print(to_text(found))
   if path:
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'ahead.json').write_text(json.dumps(found, indent=2) + '\n')
-    print(f'Written to {folder / "ahead.json"}')
+    with gzip.open(folder / 'program.hlo.gz', 'wt') as file:
+      file.write(program)
+    print(f'Written to {folder}')
   return 0
 
 
-def compile_for(config: RunConfig, slice_name: str) -> dict[str, Any]:
-  """What `to_text` shows, as JSON. Raises ConfigError as `run` does."""
+def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str]:
+  """What `to_text` shows, as JSON, and the program's text. Raises ConfigError as `run` does."""
   chip, count = chips.parse(slice_name)
   check(config.parallel == 'mesh', 'config.parallel', config.parallel, "'mesh' with --compile_for",
         'pmap compiles for the devices at hand alone.')
@@ -66,7 +70,8 @@ def compile_for(config: RunConfig, slice_name: str) -> dict[str, Any]:
   except jax.errors.JaxRuntimeError as error:
     raise _too_large(error, slice_name, config) from error
   seconds = {'trace': traced - started, 'compile': time.monotonic() - traced}
-  module = hlo.Module(compiled.as_text())
+  program = compiled.as_text()
+  module = hlo.Module(program)
   text = config.data.text
   lengths = {} if config.model.family == 'vit' else {
       'encoder_length': text.encoder_length, 'decoder_length': text.decoder_length}
@@ -84,7 +89,7 @@ def compile_for(config: RunConfig, slice_name: str) -> dict[str, Any]:
       'loops_of_unknown_length': len(module.unknown_loops),
       'seconds': {name: round(value, 1) for name, value in seconds.items()},
       'versions': {'jax': jax.__version__},
-  }
+  }, program
 
 
 def lower(config: RunConfig, devices) -> tuple[Any, models.Model, Step]:
@@ -172,7 +177,7 @@ def _roofline(module: hlo.Module, chip: chips.Chip, work: float) -> dict[str, fl
   """Seconds of a step by what bounds them, and the MFU that `work` FLOPs of a model would have."""
   compute = memory = 0.0
   for instruction, times, computation in module.run():
-    if instruction.opcode.removesuffix('-start') in hlo.COLLECTIVES:
+    if hlo.communication(module, instruction):
       continue
     by_flops = module.flops(instruction, computation) / chip.flops
     by_bytes = module.bytes(instruction, computation) / chip.bandwidth

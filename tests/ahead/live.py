@@ -28,7 +28,7 @@ def found(name: str, **mesh) -> tuple[dict, settings.RunConfig]:
   config.data.update(batch_size=64, eval_batch_size=64)   # whole routing groups on each chip
   config.mesh.update(mesh)
   run = settings.resolve(config)
-  return report.compile_for(run, SLICE), run
+  return report.compile_for(run, SLICE)[0], run
 
 
 def check(name: str, tokens: int) -> None:

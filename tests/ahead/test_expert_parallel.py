@@ -44,6 +44,7 @@ def communication(B, remat='none', **mesh):
 
 
 MESHES = [dict(data=1, expert=8), dict(data=2, expert=4)]
+SPLIT = dict(data=2, fsdp=2, expert=2)   # parameters are gathered where they are used
 
 
 @pytest.mark.parametrize('mesh', MESHES, ids=str)
@@ -64,12 +65,20 @@ def test_rematerialising_sends_what_it_computes_again():
   assert sent[1] == pytest.approx(6 / 4 * sent[0])   # the forward pass twice
 
 
-@pytest.mark.parametrize('mesh', MESHES, ids=str)
+@pytest.mark.parametrize('mesh', [*MESHES, SPLIT], ids=str)
 def test_nothing_that_grows_with_the_batch_is_gathered(mesh):
   def gathered(B):
-    return sorted((c.kind, c.bytes) for c in communication(B, **mesh)
-                  if c.kind not in ('all-to-all',))
-  assert gathered(16) == gathered(32)   # gradients, counts and sums: the same for any batch
+    return sorted((c.kind, c.bytes) for c in communication(B, **mesh) if c.kind != 'all-to-all')
+  # Parameters, gradients, counts and sums: the same for any batch.
+  assert gathered(16) == gathered(32)
+
+
+def test_experts_are_gathered_over_fsdp_and_not_over_expert():
+  found = communication(16, **SPLIT)
+  assert any(c.kind == 'all-gather' for c in found)
+  assert {c.devices for c in found if c.kind in ('all-gather', 'all-to-all')} == {2}
+  largest = max(c.bytes for c in found if c.kind == 'all-gather')
+  assert largest == E // 2 * D * F * 4   # one matrix of the experts of a device
 
 
 @pytest.mark.parametrize('mesh', MESHES, ids=str)

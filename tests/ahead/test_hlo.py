@@ -24,7 +24,7 @@ def test_a_loop_counts_as_often_as_it_runs(tpu):
   runs = {i.name: n for i, n, _ in tpu.run()}
   assert runs['y'] == 12 and runs['loop'] == 1 and not tpu.unknown_loops
   assert 'slice.1' not in runs    # fused: part of an operation, not one
-  assert sum(n * tpu.flops(i, c) for i, n, c in tpu.run()) == 12 * 2 * 128 * 64 * 32
+  assert sum(n * tpu.flops(i, c) for i, n, c in tpu.run()) == (12 + 1) * 2 * 128 * 64 * 32
 
 
 def test_bytes_are_those_that_are_touched_in_hbm(tpu):
@@ -36,10 +36,19 @@ def test_bytes_are_those_that_are_touched_in_hbm(tpu):
 
 
 def test_communication_by_mesh_axes(tpu):
-  [found] = hlo.collectives(tpu)
+  found, *_ = hlo.collectives(tpu)
   assert (found.kind, found.devices, found.times) == ('all-reduce', 8, 12)
   assert found.bytes == 128 * 32 * 4 and found.scope == 'jit(step)/encoder/mlp/psum'
   assert found.sent == 12 * 2 * 7 / 8 * 128 * 32 * 4
+
+
+def test_fused_communication_counts_once_and_what_is_computed_meanwhile_as_computed(tpu):
+  _, scattered, gathered = hlo.collectives(tpu)
+  assert (scattered.kind, scattered.devices, scattered.bytes) == ('reduce-scatter', 4, 64 * 32 * 2)
+  assert scattered.scope == 'jit(step)/transpose(encoder)/psum_scatter'
+  assert (gathered.kind, gathered.devices, gathered.bytes) == ('all-gather', 4, 64 * 32 * 2)
+  talking = {i.name for i, _, _ in tpu.run() if hlo.communication(tpu, i)}
+  assert talking == {'all-reduce.1', 'scattered', 'async-collective-start.9'}
 
 
 @pytest.mark.parametrize('text, size', [
@@ -73,7 +82,7 @@ def test_flops_of_convolutions_by_hand(text, left, right, out, flops):
 def test_a_loop_of_unknown_length_is_told():
   text = TPU.replace('constant(12)', 'parameter(1)')
   module = hlo.Module(text)
-  assert sum(n * module.flops(i, c) for i, n, c in module.run()) == 2 * 128 * 64 * 32
+  assert sum(n * module.flops(i, c) for i, n, c in module.run()) == (1 + 1) * 2 * 128 * 64 * 32
   assert module.unknown_loops == ['body']
 
 
