@@ -20,6 +20,6 @@ def test_the_commands_name_what_is_there():
   assert all((ROOT / m.replace('.', '/')).with_suffix('.py').exists() for m in modules)
   files = re.findall(r'(?:configs|tests|moejax|experiments)/[\w/]+\.py', README)
   assert files and all((ROOT / f).exists() for f in files)
-  targets = set(re.findall(r'make (\w+)', README)) & {'quickstart', 'test', 'parity'}
+  targets = set(re.findall(r'make (\w+)', README)) & {'quickstart', 'test', 'parity', 'tpu'}
   makefile = (ROOT / 'Makefile').read_text()
-  assert len(targets) == 3 and all(re.search(rf'^{t}:', makefile, re.M) for t in targets)
+  assert len(targets) == 4 and all(re.search(rf'^{t}:', makefile, re.M) for t in targets)
