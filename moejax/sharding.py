@@ -114,20 +114,13 @@ def axis_sizes() -> dict[str, int]:
 def by_example(x: jax.Array) -> jax.Array:
   """x (B, ...) with its examples on the devices of their routing groups, whole otherwise.
 
-  Said at every block: the compiler, which may choose, would at times move activations to where
-  parameters are, and not parameters to where activations are.
+  Said where the compiler would choose otherwise: all tokens sent to the parts of an embedding, and
+  not the embedding to the tokens.
   """
   shards = math.prod(size for axis, size in axis_sizes().items() if axis in GROUP_AXES)
-  return x if shards == 1 or x.shape[0] % shards else _constrain(x, P(GROUP_AXES))
-
-
-def whole(x: jax.Array) -> jax.Array:
-  """x, all of it on every device."""
-  return x if max(axis_sizes().values()) == 1 else _constrain(x, P())
-
-
-def _constrain(x: jax.Array, axes: P) -> jax.Array:
-  return jax.lax.with_sharding_constraint(x, axes)
+  if shards == 1 or x.shape[0] % shards:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(GROUP_AXES))
 
 
 def over_groups(fn: Callable) -> Callable:

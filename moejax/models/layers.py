@@ -134,17 +134,14 @@ class Dense(nnx.Module):
 
 
 class Embed(nnx.Module):
-  """Table of vectors, embedding (V, D). An id outside the table gives NaN, not a neighbour.
-
-  On a mesh the table comes to the tokens: looked up where its parts are, all tokens would go there.
-  """
+  """Table of vectors, embedding (V, D). An id outside the table gives NaN, not a neighbour."""
 
   def __init__(self, size: int, d_model: int, *, init: Initializer, rngs: nnx.Rngs):
     self.embedding = param(init, (size, d_model), rngs)
 
   def __call__(self, ids: jax.Array, dtype) -> jax.Array:
-    table = sharding.whole(self.embedding[...])
-    return sharding.by_example(jnp.take(table, ids, axis=0, mode='fill').astype(dtype))
+    found = jnp.take(self.embedding[...], ids, axis=0, mode='fill')
+    return sharding.by_example(found.astype(dtype))
 
 
 class RMSNorm(nnx.Module):
