@@ -5,8 +5,10 @@ A row is a line of kind 'arm' in results.jsonl. Everything that is reported goes
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
+from experiments.suite import Claim
 from moejax.config import ConfigError
 
 Row = dict[str, Any]
@@ -123,14 +125,19 @@ def offsets(group: list[Line], path: str) -> dict[int, float]:
   return {pair: value - mean for pair, value in values.items()}
 
 
-def shown(group: list[Line], paths: list[str]) -> list[str]:
-  """Those of the metrics that any line of the domain measured; the first is what plots show."""
-  return [path for path in paths if any(line.values(path) for line in group)]
+def shown(group: list[Line], paths: list[str], claims: Iterable[Claim] = ()) -> list[str]:
+  """Those of the metrics that any line of the domain measured; the first is what plots show.
+
+  What the suite claims something about in this domain comes before what it does not.
+  """
+  claimed = [claim.metric for claim in claims if claim.domain == group[0].domain]
+  return [path for path in dict.fromkeys([*claimed, *paths])
+          if path in paths and any(line.values(path) for line in group)]
 
 
 def span(group: list[Line], drawn: dict[str, list[float]], ends: dict[str, list[float]]
          ) -> tuple[float, float]:
-  """Limits of an axis that shows every value of the lines that branch from a trunk.
+  """Limits of an axis that shows every value of the lines that branch from a trunk or are swept.
 
   Of any other line it shows the end, if that is no further from those values than they spread; a
   line that is left out (started from nothing, mostly) would flatten all others, and is told in
@@ -142,7 +149,7 @@ def span(group: list[Line], drawn: dict[str, list[float]], ends: dict[str, list[
     ends: {line's name: its last value and the interval around it, if any}; the value stands last.
   """
   finite = lambda values: [v for v in values if math.isfinite(v)]
-  branches = [v for line in group if line.first['start_step'] > 0
+  branches = [v for line in group if line.first['start_step'] > 0 or line.first['x'] is not None
               for v in finite(drawn[line.name] + ends[line.name])]
   branches = branches or [v for values in ends.values() for v in finite(values)] or [0.0]
   low, high = min(branches), max(branches)

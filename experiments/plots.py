@@ -50,7 +50,7 @@ def plot(found: Results, path: pathlib.Path) -> None:
       for panel in panels.flat[len(domains):]:
         panel.set_visible(False)
       for panel, (domain, group) in zip(panels.flat, domains.items()):
-        draw(panel, group, styles, found.suite)
+        draw(panel, group, styles, found)
         panel.set_title(domain if row == 0 else '')
       if draw is _points:
         _name_arms_once(panels)
@@ -126,7 +126,7 @@ def curve(line: Line, offsets: Mapping[int, float]) -> list[tuple[float, list[fl
           for step in steps]
 
 
-def _curves(panel: Axes, group: list[Line], styles: dict, _: dict) -> None:
+def _curves(panel: Axes, group: list[Line], styles: dict, _: Results) -> None:
   """Validation loss over extra FLOPs: mean over pairs, each pair thinly, the end's interval."""
   offsets = lines_lib.offsets(group, 'validation/loss')
   curves = {line.name: curve(line, offsets) for line in group}
@@ -172,9 +172,9 @@ def _say(panel: Axes, notes: list[str]) -> None:
              fontsize='small')
 
 
-def _points(panel: Axes, group: list[Line], styles: dict, about: dict) -> None:
+def _points(panel: Axes, group: list[Line], styles: dict, found: Results) -> None:
   """The first metric of each arm: every pair, mean and interval; the reference down the panel."""
-  path = lines_lib.shown(group, about['metrics'])[0]
+  path = lines_lib.shown(group, found.suite['metrics'], found.claims)[0]
   group = [line for line in group if line.values(path)]
   values = _aligned(group, path)
   means = {name: estimate(drawn) for name, drawn in values.items()}
@@ -203,9 +203,9 @@ def _points(panel: Axes, group: list[Line], styles: dict, about: dict) -> None:
   panel.set_xlabel(_aligned_label(group, path))
 
 
-def _sweep(panel: Axes, group: list[Line], styles: dict, about: dict) -> None:
+def _sweep(panel: Axes, group: list[Line], styles: dict, found: Results) -> None:
   """The first metric over x: a line per series with intervals; arms without x lie across."""
-  path = lines_lib.shown(group, about['metrics'])[0]
+  path = lines_lib.shown(group, found.suite['metrics'], found.claims)[0]
   group = [line for line in group if line.values(path)]
   means = {name: estimate(values) for name, values in _aligned(group, path).items()}
   ends = {name: _ends(e) for name, e in means.items()}
@@ -235,7 +235,7 @@ def _sweep(panel: Axes, group: list[Line], styles: dict, about: dict) -> None:
                    elinewidth=1.1, **styles[label])
   panel.set_ylim(low, high)
   _say(panel, outside)
-  panel.set_xlabel(about['x_label'])
+  panel.set_xlabel(found.suite['x_label'])
   panel.set_ylabel(_aligned_label(group, path))
 
 

@@ -67,7 +67,7 @@ def to_markdown(found: Results) -> str:
   for domain, group in domains.items():
     rows = [row for line in group for row in line.rows.values()]
     out += [f'**{domain}**: {_pretraining(rows)}', '']
-    out += _domain(group, lines_lib.shown(group, metrics))
+    out += _domain(group, lines_lib.shown(group, metrics, found.claims))
     out += _claims([v for v in verdicts if v.claim.domain == domain])
     out += ['', f'Data {rows[0]["fingerprint"][:16]}; '
             + '; '.join(sorted({row['devices'] for row in rows}))
@@ -192,8 +192,8 @@ def versions(rows: list[lines_lib.Row]) -> str:
 
 def _legend(found: Results, domains: dict[str, list[Line]]) -> list[str]:
   groups = domains.values()
-  delta = sorted({lines_lib.shown(group, found.suite['metrics'])[0] for group in groups
-                  if any(line.delta for line in group)})
+  delta = sorted({lines_lib.shown(group, found.suite['metrics'], found.claims)[0]
+                   for group in groups if any(line.delta for line in group)})
   more = []
   if delta:
     names = ' or '.join(map(header, delta)).replace('val.', 'validation')

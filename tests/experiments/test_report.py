@@ -156,6 +156,23 @@ def test_pairs_are_aligned_at_a_reference_that_all_of_them_have():
     assert offsets(rows) == still, broken
 
 
+def test_what_is_claimed_comes_first_in_its_domain_alone():
+  metrics = ['validation/loss', 'test/loss', 'test/nowhere']
+  claims = [made_up.claim(metric='test/loss'), made_up.claim(metric='test/accuracy')]
+  for domain, wanted in (('d', ['test/loss', 'validation/loss']), ('e', metrics[:2])):
+    group, = lines.by_domain(made_up.three_pairs(domain), []).values()
+    assert lines.shown(group, metrics, claims) == wanted
+
+
+@pytest.mark.parametrize('x', [None, 8])
+def test_a_sweep_shows_every_arm_that_it_is_about(x):
+  rows = made_up.three_pairs()
+  group, = lines.by_domain(rows + [made_up.row(
+      'scratch', start=0, losses={1300: 40.0}, pair=pair, x=x) for pair in range(3)], []).values()
+  ends = {line.name: [40.0 if line.name == 'scratch' else 1.0] for line in group}
+  assert (lines.span(group, ends, ends)[1] > 40) == (x is not None)
+
+
 def test_what_is_drawn_of_aligned_pairs_spreads_as_the_differences_do():
   domain, = lines.by_domain(made_up.three_pairs(), ['validation/loss']).values()
   drawn = plots._aligned(domain, 'validation/loss')
