@@ -54,10 +54,17 @@ def _verdicts(suites: dict[str, Results],
   for name, found in suites.items():
     title = _title(found)
     anchor = title.replace(',', '').replace(' ', '-')   # as GitHub makes it of the heading
-    cells.append([f'[{title}](#{anchor})', *counts(decided[name])])
+    cells.append([f'[{title}](#{anchor})', _pairs(found), *counts(decided[name])])
   every = [v for verdicts in decided.values() for v in verdicts]
-  return tables.table(['suite', 'claims', *verdict.OUTCOMES],
-                      [*cells, [f'{len(suites)} suites', *counts(every)]])
+  return tables.table(['suite', 'pairs', 'claims', *verdict.OUTCOMES],
+                      [*cells, [f'{len(suites)} suites', '', *counts(every)]])
+
+
+def _pairs(found: Results) -> str:
+  """How many pairs are trained: '5', or '2 of 5' as long as some are not."""
+  have = len({row['pair'] for row in found.rows})
+  wanted = found.suite.get('pairs', have)
+  return f'{have}' if have >= wanted else f'{have} of {wanted}'
 
 
 def _title(found: Results) -> str:
@@ -100,6 +107,8 @@ def _section(name: str, found: Results, verdicts: list[verdict.Verdict]) -> list
     return [*out, 'It makes no claim.', *plot]
   cells = [[v.claim.domain, tables.says(v), v.claim.source, v.claim.paper,
             *tables.verdict_cells(v)] for v in verdicts]
+  if ' of ' in _pairs(found):
+    out += [f'{_pairs(found)} pairs are trained so far; verdicts wait for the others.', '']
   headers = ['domain', 'claim', 'source', 'paper', *tables.VERDICT_HEADERS]
   return [*out, *tables.table(headers, cells, left=6), *plot]
 

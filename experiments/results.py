@@ -2,9 +2,9 @@
 
 Everything a report says comes from this file. It has one JSON object a line, told apart by 'kind':
 
-  suite   first, once: its name, scale, title, command, metrics and plot, and the runs it trained,
-          their parents too, each {'key', 'devices', 'seconds' of its train steps, 'cpu_seconds'
-          of its processes}
+  suite   first, once: its name, scale, title, command, metrics and plot, how many pairs there are
+          to be, and the runs it trained, their parents too, each {'key', 'devices', 'seconds' of
+          its train steps, 'cpu_seconds' of its processes}
   claim   one per claim: the fields of suite.Claim
   arm     one per arm and pair, see `_record`
 
@@ -48,7 +48,8 @@ def collect(suite: Suite, folder: pathlib.Path) -> Results:
       'suite': suite.name, 'scale': suite.scale,
       'title': suite_lib.module(suite.name).__doc__.splitlines()[0] if known else suite.name,
       'suite_command': suite.command(), 'metrics': list(suite.metrics), 'plot': suite.plot,
-      'x_label': suite.x_label, 'runs': [_spent(run, folder) for run in suite.runs()
+      'x_label': suite.x_label, 'pairs': _pairs(suite),
+      'runs': [_spent(run, folder) for run in suite.runs()
                if not isinstance(run, surgeries.Surgery)],
   }
   return Results(about, suite.claims,
@@ -75,8 +76,13 @@ def merge(suite: Suite, new: Results, old: Results) -> Results:
   rows = {(row['domain'], row['arm'], row['pair']): row for row in [*kept, *new.rows]}
   places = [(arm.domain, arm.name, arm.pair) for arm in suite.arms]
   runs = {(run['key'], run['seconds']): run for run in [*old.suite['runs'], *new.suite['runs']]}
-  return Results({**new.suite, 'runs': list(runs.values())}, suite.claims,
+  return Results({**new.suite, 'pairs': _pairs(suite), 'runs': list(runs.values())}, suite.claims,
                  [rows[place] for place in places if place in rows])
+
+
+def _pairs(suite: Suite) -> int:
+  """How many (dense parent, seed) pairs there are to be."""
+  return len({arm.pair for arm in suite.arms})
 
 
 def write(found: Results, directory: pathlib.Path) -> None:

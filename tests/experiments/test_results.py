@@ -85,6 +85,7 @@ def test_arms_are_read_from_their_workdirs(tmp_path):
       {'key': run.key, 'devices': '1 x cpu', 'seconds': seconds, 'cpu_seconds': cpu}
       for run, seconds, cpu in ((parent, 15.0, 30.5), (other, 10.0, None), (scratch, 5.0, 10.5))]
   assert (found.suite['plot'], found.suite['x_label']) == ('sweep', 'size')
+  assert found.suite['pairs'] == 2
   assert found.suite['suite_command'] == suite.command()
 
 
@@ -134,9 +135,11 @@ def test_pairs_that_were_measured_apart_are_merged_into_what_measuring_all_gives
   suite, whole = three_pair_suite(), of_pairs(0, 1, 2)
   merged = results.merge(suite, of_pairs(1), results.merge(suite, of_pairs(2, 0), of_pairs(2, 0)))
   assert merged.rows == whole.rows and merged.claims == whole.claims
+  assert results.merge(suite, of_pairs(1), of_pairs(1)).suite['pairs'] == 3
   by_key = lambda found: sorted(found.suite['runs'], key=lambda run: run['key'])
   assert by_key(merged) == by_key(whole)
-  assert results.merge(suite, of_pairs(1), whole) == whole   # the same once more
+  once_more = results.merge(suite, of_pairs(1), whole)
+  assert (once_more.rows, once_more.suite) == (whole.rows, whole.suite | {'pairs': 3})
 
 
 def test_a_pair_that_is_measured_again_replaces_its_arms_and_costs_twice():
