@@ -7,8 +7,9 @@
 Needs the compiler for TPUs (pip install -e '.[tpu]') and no TPU. `paper` has the runs of
 configs/paper, each on the slice that configs.paper.SLICES names; `weak` one upcycled run on slices
 of 4 to 512 chips with the same examples per chip. Results are lines of ahead.jsonl; a run that is
-there, with these settings and this version of JAX, is not compiled again. What the estimate of the
-time assumes stands in moejax/ahead/report.py and chips.py.
+there, with these settings and this version of JAX, is not compiled again: after a change of moejax
+itself, delete its line. What the estimate of the time assumes stands in moejax/ahead/report.py and
+chips.py.
 """
 
 import dataclasses
@@ -59,7 +60,7 @@ class Entry:
 
   @property
   def key(self) -> str:
-    """Of everything that the program depends on."""
+    """Of the settings, the slice and the version of JAX; moejax's own code does not count."""
     config = importlib.import_module(f'configs.paper.{self.config}').get_config()
     config.update_from_flattened_dict(dict(self.changes))
     text = settings.to_json(settings.resolve(config)) + self.slice + jax.__version__
@@ -180,7 +181,11 @@ def main(argv: list[str] | None = None) -> int:
   if not chosen:
     fail('--only', args.only, ', '.join(dict.fromkeys(entry.name for entry in entries())),
          'It is a part of such a name.')
-  failed = 0 if args.show else run(chosen, args.results)
+  try:
+    failed = 0 if args.show else run(chosen, args.results)
+  except KeyboardInterrupt:
+    print('stopped; what is compiled is kept, and the same command goes on', file=sys.stderr)
+    return 130
   lines = metrics.read_lines(args.results / FILE)
   if lines:
     text = page(lines)

@@ -48,6 +48,20 @@ def test_what_is_there_is_not_compiled_again_and_what_fails_is_told(compiled, tm
   assert len(metrics.read_lines(tmp_path / scale.FILE)) == 3
 
 
+def test_ctrl_c_keeps_what_is_compiled(compiled, tmp_path, monkeypatch, capsys):
+  flags = [f'--results={tmp_path}', '--only=vit_b32']
+  before = scale.compile_entry
+
+  def stopped(entry):
+    if entry.name.endswith('upcycled'):
+      raise KeyboardInterrupt
+    return before(entry)
+  monkeypatch.setattr(scale, 'compile_entry', stopped)
+  assert scale.main(flags) == 130 and 'the same command goes on' in capsys.readouterr().err
+  monkeypatch.setattr(scale, 'compile_entry', before)
+  assert scale.main(flags) == 0 and compiled == ['vit_b32', 'vit_b32_upcycled']
+
+
 def test_another_setting_replaces_the_line(compiled, tmp_path):
   flags = [f'--results={tmp_path}', '--only=vit_b16_upcycled']
   scale.main(flags)

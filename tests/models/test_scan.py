@@ -1,5 +1,7 @@
 """Scanned and rematerialised stacks compute what unrolled ones do, in value and every gradient."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,18 @@ def test_what_is_computed_again_need_not_be_kept():
 
   assert list(REMAT) == ['none', 'dots', 'full']
   assert kept('none') > kept('dots') > kept('full')
+
+
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_what_routers_sort_is_kept_and_not_sorted_again(remat):
+  def sorts(remat):
+    config = CONFIGS['t5']
+    model = models.build(config, Execution(True, remat))
+    held = jax.eval_shape(lambda: stacked(jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), model.shapes), model))
+    text = jax.jit(objective(model, config)).lower(held).as_text()
+    return len(re.findall(r'chlo.top_k|stablehlo.sort', text))
+  assert sorts(remat) == sorts('none') >= 3   # expert choice, top-k and its placing
 
 
 def test_an_unknown_policy_is_refused():
