@@ -22,6 +22,21 @@ COMPILATION_CACHE = flags.DEFINE_string(
 COMPILE_FOR = flags.DEFINE_string(
     'compile_for', '', 'Do not train: compile the step for a TPU slice such as v5p:4x4x8, which '
     'need not be there, and report memory, communication and an estimate of its time.')
+DISTRIBUTED = flags.DEFINE_enum(
+    'distributed', 'auto', ['auto', 'off', 'tpu', 'slurm', 'flags'],
+    'How this process finds others that train the same run, started by the same command: tpu asks '
+    'the slice, slurm the step of srun, flags takes --coordinator, --processes and --process; auto '
+    'chooses among these by the environment; off: none.')
+COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, for all processes.')
+PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes there are.')
+PROCESS = flags.DEFINE_integer('process', -1, 'Which of them this is, from 0.')
+JOIN_SECONDS = flags.DEFINE_integer('join_seconds', 300, 'How long to wait for all to start.')
+LOST_SECONDS = flags.DEFINE_float(
+    'lost_seconds', 60, 'A process that was not heard of for so long ends the others, with exit '
+    'code 75; a process that ends does so at once. 0: nobody looks.')
+STALL_SECONDS = flags.DEFINE_float(
+    'stall_seconds', 1800, 'No process got further for so long (a step, an evaluation, compiling): '
+    'all end, with exit code 75.')
 USAGE = 'python -m moejax.main --config=configs/vit_glyphs.py --workdir=runs/vit'
 
 
@@ -89,13 +104,16 @@ def main(argv: list[str]) -> int:
   import jax  # only now, so that a wrong flag is answered at once
 
   from moejax.train import loop, settings
+  from moejax.train.hosts import Launch, join
   if COMPILATION_CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(COMPILATION_CACHE.value))
   try:
     if COMPILE_FOR.value:
       from moejax.ahead import report
       return report.run(settings.resolve(config), COMPILE_FOR.value, WORKDIR.value)
-    return loop.run(settings.resolve(config), WORKDIR.value)
+    hosts = join(Launch(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value,
+                        JOIN_SECONDS.value, LOST_SECONDS.value, STALL_SECONDS.value))
+    return loop.run(settings.resolve(config), WORKDIR.value, hosts)
   except ConfigError as error:
     sys.exit(f'moejax: {error}')
   except KeyboardInterrupt:   # before training began, or a second time

@@ -51,8 +51,11 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """Mesh of all devices. Raises ConfigError when the axes do not multiply to their number."""
-  devices = jax.devices() if devices is None else devices
+  """Mesh of all devices, those of a process next to each other.
+
+  Raises ConfigError when the axes do not multiply to their number.
+  """
+  devices = ordered(jax.devices() if devices is None else devices)
   sizes = [getattr(config, axis) for axis in AXES]
   given = ' x '.join(f'{a}={s}' for a, s in zip(AXES, sizes))
   free = sizes.count(-1)
@@ -65,6 +68,32 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   # Auto axes: the compiler places whatever a rule or a shard_map does not pin down.
   types = (jax.sharding.AxisType.Auto,) * len(AXES)
   return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
+
+
+def ordered(devices) -> list:
+  """Devices by process: their numbers run across a slice's hosts, rows of a batch do not."""
+  return sorted(devices, key=lambda d: (d.process_index, d.id))
+
+
+def host_of(mesh: Mesh) -> tuple[int, int]:
+  """(host, hosts): which of how many equal parts of a batch's rows this process's devices hold.
+
+  Processes that hold the same rows, as where `model` spans them, have the same number.
+
+  Raises:
+    ConfigError: its rows are not such a part.
+  """
+  sizes = [mesh.shape.get(axis, 1) for axis in GROUP_AXES]
+  parts = math.prod(sizes) if set(GROUP_AXES) & set(mesh.axis_names) else mesh.size
+  owner = np.vectorize(lambda d: d.process_index)(mesh.devices).reshape(parts, -1)
+  mine = [n for n in range(parts) if jax.process_index() in owner[n]]
+  size = len(mine)
+  config_lib.check(
+      parts % size == 0 and mine[0] % size == 0 and mine == list(range(mine[0], mine[0] + size)),
+      'config.mesh', ' x '.join(f'{a}={s}' for a, s in mesh.shape.items()),
+      'axes of which each process has whole parts', 'Make model a divisor, or a multiple, of the '
+      f'{jax.local_device_count()} devices of a process.')
+  return mine[0] // size, parts // size
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

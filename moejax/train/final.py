@@ -6,6 +6,7 @@ import numpy as np
 
 from moejax import evaluate, probe, scores
 from moejax.train import settings
+from moejax.train.parallel import all_rows
 
 
 class Final:
@@ -38,7 +39,8 @@ class Final:
     references, tasks = [], []
     def batches():
       for batch in self.dataset.eval_batches(split):
-        rows = zip(self.dataset.references(split, batch), batch['task'])
+        known = all_rows(self.devices, {k: batch[k] for k in ('example', 'task', 'weight')})
+        rows = zip(self.dataset.references(split, known), known['task'])
         kept = [(answers, int(task)) for answers, task in rows if answers]
         references.extend(answers for answers, _ in kept)
         tasks.extend(task for _, task in kept)
@@ -61,6 +63,10 @@ class Final:
       return {}
     step = self.devices.compile(
         lambda params, batch: self.devices.gather(self.model.features(params, batch)))
-    features = lambda params, batch: np.asarray(step(params, self.devices.put(batch)))
-    return probe.run(self.config.probe, features, params, self.probe_data.eval_batches('train'),
-                     self.probe_data.eval_batches('test'), seed=self.config.seed)
+    features = lambda params, batch: np.asarray(step(params, self.devices.put(batch['own'])))
+    def batches(split):
+      for batch in self.probe_data.eval_batches(split):
+        known = all_rows(self.devices, {k: batch[k] for k in ('label', 'weight')})
+        yield {**known, 'own': batch}
+    return probe.run(self.config.probe, features, params, batches('train'), batches('test'),
+                     seed=self.config.seed)

@@ -15,6 +15,7 @@ from moejax.checkpoints import native
 from moejax.train import initialize, metrics, parallel, settings
 from moejax.train.assemble import Step
 from moejax.train.final import Final
+from moejax.train.hosts import Hosts
 from moejax.train.layout import Layout
 from moejax.train.pathology import Watch
 from moejax.train.plan import Plan, check_fit, facts, first_step
@@ -23,13 +24,16 @@ from moejax.train.step import TrainState
 from moejax.train.teacher import Teacher
 from moejax.train.workdir import Workdir, provenance
 
+SHARED = 'Give a folder that all hosts see: NFS, Lustre, or a mounted bucket.'
 
-def run(config: settings.RunConfig, path: str) -> int:
+
+def run(config: settings.RunConfig, path: str, hosts: Hosts | None = None) -> int:
   """Trains to the end, or resumes and does.
 
   Args:
     config: the resolved run.
-    path: its workdir.
+    path: its workdir, a folder that all hosts see.
+    hosts: the processes that train together; None: this one alone.
 
   Returns:
     Exit code: 0, or 130 or 143 if stopped by a signal, after saving.
@@ -37,27 +41,40 @@ def run(config: settings.RunConfig, path: str) -> int:
   Raises:
     ConfigError: whatever cannot work, before a step is taken.
   """
-  workdir = Workdir(path)
-  workdir.check(config)
-  plan = Plan.make(config, first_step(config, workdir.path))
-  if plan.end in native.finished_steps(workdir.path / native.SUBDIR):
+  hosts = hosts or Hosts()
+  with hosts.leaving():
+    workdir = Workdir(path)
+    workdir.check(config)
+    hosts.same('config', settings.to_json(config), 'Start the same command on all hosts.')
+    finished = native.finished_steps(workdir.path / native.SUBDIR)
+    hosts.same('workdir', f'{workdir.path.exists()} {finished}', SHARED)
+    plan = Plan.make(config, first_step(config, workdir.path))
+    if plan.end not in finished:
+      return _train(config, plan, workdir, hosts)
     if workdir.read('status.json')['phase'] != 'finished':   # killed just before it could say so
       workdir.status('finished', plan.end)
-    print(f'{path}: finished at step {plan.end}. ' + metrics.last_evaluation(workdir.path))
+    if workdir.writes:
+      print(f'{path}: finished at step {plan.end}. ' + metrics.last_evaluation(workdir.path))
     return 0
 
+
+def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Hosts) -> int:
+  """A run that is not finished; the exit code."""
+  path = workdir.path
   program = Program(config, plan)
+  hosts.same('data', program.dataset.fingerprint, 'Install the same versions on all hosts.')
   workdir.claim(config)
+  hosts.same('workdir', str(workdir.seen()), SHARED)
   writer = native.Writer(path, config.keep_checkpoints, plan.kept)
   done = writer.latest_step()
   workdir.write('run.json', provenance(**facts(config, plan, program.model, program.dataset)))
-  with Log(workdir, plan.first, done, plan.end) as log, stop_signals() as stop:
+  with Log(workdir, plan.first, done, plan.end, hosts.moved) as log, stop_signals() as told:
     if done is None:
       state = program.begin(workdir, log)
     else:
       state = program.restore(writer, done)
       log.say(f'{path}: resumed at step {done} of {plan.end}')
-    done = int(state.step)
+    done, stop = int(state.step), None
     watch = Watch(config, plan.first)
     log.phase('compiling', done)
     for batch in program.dataset.train_batches(done, plan.end):
@@ -71,18 +88,18 @@ def run(config: settings.RunConfig, path: str) -> int:
         state = dataclasses.replace(state, window=jax.tree.map(jnp.zeros_like, state.window))
       if plan.eval_due(done):
         program.evaluate(done, state.params, log, window)
-      if plan.save_due(done) or stop.signal:
+      stop = hosts.stop(told.signal)
+      if plan.save_due(done) or stop:
         with log.pause('saving', done):
           writer.save(done, program.saved(state), {})
-      if stop.signal:
+      if stop:
         break
     with log.pause('saving', done):
       writer.close()
-    outcome = 'stopped' if stop.signal else 'finished'
+    outcome = 'stopped' if stop else 'finished'
     log.phase(outcome, done)
-    log.say(f'{path}: {outcome} at step {done} of {plan.end}. '
-            + metrics.last_evaluation(workdir.path))
-  return stop.exit_code
+    log.say(f'{path}: {outcome} at step {done} of {plan.end}. ' + metrics.last_evaluation(path))
+  return 128 + stop if stop else 0
 
 
 class Program:
@@ -112,8 +129,8 @@ class Program:
     self.eval_step = self._eval_step(self.model)
 
   def _data(self, config: data.DataConfig) -> data.Dataset:
-    return data.build(config, seed=self.config.seed, host=jax.process_index(),
-                      hosts=jax.process_count())
+    return data.build(config, seed=self.config.seed, host=self.devices.host,
+                      hosts=self.devices.hosts)
 
   def put(self, batch: dict) -> dict:
     """A train batch on its devices, with what the teacher says to it."""

@@ -1,7 +1,8 @@
 """Two ways to run the same pure step on many devices.
 
 Both have `reduce`, which adds a tree over devices, and `gather`, which puts rows of all devices
-together, for use inside what they compile.
+together, for use inside what they compile; and (host, hosts), which of how many equal parts of a
+batch this process loads. What they compile hands its results to every process whole.
 
 'mesh': arrays are global, split over the axes of moejax.sharding; the compiler and the MoE layer's
 shard_map place the communication. 'pmap': one program per device over its share of the batch, sums
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,7 +32,7 @@ def make(name: str, config: sharding.MeshConfig, devices=None):
   for axis in ('fsdp', 'expert', 'model'):
     check(getattr(config, axis) == 1, f'config.mesh.{axis}', getattr(config, axis),
           "1 with parallel='pmap', which is data-parallel only", "Use parallel='mesh'.")
-  devices = jax.devices() if devices is None else devices
+  devices = sharding.ordered(jax.devices() if devices is None else devices)
   check(config.data in (-1, len(devices)), 'config.mesh.data', config.data,
         f'-1 or the number of devices, {len(devices)}', 'Set it to -1.')
   return PmapParallel(devices)
@@ -42,6 +44,7 @@ class MeshParallel:
   def __init__(self, config: sharding.MeshConfig, devices=None):
     self.mesh = sharding.make_mesh(config, devices)
     self.shards = int(np.prod([self.mesh.shape[a] for a in sharding.GROUP_AXES]))
+    self.host, self.hosts = sharding.host_of(self.mesh)
     self.reduce = self.gather = lambda tree: tree
 
   def shardings(self, tree):
@@ -54,7 +57,8 @@ class MeshParallel:
   def put(self, batch: dict) -> dict:
     """This process's rows of a batch -> global arrays."""
     rows = sharding.batch_sharding(self.mesh)
-    return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+    return {k: jax.make_array_from_process_local_data(rows, v, (len(v) * self.hosts, *v.shape[1:]))
+            for k, v in batch.items()}
 
   def init(self, fn: Callable, *args):
     """fn(*args) -> tree of parameters, computed directly into their shardings."""
@@ -65,7 +69,8 @@ class MeshParallel:
   def compile(self, fn: Callable, state=None) -> Callable:
     """Compiles eval_step(params, batch), or train_step(state, batch) if `state`, arrays or shapes
     with shardings, is given: it is then donated and keeps its shardings."""
-    return self._in_mesh(jax.jit(fn) if state is None else self._train(fn, state))
+    return self._in_mesh(jax.jit(fn, out_shardings=self.replicated()) if state is None
+                         else self._train(fn, state))
 
   def lower(self, fn: Callable, state, batch):
     """train_step(state, batch) lowered for the mesh, from shapes with shardings."""
@@ -93,6 +98,7 @@ class PmapParallel:
     self.devices = list(devices)
     self.mesh = Mesh(np.asarray(self.devices), (PMAP_AXIS,))
     self.shards = len(self.devices)
+    self.host, self.hosts = sharding.host_of(self.mesh)
     self.reduce = lambda tree: jax.lax.psum(tree, PMAP_AXIS)
     self.gather = lambda tree: jax.lax.all_gather(tree, PMAP_AXIS, tiled=True)
 
@@ -121,3 +127,12 @@ class PmapParallel:
   def compile_rows(self, fn: Callable) -> Callable:
     """Compiles fn(params, batch) -> tree of arrays with the batch's rows, which stay in place."""
     return jax.pmap(fn, axis_name=PMAP_AXIS, in_axes=(None, 0), devices=self.devices)
+
+
+def all_rows(devices, batch: dict) -> dict:
+  """One host's rows of a batch, numpy arrays -> those of all hosts, on every host."""
+  if devices.hosts == 1:
+    return batch
+  found = multihost_utils.process_allgather({'host': np.int32(devices.host), **batch})
+  _, first = np.unique(found.pop('host'), return_index=True)   # a process for each host, in order
+  return {k: np.concatenate([v[n] for n in first]) for k, v in found.items()}

@@ -5,6 +5,7 @@ import contextlib
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 from tensorboardX import SummaryWriter
@@ -23,10 +24,12 @@ class Log:
     workdir: of the run.
     first, done, end: global steps: of the run's start, done so far (None: no checkpoint yet), and
       of its end. What an earlier attempt wrote past `done` is cut off.
+    moved: is told where the run is whenever it got further.
   """
 
-  def __init__(self, workdir: Workdir, first: int, done: int | None, end: int):
-    self.workdir = workdir
+  def __init__(self, workdir: Workdir, first: int, done: int | None, end: int,
+               moved: Callable[[str], None] = lambda at: None):
+    self.workdir, self._moved = workdir, moved
     self.metrics = self.timing = self.board = None
     if workdir.writes:
       keep = -1 if done is None else done
@@ -61,6 +64,7 @@ class Log:
       self.phase('training', step)
       self._clock, self._timed = time.perf_counter(), -1
     self._timed += 1
+    self._moved(f'training, step {step}')
     self.bar.update(1)
 
   def train(self, step: int, window: dict) -> dict[str, float]:
@@ -94,6 +98,7 @@ class Log:
   def phase(self, name: str, step: int) -> None:
     """Says in status.json and before the progress bar what the run is doing."""
     self.workdir.status(name, step)
+    self._moved(f'{name}, step {step}')
     self.bar.set_description_str(name)
 
   @contextlib.contextmanager
@@ -117,10 +122,6 @@ class Stop:
   """Set by SIGINT or SIGTERM; a second Ctrl-C ends the process at once."""
   signal: int | None = None
 
-  @property
-  def exit_code(self) -> int:
-    return 128 + self.signal if self.signal else 0
-
 
 @contextlib.contextmanager
 def stop_signals():
@@ -140,4 +141,4 @@ def stop_signals():
     yield stop
   finally:
     for s, handler in old.items():
-      signal.signal(s, handler)
+      signal.signal(s, signal.SIG_DFL if handler is None else handler)   # None: not Python's

@@ -52,6 +52,13 @@ class Workdir:
       fail('workdir', str(self.path), 'a directory that can be written',
            f'{type(error).__name__}: {error.strerror}. Choose another --workdir.')
 
+  def seen(self, seconds: float = 60) -> bool:
+    """Whether what process 0 claimed is seen from here; network file systems may take a while."""
+    end = time.monotonic() + seconds
+    while not (found := (self.path / 'config.json').exists()) and time.monotonic() < end:
+      time.sleep(1)
+    return found
+
   def write(self, name: str, content: str | dict) -> None:
     """Writes a file atomically; a dict as JSON."""
     if not self.writes:

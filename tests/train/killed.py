@@ -1,9 +1,11 @@
 """Runs one training in this process and ends it at a chosen moment, as a machine failure would.
 
-python -m tests.train.killed MOMENT CONFIG.json WORKDIR; MOMENT is 'never', 'compiling', 'step',
-'saving' or 'evaluating' (SIGKILL there), or 'sigterm' (in a step).
+python -m tests.train.killed MOMENT CONFIG.json WORKDIR [PORT PROCESSES PROCESS]; MOMENT is 'never',
+'compiling', 'step', 'saving' or 'evaluating' (SIGKILL there), 'sigterm' or 'hang' (in a step). The
+last three make it one of several processes. What batches held goes to WORKDIR.PROCESS.batches.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -13,7 +15,8 @@ import threading
 import time
 
 from moejax.checkpoints import native
-from moejax.train import loop, progress, settings, workdir
+from moejax.data import pipeline
+from moejax.train import hosts, loop, progress, settings, workdir
 
 AT_STEP = 27   # between two checkpoints and inside a window of train metrics
 
@@ -46,9 +49,10 @@ def prepare(moment, path):
       if phase == 'compiling':
         threading.Timer(0.5, kill).start()
     before(workdir.Workdir, 'status', on_status)
-  elif moment in ('step', 'sigterm'):
-    number = {'step': signal.SIGKILL, 'sigterm': signal.SIGTERM}[moment]
-    before(progress.Log, 'tick', lambda step, _: step == AT_STEP and kill(number))
+  elif moment in ('step', 'sigterm', 'hang'):
+    act = {'step': kill, 'sigterm': lambda: kill(signal.SIGTERM),
+           'hang': lambda: time.sleep(600)}[moment]
+    before(progress.Log, 'tick', lambda step, _: step == AT_STEP and act())
   elif moment == 'saving':
     def on_save(step, *_):
       if step == 20:
@@ -60,8 +64,27 @@ def prepare(moment, path):
         step == 20 and split == 'validation' and kill()))
 
 
+def note_batches(path):
+  """Appends a line [step, global rows, digest of the images] for each row group a process loads."""
+  original = pipeline.Dataset.train_batches
+
+  def train_batches(self, start, stop):
+    with open(path, 'a', encoding='utf-8') as file:
+      for step, batch in zip(range(start, stop), original(self, start, stop)):
+        rows = {int(n): hashlib.sha256(image.tobytes()).hexdigest()[:16]
+                for n, image in zip(batch['index'], batch['image'])}
+        file.write(json.dumps([step, rows]) + '\n')
+        yield batch
+  pipeline.Dataset.train_batches = train_batches
+
+
 if __name__ == '__main__':
-  moment, config, path = sys.argv[1:]
+  moment, config, path, *among = sys.argv[1:]
+  port, processes, process = map(int, among or (0, 0, -1))
   prepare(moment, path)
   run = settings.from_dict(json.loads(pathlib.Path(config).read_text()))
-  sys.exit(loop.run(run, path))
+  if run.model.family == 'vit':
+    note_batches(f'{path}.{max(process, 0)}.batches')
+  launch = hosts.Launch(coordinator=f'localhost:{port}' if port else '', processes=processes,
+                        process=process, join_seconds=120, lost_seconds=20, stall_seconds=60)
+  sys.exit(loop.run(run, path, hosts.join(launch)))

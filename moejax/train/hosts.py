@@ -1,0 +1,212 @@
+"""Several processes, usually one a host, that train one model together.
+
+How they find each other (`join`), stop at the same step, and check that they were given the same
+things (`Hosts`); that one of them is gone is noticed by watchdog.py. A single process has all of
+this too, and there it does nothing.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import os
+import random
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.config import ConfigError, check, check_choice, fail
+from moejax.train.progress import AHEAD
+from moejax.train.watchdog import Watchdog
+
+WAYS = ('auto', 'off', 'tpu', 'slurm', 'flags')
+PATIENCE = 5   # seconds in which the watchdog may end this process instead
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """How this process was started, as the command line says; see moejax.main --help.
+
+  Attributes:
+    distributed: 'tpu' and 'slurm' ask the machine who the others are, 'flags' takes the next three;
+      'auto' chooses, 'off' trains alone whatever the machine says.
+    coordinator: HOST:PORT of process 0, free there and reached from everywhere.
+    processes, process: how many there are, and which this is.
+    join_seconds: to wait for all to start.
+    lost_seconds, stall_seconds: see Watchdog; lost_seconds=0: none.
+  """
+  distributed: str = 'auto'
+  coordinator: str = ''
+  processes: int = 0
+  process: int = -1
+  join_seconds: int = 300
+  lost_seconds: float = 60
+  stall_seconds: float = 1800
+
+  def __post_init__(self):
+    check_choice('--distributed', self.distributed, WAYS)
+    given = (bool(self.coordinator), self.processes > 0, self.process >= 0)
+    check(all(given) or not (any(given) or self.distributed == 'flags'),
+          '--coordinator, --processes, --process',
+          (self.coordinator, self.processes, self.process), 'all of HOST:PORT, N, 0..N-1, or none',
+          'Give all three on every host; they differ in --process alone.')
+    check(not any(given) or self.distributed in ('auto', 'flags'), '--distributed',
+          self.distributed, 'auto or flags with --coordinator', 'Leave one of the two out.')
+    check(not any(given) or self.process < self.processes, '--process', self.process,
+          f'0 to {self.processes - 1}', 'Processes are counted from 0.')
+    port = self.coordinator.rpartition(':')[2]
+    check(not self.coordinator or (':' in self.coordinator and port.isdigit()), '--coordinator',
+          self.coordinator, 'HOST:PORT', 'Any free port of the host of process 0 will do.')
+    for name in ('join_seconds', 'lost_seconds', 'stall_seconds'):
+      least = 0 if name == 'lost_seconds' else 1
+      check(getattr(self, name) >= least, f'--{name}', getattr(self, name), f'>= {least}',
+            'Give seconds.')
+
+  def way(self, environment: Mapping[str, str]) -> str:
+    """'off', 'tpu', 'slurm' or 'flags': what 'auto' is on a machine with these variables."""
+    if self.distributed != 'auto':
+      return self.distributed
+    if self.coordinator:
+      return 'flags'
+    if int(environment.get('SLURM_STEP_NUM_TASKS', '1')) > 1:   # within srun, not beside it
+      return 'slurm'
+    workers = environment.get('TPU_WORKER_HOSTNAMES', '')
+    return 'tpu' if ',' in workers else 'off'
+
+
+def join(launch: Launch) -> 'Hosts':
+  """Meets the other processes; call it before anything else of JAX.
+
+  Raises:
+    ConfigError: they do not all come, or this machine does not know of any.
+  """
+  way = launch.way(os.environ)
+  if way == 'off':
+    check((hosts := jax.process_count()) == 1, '--distributed', launch.distributed,
+          f'tpu, on a slice of {hosts} hosts', 'Add --distributed=tpu on all of them.')
+    return Hosts()
+  known = {}
+  if way == 'flags':
+    known = {'coordinator_address': launch.coordinator, 'num_processes': launch.processes,
+             'process_id': launch.process, 'cluster_detection_method': 'deactivate'}
+  elif way == 'slurm':
+    known = {'cluster_detection_method': 'slurm'}
+  try:
+    jax.distributed.initialize(initialization_timeout=launch.join_seconds, **known)
+  except (RuntimeError, ValueError, OSError) as error:
+    fail('--distributed', way, f'{launch.processes or "all"} processes that find each other within '
+         f'{launch.join_seconds} s ({str(error).splitlines()[0]})',
+         'Start the same command on all hosts at about the same time; or name them: '
+         '--coordinator=HOST:PORT --processes=N --process=0..N-1.')
+  watchdog = None
+  if launch.lost_seconds and jax.process_count() > 1:
+    watchdog = _watchdog(launch)
+  return Hosts(watchdog)
+
+
+def _watchdog(launch: Launch) -> Watchdog:
+  """Tells all where process 0 listens, and starts one."""
+  process, listener = jax.process_index(), None
+  told = np.zeros(6, np.int32)
+  if process == 0:
+    listener = socket.create_server(('', 0))
+    told[:4] = [int(part) for part in _own_address().split('.')]
+    told[4:] = listener.getsockname()[1], random.SystemRandom().randrange(2**31)
+  *address, port, token = map(int, multihost_utils.broadcast_one_to_all(told))
+  host = launch.coordinator.rpartition(':')[0] or '.'.join(map(str, address))
+  return Watchdog(process, jax.process_count(), listener, (host, port), token,
+                  launch.lost_seconds, launch.stall_seconds)
+
+
+def _own_address() -> str:
+  """This host's address where packets for others leave it; nothing is sent."""
+  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way_out:
+    try:
+      way_out.connect(('10.255.255.255', 1))
+      return way_out.getsockname()[0]
+    except OSError:
+      return '127.0.0.1'
+
+
+class Hosts:
+  """This process among those that train together; all of them call the same methods in order.
+
+  Args:
+    watchdog: of several processes, or None.
+  """
+
+  def __init__(self, watchdog: Watchdog | None = None):
+    self.process, self.processes = jax.process_index(), jax.process_count()
+    self._watchdog = watchdog
+    self._asked = collections.deque()
+    if self.processes > 1:
+      first = {d.process_index: d for d in reversed(jax.devices())}
+      mesh = Mesh([first[n] for n in range(self.processes)], ('process',))
+      self._each = NamedSharding(mesh, P('process'))
+      self._most = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+
+  def moved(self, at: str) -> None:
+    """This process got further, to `at`: 'training, step 12'."""
+    if self._watchdog:
+      self._watchdog.moved(at)
+
+  def stop(self, signal: int | None) -> int | None:
+    """The signal to stop for after this step, or None: the same answer in all processes.
+
+    Call it once a step. With several processes it is what any of them was told AHEAD steps ago,
+    so that nobody waits for this step to end.
+
+    Args:
+      signal: what this process was told, or None.
+    """
+    if self.processes == 1:
+      return signal
+    told = np.array([signal or 0], np.int32)
+    self._asked.append(self._most(jax.make_array_from_process_local_data(self._each, told)))
+    return (int(self._asked.popleft()) or None) if len(self._asked) > AHEAD else None
+
+  def same(self, key: str, value: str, fix: str) -> None:
+    """Raises ConfigError, naming processes, if `value` is not the same in all of them.
+
+    key: what it is, for the message; fix: what to do about it.
+    """
+    if self.processes == 1:
+      return
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest()[:8], np.int32)
+    all_ = multihost_utils.process_allgather(digest)              # (processes, 2)
+    others = [n for n in range(self.processes) if (all_[n] != all_[0]).any()]
+    if others:
+      fail(key, f'another in process {", ".join(map(str, others))} than in process 0',
+           'the same in all', fix)
+
+  @contextlib.contextmanager
+  def leaving(self):
+    """Around all that processes do together: an error in one of them ends all, each at once."""
+    if not self._watchdog:
+      yield
+      return
+    try:
+      yield
+    except BaseException as error:
+      if isinstance(error, ConfigError):
+        print(f'moejax: {error}', file=sys.stderr)
+      elif not isinstance(error, KeyboardInterrupt):
+        time.sleep(PATIENCE)   # if a collective failed, the watchdog knows whose end it was
+        traceback.print_exc()
+      self._watchdog.leave(_why(error))
+      sys.stdout.flush()
+      os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)   # JAX would wait for the others
+    self._watchdog.leave()
+
+
+def _why(error: BaseException) -> str:
+  lines = str(error).strip().splitlines()
+  return f'{type(error).__name__}: {lines[0]}' if lines else type(error).__name__
