@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from moejax.config import ConfigError, fail
+from moejax.config import ConfigError, check, fail
 from moejax.train import settings
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections',
@@ -28,9 +28,14 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_c
 
 
 class Workdir:
-  """Paths and small files of one run; only process 0 writes."""
+  """Paths and small files of one run; only process 0 writes.
+
+  Raises ConfigError on what is no path of a file system.
+  """
 
   def __init__(self, path: str | os.PathLike):
+    check('://' not in str(path), 'workdir', str(path), 'a folder',
+          'Mount the bucket (gcsfuse; see docs/scale.md) and name the folder there.')
     self.path = pathlib.Path(path)
     self.writes = jax.process_index() == 0
     self._began, self._before = time.process_time(), None

@@ -1,4 +1,4 @@
-"""The launch scripts start what they say: run under a shell, with a stand-in for Python."""
+"""The launch scripts start what they say: run under a shell, with stand-ins for what they call."""
 
 import os
 import pathlib
@@ -13,6 +13,7 @@ from experiments import main
 from experiments.shards import Shard
 
 LAUNCH = pathlib.Path(main.__file__).parent / 'launch'
+RUN, SLICE = LAUNCH / 'slurm_run.sh', LAUNCH / 'tpu_slice.sh'
 SLURM, KUBERNETES = LAUNCH / 'slurm_array.sh', LAUNCH / 'kubernetes_job.yaml'
 # Notes its arguments, and on SIGTERM ends a little later, as one that saves does.
 PYTHON = '''#!/bin/bash
@@ -113,3 +114,78 @@ def test_a_pod_passes_sigterm_on(shell, tmp_path):
     time.sleep(0.02)
   process.send_signal(signal.SIGTERM)
   assert process.wait() == 130 and (tmp_path / 'saved').exists()
+
+
+SRUN = '#!/bin/sh\nexec "$@"\n'
+# Answers from a list of states, one line a question, and notes what else it is asked.
+GCLOUD = '''#!/bin/bash
+case "$*" in
+  *describe*)
+    state=$(head -n 1 "$NOTES/states"); sed -i 1d "$NOTES/states"
+    [ "$state" = NONE ] && exit 1
+    echo "$state" ;;
+  *status.json*) echo '"phase": "'"$(cat "$NOTES/phase")"'"' ;;
+  "storage cp"*) cat > "$NOTES/source.tar.gz"; echo "$*" >> "$NOTES/calls" ;;
+  *"tpu-vm ssh"*)
+    echo ssh >> "$NOTES/calls"; printf '%s\n' "${@: -1}" > "$NOTES/remote"
+    code=$(head -n 1 "$NOTES/codes"); sed -i 1d "$NOTES/codes"
+    [ "$code" = 0 ] && echo finished > "$NOTES/phase"
+    echo "moejax ended with $code"; exit 1 ;;
+  *) echo "$*" >> "$NOTES/calls" ;;
+esac
+'''
+
+
+@pytest.mark.parametrize('code, restarts, requeued', [
+    (0, 0, False), (1, 0, False), (130, 0, False), (75, 0, True), (143, 3, True), (137, 0, True),
+    (75, 20, False)])
+def test_a_slurm_run_is_started_again_when_that_may_help(shell, tmp_path, code, restarts, requeued):
+  (tmp_path / 'srun').write_text(SRUN)
+  (tmp_path / 'srun').chmod(0o755)
+  process = shell('bash', str(RUN), '--config=configs/vit_glyphs.py', '--workdir=/shared/my run',
+                  MOEJAX_PYTHON='python', SLURM_JOB_ID='77', SLURM_RESTART_COUNT=str(restarts),
+                  CODE=str(code))
+  assert process.wait() == code
+  assert (tmp_path / 'arguments').read_text().splitlines() == [
+      '-m', 'moejax.main', '--distributed=slurm', '--config=configs/vit_glyphs.py',
+      '--workdir=/shared/my run']
+  assert (tmp_path / 'requeued').exists() == requeued
+
+
+def tpu_slice(shell, tmp_path, states, codes):
+  for name, lines in (('states', states), ('codes', codes), ('phase', ['training'])):
+    (tmp_path / name).write_text(''.join(f'{line}\n' for line in lines))
+  (tmp_path / 'gcloud').write_text(GCLOUD)
+  (tmp_path / 'gcloud').chmod(0o755)
+  process = shell('bash', str(SLICE), 'a-run', '--config=configs/vit_glyphs.py',
+                  '--config.data.source=two words', MOEJAX_BUCKET='bucket', MOEJAX_ZONE='zone',
+                  MOEJAX_TYPE='v5e-16', MOEJAX_POLL='0', HOME=str(tmp_path))
+  code = process.wait(timeout=60)
+  calls = (tmp_path / 'calls').read_text().splitlines()
+  return code, [next(word for word in ('cp', 'create', 'delete', 'ssh') if word in call.split())
+                for call in calls], calls
+
+
+def test_a_preempted_slice_is_asked_for_again_until_the_run_is_finished(shell, tmp_path):
+  states = ['NONE', 'WAITING_FOR_RESOURCES', 'ACTIVE', 'SUSPENDED', 'NONE', 'ACTIVE', 'ACTIVE']
+  code, did, calls = tpu_slice(shell, tmp_path, states, [137, 75, 0])
+  assert code == 0
+  assert did == ['cp', 'create', 'ssh', 'delete', 'create', 'ssh', 'ssh', 'delete']
+  assert '--spot' in calls[1] and '--accelerator-type=v5e-16' in calls[1]
+  assert (tmp_path / 'source.tar.gz').stat().st_size > 10_000
+  remote = (tmp_path / 'remote').read_text()
+  assert subprocess.run(['bash', '-n'], input=remote, text=True, check=False).returncode == 0
+  command = next(line for line in remote.splitlines() if 'moejax.main' in line)
+  assert command == ('~/venv/bin/python -m moejax.main --distributed=tpu '
+                     '--workdir=$bucket/runs/a-run --config=configs/vit_glyphs.py '
+                     r'--config.data.source=two\ words || code=$?')
+
+
+def test_an_error_of_the_run_leaves_the_slice(shell, tmp_path):
+  code, did, _ = tpu_slice(shell, tmp_path, ['ACTIVE'], [1])
+  assert code == 1 and did == ['cp', 'ssh']
+
+
+def test_a_slice_needs_a_bucket(shell):
+  process = shell('bash', str(SLICE), 'a-run')
+  assert process.wait() != 0 and 'MOEJAX_BUCKET: set it' in process.stderr.read()

@@ -26,6 +26,18 @@ def test_claim_writes_every_key_and_check_accepts_the_same_config(tmp_path):
   assert [p.name for p in there.path.iterdir()] == ['config.json']
 
 
+def test_a_bucket_is_no_folder():
+  with pytest.raises(ConfigError, match="workdir: got 'gs://b/run', allowed: a folder. Mount"):
+    Workdir('gs://b/run')
+
+
+def test_a_claim_is_seen_or_not(tmp_path):
+  there = Workdir(tmp_path)
+  assert not there.seen(seconds=0)
+  there.claim(CONFIG)
+  assert there.seen(seconds=0)
+
+
 def test_another_config_is_refused_with_exactly_the_differing_keys(tmp_path):
   there = Workdir(tmp_path)
   there.claim(CONFIG)
