@@ -73,12 +73,16 @@ class Module:
   Attributes:
     computations: {name: {name: Instruction}} in the order in which they run.
     entry: name of the first one.
+    devices: that run it together.
     unknown_loops: bodies of loops whose length the text does not tell; they count once.
   """
 
   def __init__(self, text: str):
     self.computations: dict[str, dict[str, Instruction]] = {}
     self.entry, self.unknown_loops = '', []
+    partitions = re.search(r'\bnum_partitions=(\d+)', text[:text.find('\n')])
+    replicas = re.search(r'\breplica_count=(\d+)', text[:text.find('\n')])
+    self.devices = math.prod(int(found[1]) for found in (partitions, replicas) if found)
     current: dict[str, Instruction] = {}
     for line in text.splitlines():
       if header := _HEADER.match(line):
@@ -278,7 +282,7 @@ def collectives(module: Module) -> list[Collective]:
     inside = module.fused(instruction)
     around = inside or module.computations[computation]
     for talks in communication(module, instruction):
-      kind, devices = _kind(talks), group_size(talks.text)
+      kind, devices = _kind(talks), group_size(talks.text) or module.devices
       size = sum(a.bytes for name in talks.operands if name in around for a in around[name].arrays)
       if kind == 'all-gather':
         size *= devices
@@ -312,14 +316,21 @@ def _kind(instruction: Instruction) -> str:
 
 
 def group_size(text: str) -> int:
-  """Devices of a group in 'replica_groups=...', in any of its three notations."""
+  """Devices of a group in 'replica_groups=...', in any of its notations; 0: all there are.
+
+  Raises ValueError on one that is none of them.
+  """
   if 'source_target_pairs' in text:
     return 2
-  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}",
+                       text):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
     parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
     return math.prod(int(part) if part else sizes[name] for name, part in parts)
   if iota := re.search(r'replica_groups=\[(\d+),(\d+)\]<=', text):
     return int(iota[2])
-  listed = re.search(r'replica_groups=\{\{([\d,]*)\}', text)
-  return len(listed[1].split(',')) if listed else 1
+  if listed := re.search(r'replica_groups=\{\{([\d,]*)\}', text):
+    return len(listed[1].split(','))
+  if 'replica_groups={}' in text:
+    return 0
+  raise ValueError(f'cannot tell who takes part in a collective: {text[:200]}')

@@ -163,7 +163,7 @@ class Program:
 
   def saved(self, state: TrainState) -> dict:
     """What a checkpoint holds of a state: single blocks, whether or not they are scanned."""
-    return Step.relaid(state, self.layout.unstack).as_dict()
+    return self.devices.everywhere(Step.relaid(state, self.layout.unstack).as_dict())
 
   def restore(self, writer: native.Writer, step: int) -> TrainState:
     """The state of a finished checkpoint."""

@@ -2,7 +2,8 @@
 
 Both have `reduce`, which adds a tree over devices, and `gather`, which puts rows of all devices
 together, for use inside what they compile; and (host, hosts), which of how many equal parts of a
-batch this process loads. What they compile hands its results to every process whole.
+batch this process loads. What they compile hands its results to every process whole; `everywhere`
+makes of a step's state what a checkpoint takes.
 
 'mesh': arrays are global, split over the axes of moejax.sharding; the compiler and the MoE layer's
 shard_map place the communication. 'pmap': one program per device over its share of the batch, sums
@@ -45,7 +46,7 @@ class MeshParallel:
     self.mesh = sharding.make_mesh(config, devices)
     self.shards = int(np.prod([self.mesh.shape[a] for a in sharding.GROUP_AXES]))
     self.host, self.hosts = sharding.host_of(self.mesh)
-    self.reduce = self.gather = lambda tree: tree
+    self.reduce = self.gather = self.everywhere = lambda tree: tree
 
   def shardings(self, tree):
     """Shardings of a tree of parameters or optimizer slots (or shapes thereof)."""
@@ -108,6 +109,13 @@ class PmapParallel:
 
   def replicated(self) -> NamedSharding:
     return NamedSharding(self.mesh, P())
+
+  def everywhere(self, tree):
+    """A state that a step returned, of this process's devices -> the same of all, to be saved."""
+    if self.hosts == 1:
+      return tree
+    return jax.tree.map(lambda x: jax.make_array_from_single_device_arrays(
+        x.shape, self.replicated(), [shard.data for shard in x.addressable_shards]), tree)
 
   def put(self, batch: dict) -> dict:
     """This process's rows of a batch -> (local devices, rows per device, ...)."""

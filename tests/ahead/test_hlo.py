@@ -56,11 +56,27 @@ def test_fused_communication_counts_once_and_what_is_computed_meanwhile_as_compu
     ('replica_groups=[4,32]<=[32,4]T(1,0), use_global_device_ids=true', 32),
     ("replica_groups=mesh['axis_0'=4,'axis_1'=8] {'axis_0','axis_1'}, x={1}", 32),
     ("replica_groups=mesh['axis_0'=16] {'axis_0':(2)4}", 4),
+    ("replica_groups=mesh['axis_0'=1,'axis_2'=4,'axis_3'=32], device_ids=([32,4]T(1,0)) {'axis_2'}",
+     4),
+    ("replica_groups=mesh['a'=4,'b'=8], device_ids=([32]) {'a','b'}, dimensions={2}", 32),
     ('source_target_pairs={{0,1},{1,2}}', 2),
-    ('replica_groups={}', 1),
+    ('replica_groups={}, to_apply=%add', 0),
 ])
 def test_group_sizes_in_every_notation(text, size):
   assert hlo.group_size(text) == size
+
+
+def test_a_notation_that_is_not_known_is_no_group_of_one():
+  with pytest.raises(ValueError, match='who takes part'):
+    hlo.group_size('replica_groups=circle(8), dimensions={0}')
+
+
+@pytest.mark.parametrize('header, devices', [
+    ('HloModule f, is_scheduled=true, num_partitions=8', 8), ('HloModule f', 1),
+    ('HloModule f, replica_count=2, num_partitions=4', 8)])
+def test_a_program_knows_how_many_run_it(header, devices):
+  module = hlo.Module(TPU.replace(TPU.strip().splitlines()[0], header))
+  assert module.devices == devices
 
 
 @pytest.mark.parametrize('text, left, right, out, flops', [
