@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from configs import vit_glyphs
+from moejax import trees
 from moejax.checkpoints import native
 from moejax.sharding import MeshConfig
 from moejax.train import metrics, parallel, settings
@@ -109,7 +110,13 @@ def assert_close(found, expected):
   np.testing.assert_allclose(found[:5], expected[:5], rtol=1e-5)
 
 
-def test_two_processes_train_as_one(config, on_8, tmp_path):
+@pytest.mark.parametrize('changes', [{}, {'parallel': 'pmap', 'mesh.expert': 1}],
+                         ids=['mesh', 'pmap'])
+def test_two_processes_train_as_one(changes, config, on_8, tmp_path):
+  changed = settings.from_dict(trees.unflatten(trees.flatten(json.loads(config.read_text())) | {
+      key.replace('.', '/'): value for key, value in changes.items()}))
+  config = tmp_path / 'config.json'
+  config.write_text(settings.to_json(changed))
   (code, said), (other, quiet) = start(config, tmp_path / 'run', 2, 4)
   assert code == other == 0, said + quiet
   assert batches(tmp_path / 'run', 2) == batches(on_8, 1)
