@@ -13,7 +13,7 @@ import threading
 import time
 
 from moejax.checkpoints import native
-from moejax.train import loop, progress, settings, workdir
+from moejax.train import loop, progress, settings
 
 AT_STEP = 27   # between two checkpoints and inside a window of train metrics
 
@@ -42,10 +42,7 @@ def die_while_saving(step, directory):
 
 def prepare(moment, path):
   if moment == 'compiling':
-    def on_status(phase, step):
-      if phase == 'compiling':
-        threading.Timer(0.5, kill).start()
-    before(workdir.Workdir, 'status', on_status)
+    before(loop.Program, 'compile', lambda: threading.Timer(0.5, kill).start())
   elif moment in ('step', 'sigterm'):
     number = {'step': signal.SIGKILL, 'sigterm': signal.SIGTERM}[moment]
     before(progress.Log, 'tick', lambda step, _: step == AT_STEP and kill(number))
