@@ -153,7 +153,7 @@ def prepare(config: settings.RunConfig, tick: Callable[[], Any] = lambda: None) 
   """Compiles a run's train step and takes the first."""
   program = loop.Program(config, Plan.make(config, 0))
   program.compile()
-  state, _ = program.first_state(None)
+  state, _ = program.step.first_state(None)
   batches = [program.put(program.dataset.train_batch(step)) for step in range(BATCHES)]
   done = 0
 

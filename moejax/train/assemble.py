@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 
 from moejax import models
 from moejax.train import initialize
@@ -75,6 +76,14 @@ class Step:
   def lower(self) -> jax.stages.Lowered:
     """To be compiled for the devices, which need not be there."""
     return self.devices.lower(self.fn, self.shapes, self.batch)
+
+  def first_state(self, parent: initialize.Parent | None
+                  ) -> tuple[TrainState, initialize.Receipt | None]:
+    """`initialize.first_state` with a window of zeros, as the step takes it."""
+    state, receipt = initialize.first_state(self.config, self.model, self.devices, parent)
+    window = jax.tree.map(
+        lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), self.shapes.window)
+    return dataclasses.replace(self.relaid(state, self.layout.stack), window=window), receipt
 
   @staticmethod
   def relaid(state: TrainState, change: Callable[[dict], dict]) -> TrainState:

@@ -88,19 +88,20 @@ def compile_step(step: Step, available: int | None, where: str = 'memory',
   Raises:
     ConfigError: a device has less; names the numbers and the cheapest remedies.
   """
-  compiled, found = _compile(step, available, lowered)
+  compiled, found = measure(step, available, lowered)
   if found.fits:
     return compiled, found
   refused = f'{where}: does not fit on a device: {found}.'
   if jax.process_index() == 0:
     print(f'moejax: {refused} Compiling what would fit (Ctrl-C: stop here)', file=sys.stderr)
-  tried = remedies.cheapest(step, found, lambda changed: _compile(changed, available)[1])
+  tried = remedies.cheapest(step, found, lambda changed: measure(changed, available)[1])
   raise ConfigError(f'{refused} {_advice(found, tried)}')
 
 
-def _compile(step: Step, available: int | None, lowered: jax.stages.Lowered | None = None
-             ) -> tuple[jax.stages.Compiled | None, Forecast]:
-  """The program, None if the devices cannot hold it, and what it takes."""
+def measure(step: Step, available: int | None, lowered: jax.stages.Lowered | None = None
+            ) -> tuple[jax.stages.Compiled | None, Forecast]:
+  """`compile_step` that refuses nothing: the program is None if the compiler found too little
+  memory, or if it was not asked because the state alone is too large."""
   found = _of_state(step, available)
   if not found.fits:
     return None, found

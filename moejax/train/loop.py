@@ -136,7 +136,7 @@ class Program:
     """The first state, evaluated; after surgery the receipt is written, with the step-0 gap."""
     with log.pause('initializing', self.plan.first):
       parent = initialize.open_parent(self.config.init)
-      state, receipt = self.first_state(parent)
+      state, receipt = self.step.first_state(parent)
     values = self.evaluate(self.plan.first, state.params, log, {})
     if receipt:
       measured = self._step0_gap(parent, values, log)
@@ -144,14 +144,6 @@ class Program:
       workdir.write('receipt.json', receipt.to_json())
       workdir.write('receipt.txt', receipt.to_text())
     return state
-
-  def first_state(self, parent: initialize.Parent | None):
-    """`initialize.first_state` with a window of zeros: what train_step takes."""
-    state, receipt = initialize.first_state(self.config, self.model, self.devices, parent)
-    window = jax.tree.map(
-        lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), self.shapes.window)
-    state = Step.relaid(state, self.layout.stack)
-    return dataclasses.replace(state, window=window), receipt
 
   def saved(self, state: TrainState) -> dict:
     """What a checkpoint holds of a state: single blocks, whether or not they are scanned."""
