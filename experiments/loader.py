@@ -29,7 +29,8 @@ STEPS = 40   # a round
 def ratios(config: settings.RunConfig, rounds: int, tick=lambda: None) -> list[float]:
   """Loader rate over step rate, one number a round, after a round of each to warm up."""
   program = loop.Program(config, Plan.make(config, 0))
-  state, _ = program.first_state(None)
+  program.compile()
+  state, _ = program.step.first_state(None)
   batch = program.devices.put(program.dataset.train_batch(0))
   found = []
   for _ in range(rounds + 1):

@@ -152,7 +152,8 @@ def _groups(suites: Iterable[Suite], devices: str, known: Table
 def prepare(config: settings.RunConfig, tick: Callable[[], Any] = lambda: None) -> Advance:
   """Compiles a run's train step and takes the first."""
   program = loop.Program(config, Plan.make(config, 0))
-  state, _ = program.first_state(None)
+  program.compile()
+  state, _ = program.step.first_state(None)
   batches = [program.put(program.dataset.train_batch(step)) for step in range(BATCHES)]
   done = 0
 

@@ -20,12 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax import flops, models, sharding
+from moejax import flops
 from moejax.ahead import chips, hlo
 from moejax.config import ConfigError, check
-from moejax.train import parallel
+from moejax.train import forecast, parallel
 from moejax.train.assemble import Step
-from moejax.train.plan import Plan, check_batches
+from moejax.train.plan import Plan
 from moejax.train.settings import RunConfig
 
 LARGEST = 5   # buffers that the report lists
@@ -63,12 +63,15 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
         "'' with --compile_for", 'The teacher is not compiled.')
   devices = parallel.make('mesh', config.mesh, chips.topology(slice_name).devices)
   started = time.monotonic()
-  lowered, model, step = lower(config, devices)
+  step = step_of(config, devices)
+  lowered = step.lower()
   traced = time.monotonic()
   try:
-    compiled = lowered.compile()
+    compiled, _ = forecast.compile_step(step, int(chip.memory), f'--compile_for: {slice_name}',
+                                        lowered)
   except jax.errors.JaxRuntimeError as error:
-    raise _too_large(error, slice_name, config) from error
+    message = ' '.join(str(error).split())[:500]
+    raise ConfigError(f'--compile_for: {slice_name}: the compiler failed: {message}') from error
   seconds = {'trace': traced - started, 'compile': time.monotonic() - traced}
   program = compiled.as_text()
   module = hlo.Module(program)
@@ -76,7 +79,7 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
   lengths = {} if config.model.family == 'vit' else {
       'encoder_length': text.encoder_length, 'decoder_length': text.decoder_length}
   work = flops.train_step_flops(config.model, config.data.batch_size, **lengths) / count
-  total, active = flops.parameters(model.shapes, config.model)
+  total, active = flops.parameters(step.model.shapes, config.model)
   return {
       'slice': slice_name, 'chips': count, 'mesh': dict(devices.mesh.shape),
       'execution': dataclasses.asdict(config.execution), 'microbatches': config.microbatches,
@@ -92,21 +95,15 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
   }, program
 
 
-def lower(config: RunConfig, devices) -> tuple[Any, models.Model, Step]:
-  """The train step, lowered for devices that need not be there, from shapes alone."""
-  model = models.build(config.model, config.execution)
-  text = config.data.text
-  rows = model.rows_per_group(text.encoder_length, text.decoder_length)
-  check_batches(config, rows, devices.shards)
-  batch = batch_shapes(config, sharding.batch_sharding(devices.mesh))
-  step = Step(config, Plan.make(config, 0), model, devices, rows, batch)
-  return devices.lower(step.fn, step.shapes, batch), model, step
+def step_of(config: RunConfig, devices) -> Step:
+  """The train step for devices that need not be there, from shapes alone."""
+  return Step.of(config, Plan.make(config, 0), devices, batch_shapes(config))
 
 
-def batch_shapes(config: RunConfig, placed: jax.sharding.Sharding) -> dict:
+def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
   """A train batch of the run as shapes; see data.Dataset for what is in it."""
   B, model, text = config.data.batch_size, config.model, config.data.text
-  make = lambda dtype, *dims: jax.ShapeDtypeStruct((B, *dims), dtype, sharding=placed)
+  make = lambda dtype, *dims: jax.ShapeDtypeStruct((B, *dims), dtype)
   if model.family == 'vit':
     side = model.image_size
     return {'image': make(jnp.float32, side, side, model.channels), 'label': make(jnp.int32),
@@ -117,28 +114,11 @@ def batch_shapes(config: RunConfig, placed: jax.sharding.Sharding) -> dict:
           'weight': make(jnp.float32, length), 'index': make(jnp.int32)}
 
 
-def _too_large(error: Exception, slice_name: str, config: RunConfig) -> ConfigError:
-  """What to do about a program that does not fit; any other error as it is."""
-  message = ' '.join(str(error).split())
-  sizes = re.search(r'([\d.]+\w) *\) exceeds available HBM \(([\d.]+\w)\)', message)
-  if 'RESOURCE_EXHAUSTED' not in message:
-    return ConfigError(f'--compile_for: {slice_name}: the compiler failed: {message[:500]}')
-  needs = f'{sizes[1]} for temporaries, of {sizes[2]} in all' if sizes else message[:300]
-  remedies = [*(['config.execution.scan=True'] if not config.execution.scan else []),
-              *(['config.execution.remat=full'] if config.execution.remat != 'full' else []),
-              f'config.microbatches={2 * config.microbatches}', 'a smaller config.data.batch_size',
-              'more of config.mesh.fsdp, or a larger slice']
-  return ConfigError(f'--compile_for: {slice_name}: does not fit: a chip would need {needs}. The '
-                     'cheapest remedies, in this order: ' + '; '.join(remedies[:4]))
-
-
 def _memory(compiled, chip: chips.Chip) -> dict[str, float]:
   """Bytes per chip: the state and the batch (updated in place), temporaries, and what there is."""
-  stats = compiled.memory_analysis()
-  held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-  code = stats.generated_code_size_in_bytes
-  return {'held': held, 'temporary': stats.temp_size_in_bytes, 'code': code,
-          'total': held + stats.temp_size_in_bytes + code, 'available': chip.memory}
+  held, temporary, code = forecast.sizes(compiled)
+  return {'held': held, 'temporary': temporary, 'code': code, 'total': held + temporary + code,
+          'available': chip.memory}
 
 
 def _largest(module: hlo.Module) -> list[dict[str, Any]]:

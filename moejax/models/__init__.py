@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from moejax import trees
+from moejax.config import check
 from moejax.models.layers import at_least_float32
 from moejax.models.stack import UNROLLED, Execution
 from moejax.models.t5 import T5, T5Config, init_cache
@@ -62,7 +63,15 @@ def build(config: Config, execution: Execution = UNROLLED) -> Model:
 
   The functions for decoding unroll blocks, and take parameters that are not stacked, whatever
   `execution` says.
+
+  Raises:
+    ConfigError: fused attention in a model that it cannot compute.
   """
+  if execution.attention == 'fused':
+    check(config.family == 'vit', 'config.execution.attention', 'fused', "'plain' for T5",
+          "cuDNN's kernel would take its bias and masks as one array of the logits' size.")
+    check(config.dtype != 'float32' or jax.default_backend() != 'gpu', 'config.execution.attention',
+          'fused', "'plain' in float32", 'Or set config.model.dtype=bfloat16.')
   module = {'t5': T5, 'vit': ViT}[config.family]
 
   def split(key, execution=UNROLLED):

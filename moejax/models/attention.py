@@ -6,6 +6,7 @@ Dimensions: B batch, L length (queries), M length (keys), D model, H heads, K he
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,12 @@ class Attention(nnx.Module):
 
   Args:
     scaled: divide logits by sqrt(K); T5 leaves them and initialises q smaller instead.
+    fused: by `fused` in place of `attend`; the calls then have no bias, mask or dropout.
   """
 
   def __init__(self, d_model: int, num_heads: int, head_dim: int, *, bias: bool, scaled: bool,
                init: layers.Initializer, q_init: layers.Initializer, dropout_rate: float,
-               rngs: nnx.Rngs):
+               fused: bool, rngs: nnx.Rngs):
     inner = num_heads * head_dim
     self.q = layers.Dense(d_model, inner, bias=bias, init=q_init, rngs=rngs)
     self.k = layers.Dense(d_model, inner, bias=bias, init=init, rngs=rngs)
@@ -35,6 +37,7 @@ class Attention(nnx.Module):
     self.num_heads = num_heads
     self.factor = head_dim ** -0.5 if scaled else 1.0
     self.dropout_rate = dropout_rate
+    self.fused = fused
 
   def project(self, source: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of source (B, M, D): two arrays (B, M, H, K)."""
@@ -55,19 +58,49 @@ class Attention(nnx.Module):
       (B, L, D) in x's dtype.
     """
     q, (k, v) = self._heads(self.q(x) * self.factor), source        # (B, L, H, K)
-    logits = jnp.einsum('BLHK,BMHK->BHLM', q, k,
-                        preferred_element_type=layers.at_least_float32(x.dtype))
-    if bias is not None:
-      logits = logits + bias
-    if mask is not None:
-      logits = jnp.where(mask, logits, MASKED)
-    probs = jax.nn.softmax(logits, axis=-1).astype(x.dtype)         # (B, H, L, M)
-    out = jnp.einsum('BHLM,BMHK->BLHK', layers.dropout(probs, self.dropout_rate, keys), v)
+    if self.fused:
+      out = fused(q, k, v)
+    else:
+      drop = lambda probs: layers.dropout(probs, self.dropout_rate, keys)
+      out = attend(q, k, v, bias, mask, drop)
     return self.o(out.reshape(*x.shape[:2], -1))
 
   def _heads(self, y: jax.Array) -> jax.Array:
     """(B, L, H*K) -> (B, L, H, K)."""
     return y.reshape(*y.shape[:2], self.num_heads, -1)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None,
+           mask: jax.Array | None = None, drop: Callable[[jax.Array], jax.Array] = lambda x: x
+           ) -> jax.Array:
+  """softmax(q k + bias) v with logits and probabilities as arrays.
+
+  Args:
+    q: (B, L, H, K), scaled.
+    k, v: (B, M, H, K).
+    bias, mask: see Attention.
+    drop: applied to the probabilities (B, H, L, M).
+
+  Returns:
+    (B, L, H, K) in q's dtype.
+  """
+  logits = jnp.einsum('BLHK,BMHK->BHLM', q, k,
+                      preferred_element_type=layers.at_least_float32(q.dtype))
+  if bias is not None:
+    logits = logits + bias
+  if mask is not None:
+    logits = jnp.where(mask, logits, MASKED)
+  probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype)           # (B, H, L, M)
+  return jnp.einsum('BHLM,BMHK->BLHK', drop(probs), v)
+
+
+def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """`attend` without bias, mask or dropout, in one kernel: logits never stand in memory.
+
+  cuDNN's kernel on GPU, which takes bfloat16 and float16; elsewhere what jax.nn makes of it.
+  """
+  kernel = 'cudnn' if jax.default_backend() == 'gpu' else 'xla'
+  return jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation=kernel)
 
 
 class RelativeBias(nnx.Module):

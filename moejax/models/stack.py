@@ -39,12 +39,15 @@ class Execution:
     scan: repeated blocks run under lax.scan, with stacked parameters (see moejax.stacking): the
       time to compile no longer grows with depth.
     remat: key of REMAT: trades time for memory.
+    attention: 'plain', or 'fused' into one kernel on GPU (see attention.fused): ViT only.
   """
   scan: bool = False
   remat: str = 'none'
+  attention: str = 'plain'
 
   def __post_init__(self):
     check_choice('config.execution.remat', self.remat, REMAT)
+    check_choice('config.execution.attention', self.attention, ('plain', 'fused'))
 
 
 UNROLLED = Execution()
@@ -64,6 +67,7 @@ class BlockSpec:
     dropout_rate: of sublayer outputs and MLP hidden activations.
     attention_dropout_rate: of attention probabilities.
     cross_attention: whether blocks attend to a second sequence.
+    fused_attention: attention in one kernel.
   """
   d_model: int
   d_ff: int
@@ -80,6 +84,7 @@ class BlockSpec:
   dropout_rate: float
   attention_dropout_rate: float
   cross_attention: bool = False
+  fused_attention: bool = False
 
   def make_norm(self, rngs: nnx.Rngs) -> nnx.Module:
     return self.norm(self.d_model, eps=self.norm_eps, rngs=rngs)
@@ -87,7 +92,8 @@ class BlockSpec:
   def make_attention(self, rngs: nnx.Rngs) -> attention.Attention:
     return attention.Attention(
         self.d_model, self.num_heads, self.head_dim, bias=self.bias, scaled=self.scaled,
-        init=self.init, q_init=self.q_init, dropout_rate=self.attention_dropout_rate, rngs=rngs)
+        init=self.init, q_init=self.q_init, dropout_rate=self.attention_dropout_rate,
+        fused=self.fused_attention, rngs=rngs)
 
   def make_mlp(self, rngs: nnx.Rngs, *, d_ff: int | None = None, num_experts: int | None = None,
                dropout_rate: float | None = None) -> layers.MLP:

@@ -121,7 +121,8 @@ class ViT(nnx.Module):
         d_model=D, d_ff=config.d_ff, num_heads=config.num_heads, head_dim=D // config.num_heads,
         norm=layers.LayerNorm, norm_eps=config.norm_eps, bias=True, gated=False,
         activation=config.activation, scaled=True, init=layers.xavier_uniform,
-        q_init=layers.xavier_uniform, dropout_rate=config.dropout_rate, attention_dropout_rate=0.0)
+        q_init=layers.xavier_uniform, dropout_rate=config.dropout_rate, attention_dropout_rate=0.0,
+        fused_attention=execution.attention == 'fused')
     self.encoder = Stack(spec, config.num_layers, config.moe, config.sparse_layers(),
                          execution=execution, rngs=rngs)
     self.head = layers.Dense(

@@ -1,14 +1,17 @@
-"""The train step of a run and the shapes of the state it takes; its data may be shapes too."""
+"""The train step of a run and the shapes of what it takes, known before anything is allocated."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 
+from moejax import models
 from moejax.train import initialize
+from moejax.train.groups import check_stacked
 from moejax.train.layout import Layout
-from moejax.train.plan import Plan
+from moejax.train.plan import Plan, check_batches
 from moejax.train.schedule import schedule
 from moejax.train.settings import RunConfig
 from moejax.train.step import TrainState, make_train_step
@@ -22,16 +25,22 @@ class Step:
     model: models.Model.
     devices: of train.parallel.
     rows: examples per routing group.
-    batch: arrays or shapes of one host's train batch.
+    batch: shapes of a global train batch.
 
   Attributes:
+    config, plan, model, devices, rows: as given.
+    examples: the shapes of a global batch.
     layout: between single and stacked blocks.
     shapes: the state, as the step takes it, with shardings.
     single: the state as checkpoints have it.
+    batch: the batch, as the step takes it.
     fn: (state, batch) -> (state, objective).
   """
 
-  def __init__(self, config: RunConfig, plan: Plan, model, devices, rows: int, batch: dict):
+  def __init__(self, config: RunConfig, plan: Plan, model, devices, rows: int,
+               batch: Mapping[str, jax.ShapeDtypeStruct]):
+    self.config, self.plan, self.model, self.devices = config, plan, model, devices
+    self.rows, self.examples = rows, batch
     learning_rate = schedule(config.schedule, config.optimizer.learning_rate,
                              start_step=plan.first, end_step=plan.end)
     make = functools.partial(
@@ -44,10 +53,45 @@ class Step:
     small = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=devices.replicated())
     window = jax.tree.map(small, window)
     self.single, self.shapes = (dataclasses.replace(s, window=window) for s in (single, shapes))
+    self.batch = devices.placed(batch)
     self.fn = make(reduce=devices.reduce)
+
+  @classmethod
+  def of(cls, config: RunConfig, plan: Plan, devices,
+         batch: Mapping[str, jax.ShapeDtypeStruct]) -> 'Step':
+    """The step of a run of which no data is at hand.
+
+    batch: its examples are config.data.batch_size, however many are given.
+
+    Raises:
+      ConfigError: model, batch and devices do not fit together.
+    """
+    model = models.build(config.model, config.execution)
+    lengths = [batch[name].shape[1] for name in ('encoder_input', 'decoder_input') if name in batch]
+    rows = model.rows_per_group(*lengths)
+    check_stacked(config.optimizer, model.held)
+    check_batches(config, rows, devices.shards)
+    return cls(config, plan, model, devices, rows, of_size(batch, config.data.batch_size))
+
+  def lower(self) -> jax.stages.Lowered:
+    """To be compiled for the devices, which need not be there."""
+    return self.devices.lower(self.fn, self.shapes, self.batch)
+
+  def first_state(self, parent: initialize.Parent | None
+                  ) -> tuple[TrainState, initialize.Receipt | None]:
+    """`initialize.first_state` with a window of zeros, as the step takes it."""
+    state, receipt = initialize.first_state(self.config, self.model, self.devices, parent)
+    window = jax.tree.map(
+        lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), self.shapes.window)
+    return dataclasses.replace(self.relaid(state, self.layout.stack), window=window), receipt
 
   @staticmethod
   def relaid(state: TrainState, change: Callable[[dict], dict]) -> TrainState:
     """A state whose parameters and slots are put into another layout: a method of Layout."""
     return dataclasses.replace(state, **change(
         {'params': state.params, 'opt_state': state.opt_state}))
+
+
+def of_size(batch: Mapping, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of a batch of so many examples, from arrays or shapes of one."""
+  return {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in batch.items()}

@@ -6,14 +6,15 @@ are thus on disk before its checkpoint; resuming there cuts off exactly what wil
 """
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
 
 from moejax import data, evaluate, models
 from moejax.checkpoints import native
-from moejax.train import initialize, metrics, parallel, settings
-from moejax.train.assemble import Step
+from moejax.train import forecast, initialize, metrics, parallel, settings
+from moejax.train.assemble import Step, of_size
 from moejax.train.final import Final
 from moejax.train.hosts import Hosts
 from moejax.train.layout import Layout
@@ -63,20 +64,18 @@ def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Host
   path = workdir.path
   program = Program(config, plan)
   hosts.same('data', program.dataset.fingerprint, 'Install the same versions on all hosts.')
+  hosts.moved('compiling')
+  program.compile()
   workdir.claim(config)
   hosts.same('workdir', str(workdir.seen()), SHARED)
   writer = native.Writer(path, config.keep_checkpoints, plan.kept)
   done = writer.latest_step()
-  workdir.write('run.json', provenance(**facts(config, plan, program.model, program.dataset)))
+  workdir.write('run.json', program.about())
   with Log(workdir, plan.first, done, plan.end, hosts.moved) as log, stop_signals() as told:
-    if done is None:
-      state = program.begin(workdir, log)
-    else:
-      state = program.restore(writer, done)
-      log.say(f'{path}: resumed at step {done} of {plan.end}')
+    log.say(f'memory per device: {program.memory}')
+    state = program.begin(workdir, log) if done is None else program.restore(writer, done, log)
     done, stop = int(state.step), None
     watch = Watch(config, plan.first)
-    log.phase('compiling', done)
     for batch in program.dataset.train_batches(done, plan.end):
       state, marker = program.train_step(state, program.put(batch))
       done += 1
@@ -119,14 +118,25 @@ class Program:
           image=dataclasses.replace(config.data.image, classes=0, augment='none',
                                     skip_classes=config.probe.skip_classes)))
     self.final = Final(config, self.model, self.devices, self.dataset, probe_data)
-    batch = self.dataset.train_batch(0)
+    batch = of_size(self.dataset.train_batch(0), config.data.batch_size)
     if self.teacher:
       batch |= {'teacher_logits': jax.eval_shape(
           models.build(config.model).apply, self.model.shapes, batch)[0]}
-    step = Step(config, plan, self.model, self.devices, rows, batch)
-    self.layout, self.shapes, self.single = step.layout, step.shapes, step.single
-    self.train_step = self.devices.compile(step.fn, self.shapes)
+    self.step = Step(config, plan, self.model, self.devices, rows, batch)
+    self.layout, self.shapes, self.single = self.step.layout, self.step.shapes, self.step.single
     self.eval_step = self._eval_step(self.model)
+
+  def compile(self) -> None:
+    """Makes train_step, (state, batch) -> (state, objective), and `memory`, the Forecast of what it
+    takes, before anything of it is allocated. Raises ConfigError: the devices have less."""
+    if sys.stderr.isatty() and jax.process_index() == 0:
+      print('compiling the train step', file=sys.stderr)
+    self.train_step, self.memory = forecast.compile_step(self.step, forecast.free(self.devices))
+
+  def about(self) -> dict:
+    """Content of run.json, once compiled."""
+    return provenance(**facts(self.config, self.plan, self.model, self.dataset),
+                      memory=self.memory.as_dict())
 
   def _data(self, config: data.DataConfig) -> data.Dataset:
     return data.build(config, seed=self.config.seed, host=self.devices.host,
@@ -144,7 +154,7 @@ class Program:
     """The first state, evaluated; after surgery the receipt is written, with the step-0 gap."""
     with log.pause('initializing', self.plan.first):
       parent = initialize.open_parent(self.config.init)
-      state, receipt = self.first_state(parent)
+      state, receipt = self.step.first_state(parent)
     values = self.evaluate(self.plan.first, state.params, log, {})
     if receipt:
       measured = self._step0_gap(parent, values, log)
@@ -153,21 +163,14 @@ class Program:
       workdir.write('receipt.txt', receipt.to_text())
     return state
 
-  def first_state(self, parent: initialize.Parent | None):
-    """`initialize.first_state` with a window of zeros: what train_step takes."""
-    state, receipt = initialize.first_state(self.config, self.model, self.devices, parent)
-    window = jax.tree.map(
-        lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), self.shapes.window)
-    state = Step.relaid(state, self.layout.stack)
-    return dataclasses.replace(state, window=window), receipt
-
   def saved(self, state: TrainState) -> dict:
     """What a checkpoint holds of a state: single blocks, whether or not they are scanned."""
     return self.devices.everywhere(Step.relaid(state, self.layout.unstack).as_dict())
 
-  def restore(self, writer: native.Writer, step: int) -> TrainState:
+  def restore(self, writer: native.Writer, step: int, log: Log) -> TrainState:
     """The state of a finished checkpoint."""
     state = TrainState(**writer.restore(step, self.single.as_dict()))
+    log.say(f'{log.workdir.path}: resumed at step {step} of {self.plan.end}')
     return Step.relaid(state, self.layout.stack)
 
   def _step0_gap(self, parent: initialize.Parent, child: dict, log: Log) -> dict:

@@ -1,4 +1,4 @@
-"""The host's memory between train steps.
+"""The host's memory: what is free, and what malloc does with it between train steps.
 
 XLA's CPU backend takes the buffers of a step from malloc and frees them after it. glibc returns
 freed memory to the system where it can, large buffers always, and the system hands out zeroed pages
@@ -9,10 +9,34 @@ fifths of its time (measured in experiments/LOG.md).
 import ctypes
 import glob
 import os
+import pathlib
+import re
 import sys
 
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8   # malloc.h
 ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/accel*', '/dev/vfio/[0-9]*', '/dev/kfd')
+
+MEMINFO, CGROUPS = pathlib.Path('/proc/meminfo'), pathlib.Path('/sys/fs/cgroup')
+# Of a container, by version 2 and 1 of its cgroup: limit, use, and what of it the system can drop.
+CONTAINER = (('memory.max', 'memory.current', 'memory.stat', 'inactive_file'),
+             ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes', 'memory/memory.stat',
+              'total_inactive_file'))
+
+
+def free() -> int | None:
+  """Bytes that processes may still take, of the machine or of this container, whichever has less;
+  None if that cannot be told."""
+  if not MEMINFO.exists():   # not Linux
+    return None
+  found = [2**10 * int(re.search(r'MemAvailable: *(\d+) kB', MEMINFO.read_text())[1])]
+  for *names, dropped in CONTAINER:
+    paths = [CGROUPS / name for name in names]
+    if all(path.exists() for path in paths):
+      limit, used, stat = (path.read_text().strip() for path in paths)
+      if limit != 'max':
+        cache = re.search(rf'^{dropped} (\d+)$', stat, re.MULTILINE)
+        found.append(max(0, int(limit) - int(used) + int(cache[1])))
+  return min(found)
 
 
 def keep_freed() -> bool:

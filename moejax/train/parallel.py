@@ -2,8 +2,9 @@
 
 Both have `reduce`, which adds a tree over devices, and `gather`, which puts rows of all devices
 together, for use inside what they compile; and (host, hosts), which of how many equal parts of a
-batch this process loads. What they compile hands its results to every process whole; `everywhere`
-makes of a step's state what a checkpoint takes.
+batch this process loads; and `ahead`, whether a train step can be compiled before its arguments are
+there, by `lower`, or only at its first call, by `compile_step`. What they compile hands its results
+to every process whole; `everywhere` makes of a step's state what a checkpoint takes.
 
 'mesh': arrays are global, split over the axes of moejax.sharding; the compiler and the MoE layer's
 shard_map place the communication. 'pmap': one program per device over its share of the batch, sums
@@ -47,6 +48,7 @@ class MeshParallel:
     self.shards = int(np.prod([self.mesh.shape[a] for a in sharding.GROUP_AXES]))
     self.host, self.hosts = sharding.host_of(self.mesh)
     self.reduce = self.gather = self.everywhere = lambda tree: tree
+    self.ahead = True
 
   def shardings(self, tree):
     """Shardings of a tree of parameters or optimizer slots (or shapes thereof)."""
@@ -67,19 +69,23 @@ class MeshParallel:
       out = self.shardings(jax.eval_shape(fn, *args))
       return jax.jit(fn, out_shardings=out)(*args)
 
-  def compile(self, fn: Callable, state=None) -> Callable:
-    """Compiles eval_step(params, batch), or train_step(state, batch) if `state`, arrays or shapes
-    with shardings, is given: it is then donated and keeps its shardings."""
-    return self._in_mesh(jax.jit(fn, out_shardings=self.replicated()) if state is None
-                         else self._train(fn, state))
+  def placed(self, batch: dict) -> dict:
+    """Shapes of a global batch, of all processes -> those of what `put` makes of it."""
+    rows = sharding.batch_sharding(self.mesh)
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch.items()}
 
-  def lower(self, fn: Callable, state, batch):
-    """train_step(state, batch) lowered for the mesh, from shapes with shardings."""
-    return self._in_mesh(self._train(fn, state).lower)(state, batch)
+  def compile(self, fn: Callable) -> Callable:
+    """Compiles eval_step(params, batch), at its first call."""
+    return self._in_mesh(jax.jit(fn, out_shardings=self.replicated()))
 
-  def _train(self, fn: Callable, state):
+  def lower(self, fn: Callable, state, batch) -> jax.stages.Lowered:
+    """train_step(state, batch), to be compiled. The state is donated and keeps its shardings.
+
+    Args:
+      state, batch: arrays, or shapes with shardings (see `placed`).
+    """
     out = (jax.tree.map(lambda x: x.sharding, state), self.replicated())
-    return jax.jit(fn, donate_argnums=0, out_shardings=out)
+    return self._in_mesh(jax.jit(fn, donate_argnums=0, out_shardings=out).lower)(state, batch)
 
   def compile_rows(self, fn: Callable) -> Callable:
     """Compiles fn(params, batch) -> tree of arrays with the batch's rows, which stay in place."""
@@ -100,6 +106,7 @@ class PmapParallel:
     self.mesh = Mesh(np.asarray(self.devices), (PMAP_AXIS,))
     self.shards = len(self.devices)
     self.host, self.hosts = sharding.host_of(self.mesh)
+    self.ahead = self.hosts == 1   # pmap over several processes does not lower from shapes
     self.reduce = lambda tree: jax.lax.psum(tree, PMAP_AXIS)
     self.gather = lambda tree: jax.lax.all_gather(tree, PMAP_AXIS, tiled=True)
 
@@ -119,18 +126,41 @@ class PmapParallel:
 
   def put(self, batch: dict) -> dict:
     """This process's rows of a batch -> (local devices, rows per device, ...)."""
-    local = sum(d.process_index == jax.process_index() for d in self.devices)
-    return {k: v.reshape(local, -1, *v.shape[1:]) for k, v in batch.items()}
+    return {k: v.reshape(self._local, -1, *v.shape[1:]) for k, v in batch.items()}
+
+  def placed(self, batch: dict) -> dict:
+    """Shapes of a global batch, of all processes -> those of what `put` makes of it."""
+    return {k: jax.ShapeDtypeStruct((self._local, v.shape[0] // self.shards, *v.shape[1:]), v.dtype)
+            for k, v in batch.items()}
+
+  @property
+  def _local(self) -> int:
+    """Devices of this process."""
+    return sum(d.process_index == jax.process_index() for d in self.devices)
 
   def init(self, fn: Callable, *args):
     """fn(*args) -> tree of parameters, on every device."""
     return jax.jit(fn, out_shardings=self.replicated())(*args)
 
-  def compile(self, fn: Callable, state=None) -> Callable:
-    """Compiles eval_step(params, batch), or train_step(state, batch) if `state` is given: it is
-    then donated."""
+  def compile(self, fn: Callable) -> Callable:
+    """Compiles eval_step(params, batch), at its first call."""
+    return self._pmap(fn)
+
+  def lower(self, fn: Callable, state, batch) -> jax.stages.Lowered:
+    """train_step(state, batch), to be compiled. The state is donated.
+
+    Args:
+      state, batch: arrays, or shapes (see `placed`).
+    """
+    return self.compile_step(fn).lower(state, batch)
+
+  def compile_step(self, fn: Callable) -> Callable:
+    """Compiles train_step(state, batch) at its first call. The state is donated."""
+    return self._pmap(fn, donate_argnums=0)
+
+  def _pmap(self, fn: Callable, **settings):
     return jax.pmap(fn, axis_name=PMAP_AXIS, in_axes=(None, 0), out_axes=None,
-                    devices=self.devices, donate_argnums=() if state is None else (0,))
+                    devices=self.devices, **settings)
 
   def compile_rows(self, fn: Callable) -> Callable:
     """Compiles fn(params, batch) -> tree of arrays with the batch's rows, which stay in place."""

@@ -59,7 +59,7 @@ class Log:
     self._in_flight.append(marker)
     if len(self._in_flight) > AHEAD:
       jax.block_until_ready(self._in_flight.popleft())
-    if self._clock is None:   # the first step holds compilation; time from its end
+    if self._clock is None:   # the first step may load what it needs; time from its end
       jax.block_until_ready(marker)
       self.phase('training', step)
       self._clock, self._timed = time.perf_counter(), -1

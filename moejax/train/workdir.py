@@ -1,7 +1,7 @@
 """A run's directory: what stands in it and who may write there.
 
   config.json     every key of the resolved config; a workdir belongs to one config
-  run.json        command, package versions, data fingerprint, parameters, FLOPs, steps
+  run.json        command, package versions, data fingerprint, parameters, FLOPs, memory, steps
   status.json     phase and step right now, for whoever waits; CPU seconds so far
   metrics.jsonl   one line per log and per evaluation; the same bit for bit on a rerun
   timing.jsonl    seconds of train steps and of evaluations
@@ -74,7 +74,7 @@ class Workdir:
     temporary.replace(self.path / name)
 
   def status(self, phase: str, step: int) -> None:
-    """Says what the run is doing: compiling, training, evaluating, saving, stopped or finished."""
+    """Says what the run is doing: initializing, evaluating, training, saving, stopped, finished."""
     self.write('status.json', {'phase': phase, 'step': step, 'pid': os.getpid(),
                                'cpu_seconds': self._cpu_seconds()})
 

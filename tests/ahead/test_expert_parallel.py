@@ -39,8 +39,8 @@ def config(B, mesh, remat='none'):
 @functools.cache
 def communication(B, remat='none', **mesh):
   run = config(B, mesh, remat)
-  lowered, _, _ = report.lower(run, parallel.make('mesh', run.mesh))
-  return hlo.collectives(hlo.Module(lowered.compile().as_text()))
+  step = report.step_of(run, parallel.make('mesh', run.mesh))
+  return hlo.collectives(hlo.Module(step.lower().compile().as_text()))
 
 
 MESHES = [dict(data=1, expert=8), dict(data=2, expert=4)]

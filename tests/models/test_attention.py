@@ -18,7 +18,7 @@ def normal(*shape, seed=0):
 def make_attention(scaled, bias=True, d_model=6, num_heads=2, head_dim=4):
   return attention.Attention(d_model, num_heads, head_dim, bias=bias, scaled=scaled,
                              init=layers.fan_in_normal(), q_init=layers.fan_in_normal(),
-                             dropout_rate=0.0, rngs=RNGS())
+                             dropout_rate=0.0, fused=False, rngs=RNGS())
 
 
 @pytest.mark.parametrize('scaled', [True, False])
@@ -39,6 +39,25 @@ def test_attention_head_by_head(scaled):
   wanted = np.concatenate(heads, -1) @ layer.o.kernel[...] + layer.o.bias[...]
   found = layer(x[None], layer.project(source[None]), bias[None], mask, None)[0]
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_attention_is_attention_in_value_and_every_gradient():
+  """The kernel itself is for GPUs; here it is what jax.nn computes in its place."""
+  q, k, v, out = (normal(2, L, 3, 8, seed=i) for i, L in enumerate((5, 7, 7, 5)))
+  wanted, pull = jax.vjp(attention.attend, q, k, v)
+  found, pull_fused = jax.vjp(attention.fused, q, k, v)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+  for a, b in zip(pull_fused(out), pull(out)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('backend, kernel', [('cpu', 'xla'), ('gpu', 'cudnn'), ('tpu', 'xla')])
+def test_the_kernel_is_that_of_the_devices(backend, kernel, monkeypatch):
+  asked = []
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', lambda *qkv, **how: asked.append(how))
+  attention.fused(*(normal(1, 2, 1, 8),) * 3)
+  assert asked == [{'scale': 1.0, 'implementation': kernel}]
 
 
 def test_attention_to_nothing_is_finite():

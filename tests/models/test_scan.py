@@ -9,7 +9,7 @@ import pytest
 
 from moejax import models, stacking, trees
 from moejax.config import ConfigError
-from moejax.models import t5, vit
+from moejax.models import attention, t5, vit
 from moejax.models.stack import REMAT, Execution
 from moejax.moe.layer import MoEConfig
 from tests.models.helpers import random_params
@@ -136,3 +136,30 @@ def test_what_routers_sort_is_kept_and_not_sorted_again(remat):
 def test_an_unknown_policy_is_refused():
   with pytest.raises(ConfigError, match="config.execution.remat: got 'ful'.*'full'"):
     Execution(remat='ful')
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_a_vit_with_fused_attention_is_the_same_vit(scan, monkeypatch):
+  config = CONFIGS['vit']
+  plain = models.build(config, Execution(scan=scan))
+  fused = models.build(config, Execution(scan=scan, attention='fused'))
+  params = stacked(random_params(plain.shapes), plain)
+  (a, _), grads = jax.jit(objective(plain, config))(params)
+  (b, _), fused_grads = jax.jit(objective(fused, config))(params)
+  assert float(a) == pytest.approx(float(b), rel=1e-5)
+  grads, fused_grads = trees.flatten(grads), trees.flatten(fused_grads)
+  assert grads.keys() == fused_grads.keys()
+  for path, grad in grads.items():
+    # The true gradient of a key's bias is 0: what there is of it is rounding.
+    atol = 1e-5 if '/k/bias' in path else 1e-4 * np.abs(grad).max()
+    np.testing.assert_allclose(fused_grads[path], grad, atol=atol, rtol=0, err_msg=path)
+  calls, kernel = [], attention.fused
+  monkeypatch.setattr(attention, 'fused', lambda *qkv: calls.append(1) or kernel(*qkv))
+  for model, blocks in ((plain, 0), (fused, 3 if scan else 5)):
+    jax.eval_shape(lambda p, model=model: model.apply(p, batch(config)), params)
+    assert len(calls) == blocks
+
+
+def test_where_fused_attention_cannot_be():
+  with pytest.raises(ConfigError, match=r"config\.execution\.attention: got 'fused'.*T5"):
+    models.build(CONFIGS['t5'], Execution(attention='fused'))

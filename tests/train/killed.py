@@ -16,7 +16,7 @@ import time
 
 from moejax.checkpoints import native
 from moejax.data import pipeline
-from moejax.train import hosts, loop, progress, settings, workdir
+from moejax.train import hosts, loop, progress, settings
 
 AT_STEP = 27   # between two checkpoints and inside a window of train metrics
 
@@ -45,10 +45,7 @@ def die_while_saving(step, directory):
 
 def prepare(moment, path):
   if moment == 'compiling':
-    def on_status(phase, step):
-      if phase == 'compiling':
-        threading.Timer(0.5, kill).start()
-    before(workdir.Workdir, 'status', on_status)
+    before(loop.Program, 'compile', lambda: threading.Timer(0.5, kill).start())
   elif moment in ('step', 'sigterm', 'hang'):
     act = {'step': kill, 'sigterm': lambda: kill(signal.SIGTERM),
            'hang': lambda: time.sleep(600)}[moment]

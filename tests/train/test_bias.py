@@ -115,9 +115,10 @@ def test_biases_are_the_same_on_eight_devices(way):
   window = jax.eval_shape(make(lambda x: x), state, SCORES)[0].window
   state = dataclasses.replace(
       state, window=jax.tree.map(lambda s: put(jnp.zeros(s.shape, s.dtype)), window))
-  compiled_step = where.compile(make(where.reduce), state)
+  batch = where.put(jax.tree.map(np.asarray, SCORES))
+  compiled_step = where.lower(make(where.reduce), state, batch).compile()
   for expected in ([-0.25, 0, 0.25], [-0.5, 0, 0.5]):
-    state, _ = compiled_step(state, where.put(jax.tree.map(np.asarray, SCORES)))
+    state, _ = compiled_step(state, batch)
     np.testing.assert_array_equal(bias(state), expected)
 
 
@@ -143,9 +144,10 @@ def sparse_vit(way):
   make = lambda reduce: make_train_step(model, config, half, reduce=reduce)
   window = jax.eval_shape(make(lambda x: x), state, batch)[0].window
   state.window = put(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), window))
-  train_step = where.compile(make(where.reduce), state)
+  batch = where.put(batch)
+  train_step = where.lower(make(where.reduce), state, batch).compile()
   for _ in range(3):
-    state, _ = train_step(state, where.put(batch))
+    state, _ = train_step(state, batch)
   return trees.flatten(params), trees.flatten(jax.device_get(state).as_dict())
 
 

@@ -78,7 +78,7 @@ def train(config, way, microbatches=1, steps=3):
   window = jax.eval_shape(make(), state, batch(config, 0))[0].window
   zeros = lambda: jax.tree.map(lambda s: put(jnp.zeros(s.shape, s.dtype)), window)
   state = dataclasses.replace(state, window=zeros())
-  step = where.compile(make(reduce=where.reduce), state)
+  step = where.lower(make(reduce=where.reduce), state, where.put(batch(config, 0))).compile()
   seen, gradient = [], None
   for n in range(steps):
     state, _ = step(state, where.put(batch(config, n)))

@@ -1,0 +1,151 @@
+"""The matmuls and attentions of a train step, taken out of it and timed by themselves.
+
+A step can be no faster than these; what it takes beside them is routing, norms, activations, the
+optimizer, and what the compiler makes of it.
+
+Dimensions: B batch, L length (queries), M length (keys), D model, F ffn, H heads, K head width,
+E experts, V vocabulary.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from moejax.models import attention
+from moejax.moe.routing import capacity
+
+ROUNDS = 5
+SECONDS = 0.1   # a round
+
+
+@dataclasses.dataclass(frozen=True)
+class Matmul:
+  """`times` products (groups, rows, d_in) @ (groups, d_in, d_out); groups are experts, or 1."""
+  times: int
+  groups: int
+  rows: int
+  d_in: int
+  d_out: int
+
+  @property
+  def flops(self) -> int:
+    """Of the forward pass, all times."""
+    return 2 * self.times * self.groups * self.rows * self.d_in * self.d_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Attend:
+  """`times` attentions from L queries to M keys; with T5's bias, and a mask, or without."""
+  times: int
+  batch: int
+  L: int
+  M: int
+  heads: int
+  width: int
+  bias: bool = False
+  mask: bool = False
+
+  @property
+  def flops(self) -> int:
+    """Of the forward pass, all times: logits and values."""
+    return 4 * self.times * self.batch * self.L * self.M * self.heads * self.width
+
+
+def parts(config, B: int, encoder_length: int = 0, decoder_length: int = 0
+          ) -> list[Matmul | Attend]:
+  """All there are in a forward pass; their FLOPs add up to flops.forward_flops.
+
+  Args:
+    config: T5Config or ViTConfig, without shared experts, and routed by a router's matmul.
+    B: examples.
+    encoder_length, decoder_length: tokens of an example, for T5.
+  """
+  D = config.d_model
+  if config.family == 'vit':
+    patches, pixels = (config.image_size // config.patch_size) ** 2, config.patch_size ** 2
+    return [Matmul(1, 1, B * patches, pixels * config.channels, D),
+            *_stack(config, config.moe, config.sparse_layers(), config.num_layers, B,
+                    config.num_tokens),
+            Matmul(1, 1, B, D, config.num_classes)]
+  return [*_stack(config, config.encoder_moe, config.sparse_layers('encoder'),
+                  config.encoder_layers, B, encoder_length),
+          *_stack(config, config.decoder_moe, config.sparse_layers('decoder'),
+                  config.decoder_layers, B, decoder_length, encoder_length),
+          Matmul(1, 1, B * decoder_length, D, config.vocab_size)]
+
+
+def _stack(config, moe, sparse: dict[int, int], depth: int, B: int, L: int, source: int = 0
+           ) -> Iterator[Matmul | Attend]:
+  """Of a stack that cross-attends to `source` tokens, if any."""
+  D, F, H, t5 = config.d_model, config.d_ff, config.num_heads, config.family == 't5'
+  K = config.d_kv if t5 else D // H
+  for M in (L, source) if source else (L,):
+    yield Matmul(depth, 1, B * L, D, H * K)       # q
+    yield Matmul(2 * depth, 1, B * M, D, H * K)   # k, v
+    yield Matmul(depth, 1, B * L, H * K, D)       # o
+  yield Attend(depth, B, L, L, H, K, bias=t5, mask=t5)
+  if source:
+    yield Attend(depth, B, L, source, H, K, mask=True)
+  yield from _mlp(depth - len(sparse), 1, B * L, D, F, t5)
+  S = moe.group_size or L
+  for E in sparse.values():
+    slots = capacity(S, E, moe.capacity_factor, moe.min_capacity)
+    rows = B * L // S * slots if moe.dispatch != 'grouped' else moe.k * B * L // E
+    yield Matmul(1, 1, B * L, D, E)               # router
+    yield from _mlp(1, E, rows, D, moe.expert_d_ff(F), t5)
+
+
+def _mlp(times: int, groups: int, rows: int, D: int, F: int, gated: bool) -> Iterator[Matmul]:
+  if times:
+    yield Matmul((2 if gated else 1) * times, groups, rows, D, F)
+    yield Matmul(times, groups, rows, F, D)
+
+
+def seconds(part: Matmul | Attend, fused: bool = False, **rounds) -> float:
+  """Time of forward and backward pass, all times, in bfloat16, the median of a few rounds.
+
+  Experts' loads are even: the least that a dropless matmul can take.
+
+  fused: attention in one kernel, where there is neither bias nor mask.
+  rounds: see per_call.
+  """
+  draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+  if isinstance(part, Matmul):
+    x = draw(0, part.groups, part.rows, part.d_in)
+    given, out = (x, draw(1, part.groups, part.d_in, part.d_out)), (part.d_out,)
+    fn, cotangent = jnp.matmul, draw(2, part.groups, part.rows, *out)
+  else:
+    q = draw(0, part.batch, part.L, part.heads, part.width)
+    k, v = (draw(i, part.batch, part.M, part.heads, part.width) for i in (1, 2))
+    bias = jnp.zeros((1, part.heads, part.L, part.M)) if part.bias else None
+    mask = jnp.ones((part.batch, 1, 1, part.M), bool) if part.mask else None
+    given, cotangent = (q, k, v, *([bias] if part.bias else [])), draw(3, *q.shape)
+    fn = (attention.fused if fused and not (part.bias or part.mask) else
+          lambda q, k, v, bias=None: attention.attend(q, k, v, bias, mask))
+
+  @jax.jit
+  def both(given, cotangent):
+    y, pull = jax.vjp(fn, *given)
+    return y, pull(cotangent)
+  return part.times * per_call(lambda: both(given, cotangent), **rounds)[1]
+
+
+def per_call(run: Callable, rounds: int = ROUNDS, least: float = SECONDS) -> list[float]:
+  """Seconds of one call, [lower quartile, median, upper quartile] over rounds of several calls.
+
+  Calls of a round are handed over one after the other and waited for together, so that what the
+  host does is hidden, as it is in training.
+  """
+  def timed(calls):
+    started = time.perf_counter()
+    for _ in range(calls):
+      out = run()
+    jax.block_until_ready(out)
+    return (time.perf_counter() - started) / calls
+  timed(1)   # compiles
+  calls = max(1, round(least / timed(1)))
+  return statistics.quantiles([timed(calls) for _ in range(rounds)], n=4, method='inclusive')

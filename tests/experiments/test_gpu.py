@@ -1,0 +1,169 @@
+"""Cells on a GPU: what they are, what stands beside their time, resuming, a tiny one for real."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import gpu, parts
+from moejax import flops
+from moejax.config import ConfigError
+from moejax.train import metrics
+
+H100 = 'gpu: NVIDIA H100 80GB HBM3'
+SMOKE = gpu.SCALES['smoke']
+
+
+def lengths(config):
+  text = config.data.text
+  return () if config.model.family == 'vit' else (text.encoder_length, text.decoder_length)
+
+
+@pytest.mark.parametrize('scale', gpu.SCALES)
+def test_the_parts_of_a_step_are_all_its_flops(scale):
+  scale = gpu.SCALES[scale]
+  for cell in gpu.cells(scale):
+    config = cell.config(scale, 16)
+    found = parts.parts(config.model, 16, *lengths(config))
+    assert sum(p.flops for p in found) == flops.forward_flops(config.model, 16, *lengths(config))
+
+
+def test_cells_are_what_they_are_called():
+  found = {cell.name: cell for cell in gpu.cells(gpu.SCALES['gpu'])}
+  assert len(found) == 2 * 7 + 2 * 14   # dense, and 2 sizes of 3 routings; ViT both ways
+  config = found['t5_large-expert_choice-e32'].config(gpu.SCALES['gpu'], 64)
+  assert config.model.encoder_moe.router == 'expert_choice'
+  assert config.model.decoder_moe.router == 'top_k'   # an expert must not see later tokens
+  config = found['vit_b16-dropless-e8-fused'].config(gpu.SCALES['gpu'], 64)
+  assert (config.model.moe.dispatch, config.model.moe.k, config.model.moe.num_experts) == (
+      'grouped', 2, 8)
+  assert config.execution.attention == 'fused' and config.model.dtype == 'bfloat16'
+  assert config.execution.remat == 'none' and config.mesh.expert == 1
+
+
+@pytest.mark.parametrize('part, wanted', [
+    (parts.Matmul(5, 3, 8, 16, 32), [(3, 8, 32), (3, 8, 16), (3, 16, 32)]),
+    (parts.Attend(5, 2, 6, 4, 3, 8, bias=True, mask=True),
+     [(2, 6, 3, 8), (2, 6, 3, 8), (2, 4, 3, 8), (2, 4, 3, 8), (1, 3, 6, 4)]),
+    (parts.Attend(5, 2, 6, 6, 3, 8), [(2, 6, 3, 8)] * 4)])
+@pytest.mark.parametrize('fused', [False, True])
+def test_parts_are_timed_in_both_passes_as_often_as_they_occur(part, wanted, fused, monkeypatch):
+  seen, kernel = [], []
+  real = parts.attention.fused
+  monkeypatch.setattr(parts.attention, 'fused', lambda *qkv: kernel.append(1) or real(*qkv))
+
+  def per_call(run, **_):
+    seen.extend(x.shape for x in jax.tree.leaves(run()))
+    return [1.0, 2.0, 3.0]
+  monkeypatch.setattr(parts, 'per_call', per_call)
+  assert parts.seconds(part, fused) == 5 * 2.0
+  assert seen == wanted   # the value, and the gradient of each operand
+  assert bool(kernel) == (fused and isinstance(part, parts.Attend) and not part.bias)
+
+
+def test_seconds_of_a_call_are_those_of_a_round_over_its_calls(monkeypatch):
+  """A call takes 0.25 s, the first, which compiles, 10 s more: 4 calls a round of one second."""
+  clock, calls = [0.0], []
+
+  def run():
+    clock[0] += 0.25 if calls else 10.25
+    calls.append(1)
+    return 0.0
+  monkeypatch.setattr(parts.time, 'perf_counter', lambda: clock[0])
+  assert parts.per_call(run, rounds=3, least=1.0) == [0.25] * 3
+  assert len(calls) == 1 + 1 + 3 * 4
+
+
+def test_a_synthetic_batch_is_one_that_the_data_could_make():
+  cell = gpu.Cell('t5_base', 'dense', 0, 'plain')
+  batch = gpu.synthetic(cell.config(SMOKE, 16))
+  assert batch['encoder_input'].shape == (16, 114) and batch['target'].shape == (16, 32)
+  assert batch['encoder_input'].min() > 0 and (batch['weight'] == 1).all()
+  np.testing.assert_array_equal(batch['index'], np.arange(16))
+
+
+def line(cell, device=H100, **changes):
+  return {'key': cell.key(SMOKE, device), 'command': 'c', 'name': cell.name, 'model': cell.model,
+          'routing': cell.routing, 'experts': cell.experts, 'attention': cell.attention,
+          'batch_size': 100, 'parameters': 86_000_000, 'flops': 989e12 * 0.05, 'seconds': 0.1,
+          'matmuls': 0.07, 'attention_alone': 0.01, 'peak_bytes': 3 * 2**30,
+          'forecast': dict.fromkeys(('params', 'optimizer', 'gradients', 'activations'), 2**30),
+          'device': device, 'versions': {'jax': '1.2'}, **changes}
+
+
+def test_the_page_has_the_numbers_and_marks_what_is_above_the_limit():
+  dense, *upcycled = [cell for cell in gpu.cells(SMOKE) if cell.model == 'vit_b16'][:3]
+  lines = [line(upcycled[0], seconds=0.12, batch_size=50), line(upcycled[1], seconds=0.091),
+           line(dense), line(dense, 'cpu: cpu', peak_bytes=None)]
+  text = gpu.page(lines)
+  rows = {}
+  for row in text.splitlines():
+    if row.startswith('| vit'):
+      name, *cells = [c.strip() for c in row.split('|')[1:-1]]
+      rows.setdefault(name, []).append(cells)
+  on_cpu, on_gpu = rows[dense.name]
+  assert on_gpu == ['86 M', '100', '100.0', '70.0', '10.0', '1.25', '0.50', '1,000', '1.00', '3.0',
+                    '4.0']
+  assert on_cpu[6] == on_cpu[-2] == '–'
+  (first,), (second,) = rows[upcycled[0].name], rows[upcycled[1].name]
+  assert first[5] == '1.50!' and first[8] == '2.40'   # 2.4 ms an example, and 1 ms
+  assert second[5] == '1.14'
+
+
+@pytest.fixture
+def children(monkeypatch):
+  """Flags that cells were measured with, on a device that can be changed; 'top_2' cannot be."""
+  class Children(list):
+    device = H100
+  found = Children()
+  by_name = {cell.name: cell for cell in gpu.cells(SMOKE)}
+
+  def child(*flags):
+    if flags == ('--device',):
+      return found.device
+    name = flags[0].removeprefix('--cell=')
+    found.append(name)
+    if 'top_2' in name:
+      raise ConfigError('out of memory')
+    whole = line(by_name[name], found.device)
+    return json.dumps({k: v for k, v in whole.items() if k not in ('key', 'command')})
+  monkeypatch.setattr(gpu, '_child', child)
+  return found
+
+
+def test_what_is_there_is_not_measured_again_and_what_fails_is_told(children, tmp_path, capsys):
+  flags = ['--scale=smoke', '--models=t5_base', f'--results={tmp_path}']
+  assert gpu.main(flags) == 1 and len(children) == 4
+  assert 't5_base-top_2-e4: out of memory' in capsys.readouterr().err
+  assert gpu.main(flags) == 1 and children[4:] == ['t5_base-top_2-e4']
+  children.device = 'gpu: another'
+  assert gpu.main([*flags, '--only=dense']) == 0 and children[5:] == ['t5_base-dense']
+  assert len(metrics.read_lines(tmp_path / gpu.FILE)) == 4   # one per cell and device
+  assert '## gpu: another' in (tmp_path / gpu.PAGE).read_text()
+
+
+def test_without_a_gpu_it_says_so(children, tmp_path):
+  children.device = 'cpu: cpu'
+  with pytest.raises(ConfigError, match="--scale: got 'gpu'.*smoke"):
+    gpu.main([f'--results={tmp_path}'])
+  with pytest.raises(ConfigError, match="--models: got 'vit_b17'.*vit_b16"):
+    gpu.main(['--models=vit_b17', f'--results={tmp_path}'])
+  assert not children and not list(tmp_path.iterdir())
+
+
+def test_a_tiny_cell_from_the_command_to_the_page(tmp_path):
+  flags = ['--scale=smoke', '--models=vit_b16', '--only=fused', f'--results={tmp_path}']
+  assert gpu.main(flags) == 0
+  (found,) = metrics.read_lines(tmp_path / gpu.FILE)
+  assert found['name'] == 'vit_b16-dense-fused' and found['device'].startswith('cpu')
+  assert 0 < found['low'] <= found['seconds'] <= found['high']
+  assert found['matmuls'] > 0 and found['attention_alone'] > 0
+  assert found['forecast']['compiled'] and found['command'].endswith('--scale=smoke')
+  assert '| vit_b16-dense-fused |' in (tmp_path / gpu.PAGE).read_text()
+
+
+def test_a_tiny_dropless_t5_is_measured():
+  found = gpu.measure(gpu.Cell('t5_base', 'dropless', 4, 'plain'), SMOKE)
+  assert found['seconds'] > 0 and found['attention_alone'] > 0 and found['batch_size'] == 16
+  assert found['parameters'] > found['parameters_active_per_token'] > 0
