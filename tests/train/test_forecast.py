@@ -263,8 +263,9 @@ def test_a_compiler_that_finds_no_room_is_a_refusal_with_its_number(monkeypatch)
            'hbm. (Used 200.82G) exceeds available HBM (15.75G).')
   with pytest.raises(ConfigError, match=r'activations 200\.8 = 200\.8 of 15\.8 GiB'):
     forecast.compile_step(step, int(15.75 * 2**30), lowered=Refusing(words))
-  with pytest.raises(ConfigError, match='does not fit'):   # no number: more than there is
-    forecast.compile_step(step, ROOM, lowered=Refusing('RESOURCE_EXHAUSTED: out of memory'))
+  for available in (ROOM, None):   # no number: more than there is
+    with pytest.raises(ConfigError, match='does not fit'):
+      forecast.compile_step(step, available, lowered=Refusing('RESOURCE_EXHAUSTED: out of memory'))
   with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
     forecast.compile_step(step, ROOM, lowered=Refusing('INTERNAL: a bug'))
 
