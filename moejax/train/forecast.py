@@ -119,9 +119,12 @@ def measure(step: Step, available: int | None, lowered: jax.stages.Lowered | Non
     given, temporary, code = sizes(compiled)
     held, temporary = max(held, given), temporary + code
   gradients = min(per_device(_trained(step)), temporary)
-  return compiled, dataclasses.replace(
+  found = dataclasses.replace(
       found, gradients=gradients, compiled=True,
       activations=held + temporary - found.params - found.optimizer - gradients)
+  if compiled is None and available is None:   # less than that, is all that the compiler said
+    found = dataclasses.replace(found, available=found.needed - 1)
+  return compiled, found
 
 
 def _of_state(step: Step, available: int | None) -> Forecast:

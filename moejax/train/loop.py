@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from moejax import data, evaluate, models
 from moejax.checkpoints import native
-from moejax.train import forecast, initialize, metrics, parallel, settings
+from moejax.train import forecast, initialize, memory, metrics, parallel, settings
 from moejax.train.assemble import Step, of_size
 from moejax.train.final import Final
 from moejax.train.hosts import Hosts
@@ -132,6 +132,7 @@ class Program:
     if sys.stderr.isatty() and jax.process_index() == 0:
       print('compiling the train step', file=sys.stderr)
     self.train_step, self.memory = forecast.compile_step(self.step, forecast.free(self.devices))
+    memory.free_large(self.memory.gradients + self.memory.activations)
 
   def about(self) -> dict:
     """Content of run.json, once compiled."""

@@ -38,6 +38,48 @@ def test_what_a_step_frees_is_there_for_the_next():
     assert not memory.keep_freed()
 
 
+GROWTH = """
+import ctypes, pathlib
+from moejax.train import memory
+memory.keep_freed()
+if {large}: assert memory.free_large(memory.MOST)
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+def resident():   # MiB
+  return int(pathlib.Path('/proc/self/statm').read_text().split()[1]) / 256
+def touched(size):
+  buffer = libc.malloc(size)
+  ctypes.memset(buffer, 1, size)
+  return buffer
+before = resident()
+step = touched(96 << 20)
+touched(1 << 20)               # what the step made
+libc.free(step)
+touched(8 << 20)               # what a checkpoint is written from
+libc.free(touched(96 << 20))   # the next step
+print(resident() - before)
+"""
+
+
+def growth(large: bool) -> float:
+  return float(subprocess.run([sys.executable, '-c', GROWTH.format(large=large)], check=True,
+                              capture_output=True, text=True).stdout)
+
+
+def test_large_temporaries_do_not_stay_behind_when_their_place_is_taken():
+  if sys.platform.startswith('linux'):
+    assert growth(large=False) > 2 * 95   # both steps'
+    assert growth(large=True) < 12        # what was not freed
+  else:
+    assert not memory.free_large(memory.MOST)
+
+
+def test_small_temporaries_are_kept(monkeypatch):
+  monkeypatch.setattr(memory.ctypes, 'CDLL', None)
+  assert memory.free_large(memory.MOST - 1) is False
+
+
 @pytest.mark.parametrize('platforms, devices, cpu', [
     ('', (), True), ('', ('nvidia0',), False), ('cpu', ('nvidia0',), True), ('tpu', (), True),
     ('', ('accel0', 'accel1'), False), ('', ('nvidiactl',), True)])
