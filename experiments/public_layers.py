@@ -23,13 +23,6 @@ def installed() -> bool:
   return all(importlib.util.find_spec(name) for name in ('torch', 'transformers'))
 
 
-def versions() -> str:
-  """Of both, in words."""
-  import torch
-  import transformers
-  return f'torch {torch.__version__}, transformers {transformers.__version__}'
-
-
 def ways(cell: Cell, threads: int) -> Iterator[Way]:
   """Both layers, on as many threads as XLA has."""
   import torch

@@ -1,5 +1,6 @@
-"""The layer bench: turns under a made-up clock, bounds of made-up ratios, the page, tiny for real."""
+"""The layer bench: turns on a made-up clock, bounds of made-up ratios, the page, tiny for real."""
 
+import dataclasses
 import json
 
 import jax
@@ -111,7 +112,7 @@ def tiny(monkeypatch):
   monkeypatch.setattr(bench, 'FEW', {32: 2, 64: 2})
   monkeypatch.setattr(bench, 'LIMITS', {cells[1]: 1.5})
   monkeypatch.setattr(public_layers, 'installed', lambda: False)
-  monkeypatch.setattr(bench.memory, 'keep_freed', lambda: True)   # not for the other tests
+  monkeypatch.setattr(bench.timing, 'use_cores', lambda number: None)   # not for the other tests
   return cells
 
 
@@ -119,7 +120,7 @@ def test_a_tiny_run_writes_the_page_and_every_ratio(tiny, tmp_path, capsys):
   path = tmp_path / 'moe_layer.md'
   assert bench.main(['moe_layer', '--rounds=6', f'--results={path}']) == 0
   out, err = capsys.readouterr()
-  assert out == path.read_text() and 'moe_layer --rounds=6`' in out
+  assert out == path.read_text() and 'Made by `python -m experiments.bench moe_layer' in out
   assert err == public_layers.MISSING + '\n'
   found = [json.loads(line) for line in path.with_suffix('.jsonl').read_text().splitlines()]
   assert [line['way'] for line in found[:8]] == [FLOOR, DENSE, *moe_layer.ALL] and len(found) == 16
@@ -133,9 +134,8 @@ def test_a_tiny_run_writes_the_page_and_every_ratio(tiny, tmp_path, capsys):
   assert out.count('\n| 2 | 64 |') == 8 + len(bench.LIMITED)
 
 
-def test_ctrl_c_leaves_the_file_alone(tiny, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_the_cells_that_are_finished(tiny, tmp_path, monkeypatch, capsys):
   path = tmp_path / 'moe_layer.md'
-  path.write_text('before')
   before = bench.measure
 
   def stopped(cell, *args):
@@ -144,14 +144,28 @@ def test_ctrl_c_leaves_the_file_alone(tiny, tmp_path, monkeypatch, capsys):
     return before(cell, *args)
   monkeypatch.setattr(bench, 'measure', stopped)
   assert bench.main(['moe_layer', '--rounds=2', f'--results={path}']) == 130
-  err = capsys.readouterr().err
-  assert 'stopped' in err and '| 4 | 32 | top-2, grouped |' in err and path.read_text() == 'before'
+  assert 'stopped' in capsys.readouterr().err
+  assert {row.cell for row in bench.read(path.with_suffix('.jsonl'))} == {TINY}
+  assert '| 4 | 32 | top-2, grouped |' in path.read_text()
+
+
+def test_a_cell_measured_again_takes_the_place_of_what_stood_there(tmp_path):
+  path = tmp_path / 'moe_layer.jsonl'
+  at = lambda cell, ratio: [dataclasses.replace(
+      row(way, [ratio], cell), facts={'load': 1.0}) for way in (FLOOR, DENSE)]
+  large, small = Cell(32, 4096), Cell(128, 1024)
+  bench.store(path, at(large, 1.5))
+  bench.store(path, at(small, 2.0))
+  found = bench.store(path, at(large, 3.0))
+  assert found == bench.read(path) == at(small, 2.0) + at(large, 3.0)
 
 
 @pytest.mark.parametrize('argv, words', [
     (['moe_layr'], "benchmark: got 'moe_layr', allowed: moe_layer. Did you mean 'moe_layer'"),
     ([], 'NAME'),
     (['moe_layer', '--rounds=0'], '--rounds: got 0'),
+    (['moe_layer', '--cores=-1'], '--cores: got -1'),
+    (['moe_layer', '--cells=32x409'], "--cells: got '32x409'.*Did you mean '32x4096'"),
     (['moe_layer', '--ful'], "'--ful' is no flag.*did you mean '--full'"),
 ])
 def test_a_wrong_command_line_is_one_clear_error(argv, words):
@@ -184,7 +198,7 @@ def temporaries(way, tokens):
 def test_temporary_memory_is_linear_in_tokens(way):
   less, more = temporaries(way, 1024), temporaries(way, 4096)
   for which in PASSES:
-    assert 0 < less[which] and more[which] == pytest.approx(4 * less[which], rel=0.1)
+    assert less[which] > 0 and more[which] == pytest.approx(4 * less[which], rel=0.1)
 
 
 def test_that_of_one_hot_dispatch_is_not():
