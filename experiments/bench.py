@@ -133,7 +133,7 @@ def table(rows: list[Row]) -> str:
   """Markdown of everything."""
   lines = ['| E | tokens | way | forward / floor | fwd+bwd / floor | upper bound | FLOPs / floor '
            '| fwd+bwd / FLOPs | forward / dense | fwd+bwd / dense | temporaries, MB | per token, B '
-           '| rounds |', '|---:|---:|---|' + '---:|' * 10]
+           '| rounds | cores |', '|---:|---:|---|' + '---:|' * 11]
   for row in rows:
     floor, dense = ([statistics.median(to[which]) for which in PASSES]
                     for to in (row.to_floor, row.to_dense))
@@ -143,7 +143,8 @@ def table(rows: list[Row]) -> str:
     cells = [row.cell.experts, row.cell.tokens, row.way, _number(floor[0]), _number(floor[1]),
              _number(bound), _number(row.flops), _number(floor[1] / row.flops), _number(dense[0]),
              _number(dense[1]), _number(size and size / 1e6, 0),
-             _number(size and size / row.cell.tokens, 0), ' or '.join(map(str, counts))]
+             _number(size and size / row.cell.tokens, 0), ' or '.join(map(str, counts)),
+             row.facts.get('cores', '')]
     lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
   return '\n'.join(lines)
 
