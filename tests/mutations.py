@@ -357,9 +357,9 @@ TRAINING = (
              'tests/checkpoints/test_native.py -k listed'),
     Mutation('resume losing rng',
              'a resumed run draws its noise from another key', 'moejax/train/loop.py',
-             'state = program.restore(writer, done)',
-             'state = program.restore(writer, done)\n'
-             "      state = dataclasses.replace(state, key=state.key + jnp.uint32(1))",
+             'return Step.relaid(state, self.layout.stack)\n\n  def _step0_gap',
+             'return Step.relaid(dataclasses.replace(\n'
+             '        state, key=state.key + jnp.uint32(1)), self.layout.stack)\n\n  def _step0_gap',
              'tests/train/test_resume.py -k "killed and step"'),
     Mutation('resume repeating data',
              'a resumed run begins with the first batches again', 'moejax/train/loop.py',
