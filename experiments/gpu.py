@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -60,7 +61,7 @@ SCALES = {'gpu': Scale(MODELS, (8, 32), (512, 256, 128, 64, 32, 16, 8), 9, 0.5),
           'smoke': Scale(('t5_base', 'vit_b16'), (4,), (16,), 2, 0.0, runlocal=True)}
 
 # FLOPs per second in bfloat16, dense, of NVIDIA's data sheets; float16 for T4, which has no other.
-# The first name that is in the device's counts.
+# The first name that is a word of the device's counts.
 PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L4': 121e12,
          'T4': 65e12}
 
@@ -258,11 +259,16 @@ def page(lines: list[dict[str, Any]]) -> str:
   return '\n'.join(out + textwrap.wrap(LEGEND, 100)) + '\n'
 
 
+def peak_of(device: str) -> float | None:
+  """FLOPs per second of a device by its name; None if it is not in PEAKS."""
+  return next((peak for name, peak in PEAKS.items() if re.search(rf'\b{name}\b', device)), None)
+
+
 def _row(x: dict[str, Any], dense: dict[tuple[str, str], float]) -> str:
   gib = lambda size: f'{size / 2**30:.1f}' if size else '–'
   ratio = x['seconds'] / (x['matmuls'] + x['attention_alone'])
   mark = '!' if x['experts'] and ratio > LIMIT else ''
-  peak = next((peak for name, peak in PEAKS.items() if name in x['device']), None)
+  peak = peak_of(x['device'])
   base = dense.get((x['model'], x['attention']))
   per_example = x['seconds'] / x['batch_size']
   cells = [x['name'], f'{x["parameters"] / 1e6:,.0f} M', str(x['batch_size']),

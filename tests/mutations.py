@@ -357,9 +357,9 @@ TRAINING = (
              'tests/checkpoints/test_native.py -k listed'),
     Mutation('resume losing rng',
              'a resumed run draws its noise from another key', 'moejax/train/loop.py',
-             'return Step.relaid(state, self.layout.stack)\n\n  def _step0_gap',
-             'return Step.relaid(dataclasses.replace(\n'
-             '        state, key=state.key + jnp.uint32(1)), self.layout.stack)\n\n  def _step0_gap',
+             'state = TrainState(**writer.restore(step, self.single.as_dict()))\n',
+             'state = TrainState(**writer.restore(step, self.single.as_dict()))\n'
+             '    state = dataclasses.replace(state, key=state.key + jnp.uint32(1))\n',
              'tests/train/test_resume.py -k "killed and step"'),
     Mutation('resume repeating data',
              'a resumed run begins with the first batches again', 'moejax/train/loop.py',

@@ -3,15 +3,17 @@
 A collective waits for all, so when one process dies or hangs the others would wait for as long as
 their transport lets them, and none could say for whom. Beside them, every process tells process 0
 once a second over TCP that it lives and where it is; process 0 answers. Whoever sees trouble says
-what it is and ends its process at once with exit code LOST, whatever its other threads wait for:
+what it is and ends its process, whatever its other threads wait for:
 
   a process that died            at once, by its closed connection
   a host that died or froze      `lost` seconds after it was last heard of
   a process that hangs           `stall` seconds after any of them last got further
+  a process that failed          once it has said of what
+
+with exit code LOST, but for the last: then with FAILED, as what it failed of may well come again.
 
 One JSON object a line: {'token', 'process', 'host', 'at', 'count'} from a process, in its last one
-also 'failed' or 'done'; {} from process 0, in the end {'trouble': what, 'grace': seconds} or
-{'done': true}.
+also 'failed' or 'done'; {} from process 0, in the end {'trouble', 'code', 'grace'} or {'done'}.
 """
 
 import contextlib
@@ -27,15 +29,16 @@ from collections.abc import Callable
 from moejax.config import fail
 
 LOST = 75        # EX_TEMPFAIL of sysexits.h: the same command again may well succeed
+FAILED = 1
 EVERY = 1.0      # seconds between signs of life
 GRACE = 3.0      # seconds for a process to say itself why it failed, as another just did
 AGAIN = 'Start the same command again on all hosts: it goes on from the last checkpoint.'
 
 
-def end_process(trouble: str) -> None:
+def end_process(trouble: str, code: int) -> None:
   """Says what is wrong and ends this process, from whichever thread."""
   print(f'\nmoejax: {trouble}', file=sys.stderr, flush=True)
-  os._exit(LOST)
+  os._exit(code)
 
 
 @dataclasses.dataclass
@@ -58,7 +61,7 @@ class Watchdog:
     token: a number that all share, so that a stranger at the port is not taken for one of them.
     lost: seconds without a sign of life after which a process counts as lost.
     stall: seconds without progress of any process after which they count as hanging.
-    end: what to do about trouble; called once, with what it is.
+    end: what to do about trouble; called once, with what it is and an exit code.
 
   Raises:
     ConfigError: process 0 cannot be reached.
@@ -66,7 +69,7 @@ class Watchdog:
 
   def __init__(self, process: int, processes: int, listener: socket.socket | None,
                address: tuple[str, int], token: int, lost: float, stall: float,
-               end: Callable[[str], None] = end_process):
+               end: Callable[[str, int], None] = end_process):
     self.process, self.processes, self.token = process, processes, token
     self.lost, self.stall, self.end = lost, stall, end
     self._at, self._count, self._moved = 'starting', 0, time.monotonic()
@@ -99,7 +102,8 @@ class Watchdog:
       with contextlib.suppress(OSError):
         _send(self._to_zero, self._sign() | ({'failed': failed} if failed else {'done': True}))
     elif failed:
-      self._tell_all({'trouble': f'{self._name(0)} stopped: {failed}', 'grace': GRACE})
+      self._tell_all({'trouble': f'{self._name(0)} stopped: {failed}', 'code': FAILED,
+                      'grace': GRACE})
       time.sleep(GRACE + EVERY)
     else:
       self._tell_all({'done': True})
@@ -107,7 +111,7 @@ class Watchdog:
   def _start(self, target: Callable, *args) -> None:
     threading.Thread(target=target, args=args, daemon=True).start()
 
-  def _trouble(self, what: str, grace: float = 0) -> None:
+  def _trouble(self, what: str, code: int = LOST, grace: float = 0) -> None:
     """Ends all, after `grace` seconds in which this process may still leave by itself."""
     if self._over.wait(grace):
       return
@@ -116,9 +120,9 @@ class Watchdog:
         return
       self._over.set()
     if self._listener:   # ends last: JAX aborts the others as soon as process 0 is gone
-      self._tell_all({'trouble': what, 'grace': grace})
+      self._tell_all({'trouble': what, 'code': code, 'grace': grace})
       time.sleep(EVERY)
-    self.end(what)
+    self.end(what, code)
 
   # Process 0.
 
@@ -142,7 +146,7 @@ class Watchdog:
         self._left.add(process)
         return
       if 'failed' in said:
-        self._trouble(f'{self._name(process)} stopped: {said["failed"]}', GRACE)
+        self._trouble(f'{self._name(process)} stopped: {said["failed"]}', FAILED, GRACE)
         return
       with contextlib.suppress(OSError):
         _send(connection, {})
@@ -220,7 +224,7 @@ class Watchdog:
         if said.get('done'):
           return
         if 'trouble' in said:
-          self._trouble(said['trouble'], said['grace'])
+          self._trouble(said['trouble'], said['code'], said['grace'])
           return
     except TimeoutError:
       self._trouble(f'process 0 was not heard of for {self.lost:g} s. {AGAIN}')

@@ -167,3 +167,11 @@ def test_a_tiny_dropless_t5_is_measured():
   found = gpu.measure(gpu.Cell('t5_base', 'dropless', 4, 'plain'), SMOKE)
   assert found['seconds'] > 0 and found['attention_alone'] > 0 and found['batch_size'] == 16
   assert found['parameters'] > found['parameters_active_per_token'] > 0
+
+
+@pytest.mark.parametrize('device, peak', [
+    ('gpu: NVIDIA A100-SXM4-40GB', 312e12), ('gpu: NVIDIA H100 80GB HBM3', 989e12),
+    ('gpu: NVIDIA H100 PCIe', 756e12), ('gpu: NVIDIA L4', 121e12), ('gpu: NVIDIA L40S', None),
+    ('cpu: cpu', None)])
+def test_peaks_go_by_whole_names(device, peak):
+  assert gpu.peak_of(device) == peak

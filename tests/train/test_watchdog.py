@@ -29,7 +29,7 @@ class Group:
     listener = socket.create_server(('', 0))
     self.address = ('localhost', listener.getsockname()[1])
     self.dogs = [Watchdog(i, processes or n, listener if i == 0 else None, self.address, TOKEN,
-                          lost, stall, lambda what, i=i: self.found.setdefault(i, what))
+                          lost, stall, lambda *what, i=i: self.found.setdefault(i, what))
                  for i in range(n)]
     self.wait(lambda: len(self.dogs[0]._peers) == n - 1)
 
@@ -40,12 +40,13 @@ class Group:
       assert time.monotonic() < end
       time.sleep(0.005)
 
-  def all_find(self, *who):
-    """The one trouble that these processes found, without its advice."""
+  def all_find(self, *who, code=watchdog.LOST):
+    """The one trouble that these processes found, without its advice, with this exit code."""
     self.wait(lambda: len(self.found) == len(who))
     time.sleep(0.1)
     assert set(self.found) == set(who)
-    what, = set(self.found.values())
+    (what, found), = set(self.found.values())
+    assert found == code
     return what.removesuffix(f'. {AGAIN}')
 
 
@@ -110,7 +111,7 @@ def test_process_0_freezes():
   monkey._follow = monkey._heard = lambda *_: None
   with socket.create_server(('', 0)) as silent:   # accepts, and never answers
     found = []
-    Watchdog(1, 2, None, silent.getsockname(), TOKEN, 0.3, 30.0, found.append)
+    Watchdog(1, 2, None, silent.getsockname(), TOKEN, 0.3, 30.0, lambda *what: found.extend(what))
     Group.wait(lambda: found)
   assert found[0].startswith('process 0 was not heard of for 0.3 s')
 
@@ -141,7 +142,8 @@ def test_why_a_process_failed_reaches_the_others(who):
   group = Group(3)
   group.dogs[who].leave('ConfigError: no such file')
   others = {0, 1, 2} - {who}
-  assert group.all_find(*others) == f'process {who} ({HOST}) stopped: ConfigError: no such file'
+  assert group.all_find(*others, code=watchdog.FAILED) == (
+      f'process {who} ({HOST}) stopped: ConfigError: no such file')
 
 
 def test_who_fails_of_the_same_says_so_itself():
