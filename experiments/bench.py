@@ -4,7 +4,7 @@
 
 Times each router with each dispatch, forward and forward with backward, as ratios to the batched
 matmuls of the experts alone (the floor) and to a dense MLP of equal FLOPs; all of them in turns in
-one process. For E = 8, 32, 128 and 1k, 4k, 16k tokens; about 10 minutes on 2 cores with nothing
+one process. For E = 8, 32, 128 and 1k, 4k, 16k tokens; about 12 minutes on 2 cores with nothing
 else running, and 10 GB. Two cells have a limit and are timed for --rounds rounds. --full times all
 ways in all cells for as many rounds, which takes hours and 20 GB; --cells picks cells. A cell that
 is measured takes the place of what stood there, so a run that was stopped loses one cell. With
