@@ -143,8 +143,9 @@ def axis_sizes() -> dict[str, int]:
 def by_example(x: jax.Array) -> jax.Array:
   """x (B, ...) with its examples on the devices of their routing groups, whole otherwise.
 
-  Said where the compiler would choose otherwise: all tokens sent to the parts of an embedding, and
-  not the embedding to the tokens.
+  Said of what embeddings and blocks put out. The compiler, left to itself, sends tokens to the
+  parts of parameters and not parameters to the tokens: of an embedding, and under fsdp of whole
+  dense models (T5-XL on 128 chips then sent 138 GiB a chip in a step, in place of 17).
   """
   shards = math.prod(size for axis, size in axis_sizes().items() if axis in GROUP_AXES)
   if shards == 1 or x.shape[0] % shards:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moejax import stacking
+from moejax import sharding, stacking
 from moejax.config import check_choice
 from moejax.models import attention, layers
 from moejax.moe import routing
@@ -254,6 +254,7 @@ class Stack(nnx.Module):
       auxes = []
       for graph, own, places in zip(graphs, params, keys):
         x, aux, _ = nnx.merge(graph, own)(x, keys=places, train=train, **same)
+        x = sharding.by_example(x)
         auxes.append(aux)
       return x, auxes
 

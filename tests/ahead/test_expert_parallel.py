@@ -73,6 +73,20 @@ def test_nothing_that_grows_with_the_batch_is_gathered(mesh):
   assert gathered(16) == gathered(32)
 
 
+@pytest.mark.parametrize('execution', [Execution(), Execution(scan=True, remat='full')],
+                         ids=['plain', 'scanned'])
+def test_nor_in_a_dense_model_whose_parameters_are_split(execution):
+  """Parameters go to the tokens and not tokens to the parameters, where no experts hold these."""
+  def moved(B):
+    run = config(B, dict(data=2, fsdp=4))
+    run = dataclasses.replace(run, execution=execution, model=t5.config(
+        'tiny', d_model=D, d_ff=F, encoder_layers=4, decoder_layers=4))
+    step = report.step_of(run, parallel.make('mesh', run.mesh))
+    found = hlo.collectives(hlo.Module(step.lower().compile().as_text()))
+    return sum(c.sent for c in found if c.kind != 'collective-permute')
+  assert moved(64) == pytest.approx(moved(16), rel=0.01)
+
+
 def test_experts_are_gathered_over_fsdp_and_not_over_expert():
   found = communication(16, **SPLIT)
   assert any(c.kind == 'all-gather' for c in found)
