@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from experiments import results
 from experiments import suite as suite_lib
 from moejax.config import ConfigError, check, nearest
+from moejax.train import metrics
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,3 +64,26 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(main())
   except ConfigError as error:
     sys.exit(f'experiments: {error}')
+
+
+def measure(run: Callable[[], int], page: Callable[[list[dict]], str], file: pathlib.Path,
+            written: pathlib.Path | None) -> int:
+  """Measures what is not there yet, and shows all of it; the exit code.
+
+  Args:
+    run: adds lines to `file`, one as soon as it is measured; returns how many could not be.
+    page: lines -> Markdown.
+    file: of JSON lines.
+    written: where the page goes; None: only shown.
+  """
+  try:
+    failed = run()
+  except KeyboardInterrupt:
+    print('stopped; what is measured is kept, and the same command goes on', file=sys.stderr)
+    return 130
+  if lines := metrics.read_lines(file):
+    text = page(lines)
+    print(text)
+    if written:
+      results.write_text(written, text)
+  return 1 if failed else 0

@@ -303,18 +303,8 @@ def main(argv: list[str] | None = None) -> int:
   chosen = [cell for cell in known if cell.model in models and args.only in cell.name]
   if not chosen:
     fail('--only', args.only, ', '.join(cell.name for cell in known), 'It is a part of a name.')
-  try:
-    failed = 0 if args.show else run(chosen, args.scale, args.results)
-  except KeyboardInterrupt:
-    print('stopped; what is measured is kept, and the same command goes on', file=sys.stderr)
-    return 130
-  lines = metrics.read_lines(args.results / FILE)
-  if lines:
-    text = page(lines)
-    print(text)
-    if not args.show:
-      results.write_text(args.results / PAGE, text)
-  return 1 if failed else 0
+  return cli.measure(lambda: 0 if args.show else run(chosen, args.scale, args.results), page,
+                     args.results / FILE, None if args.show else args.results / PAGE)
 
 
 def _as_child(args) -> int:

@@ -181,18 +181,8 @@ def main(argv: list[str] | None = None) -> int:
   if not chosen:
     fail('--only', args.only, ', '.join(dict.fromkeys(entry.name for entry in entries())),
          'It is a part of such a name.')
-  try:
-    failed = 0 if args.show else run(chosen, args.results)
-  except KeyboardInterrupt:
-    print('stopped; what is compiled is kept, and the same command goes on', file=sys.stderr)
-    return 130
-  lines = metrics.read_lines(args.results / FILE)
-  if lines:
-    text = page(lines)
-    print(text)
-    if not args.show:
-      results.write_text(args.results / PAGE, text)
-  return 1 if failed else 0
+  return cli.measure(lambda: 0 if args.show else run(chosen, args.results), page,
+                     args.results / FILE, None if args.show else args.results / PAGE)
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from moejax.config import ConfigError, unknown_key
 from moejax.train import memory
+from moejax.train.launch import WAYS, Launch
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Run config: FILE.py or FILE.py:arg.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; made if missing.')
@@ -23,20 +24,21 @@ COMPILE_FOR = flags.DEFINE_string(
     'compile_for', '', 'Do not train: compile the step for a TPU slice such as v5p:4x4x8, which '
     'need not be there, and report memory, communication and an estimate of its time.')
 DISTRIBUTED = flags.DEFINE_enum(
-    'distributed', 'auto', ['auto', 'off', 'tpu', 'slurm', 'flags'],
+    'distributed', Launch.distributed, WAYS,
     'How this process finds others that train the same run, started by the same command: tpu asks '
     'the slice, slurm the step of srun, flags takes --coordinator, --processes and --process; auto '
     'chooses among these by the environment; off: none.')
 COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, for all processes.')
 PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes there are.')
 PROCESS = flags.DEFINE_integer('process', -1, 'Which of them this is, from 0.')
-JOIN_SECONDS = flags.DEFINE_integer('join_seconds', 300, 'How long to wait for all to start.')
+JOIN_SECONDS = flags.DEFINE_integer('join_seconds', Launch.join_seconds,
+                                    'How long to wait for all to start.')
 LOST_SECONDS = flags.DEFINE_float(
-    'lost_seconds', 60, 'A process that was not heard of for so long ends the others, with exit '
-    'code 75; a process that ends does so at once. 0: nobody looks.')
+    'lost_seconds', Launch.lost_seconds, 'A process that was not heard of for so long ends the '
+    'others, with exit code 75; a process that ends does so at once. 0: nobody looks.')
 STALL_SECONDS = flags.DEFINE_float(
-    'stall_seconds', 1800, 'No process got further for so long (a step, an evaluation, compiling): '
-    'all end, with exit code 75.')
+    'stall_seconds', Launch.stall_seconds, 'No process got further for so long (a step, an '
+    'evaluation, compiling): all end, with exit code 75.')
 USAGE = 'python -m moejax.main --config=configs/vit_glyphs.py --workdir=runs/vit'
 
 
@@ -104,7 +106,7 @@ def main(argv: list[str]) -> int:
   import jax  # only now, so that a wrong flag is answered at once
 
   from moejax.train import loop, settings
-  from moejax.train.hosts import Launch, join
+  from moejax.train.hosts import join
   if COMPILATION_CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(COMPILATION_CACHE.value))
   try:

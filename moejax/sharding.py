@@ -75,25 +75,29 @@ def ordered(devices) -> list:
   return sorted(devices, key=lambda d: (d.process_index, d.id))
 
 
-def host_of(mesh: Mesh) -> tuple[int, int]:
-  """(host, hosts): which of how many equal parts of a batch's rows this process's devices hold.
+def host_of(mesh: Mesh, shards: int, process: int) -> tuple[int, int]:
+  """(host, hosts): which of how many equal parts of a batch's rows a process's devices hold.
 
   Processes that hold the same rows, as where `model` spans them, have the same number.
 
+  Args:
+    mesh: of all processes.
+    shards: parts that the rows are split into, over the leading axes of the mesh.
+    process: its index.
+
   Raises:
-    ConfigError: its rows are not such a part.
+    ConfigError: some process's rows are not such a part.
   """
-  sizes = [mesh.shape.get(axis, 1) for axis in GROUP_AXES]
-  parts = math.prod(sizes) if set(GROUP_AXES) & set(mesh.axis_names) else mesh.size
-  owner = np.vectorize(lambda d: d.process_index)(mesh.devices).reshape(parts, -1)
-  mine = [n for n in range(parts) if jax.process_index() in owner[n]]
-  size = len(mine)
+  owner = np.vectorize(lambda d: d.process_index)(mesh.devices).reshape(shards, -1)
+  held = {n: np.flatnonzero((owner == n).any(1)) for n in np.unique(owner)}
+  size = len(held[process])
+  whole = lambda rows: len(rows) == size and rows[0] % size == 0 and rows[-1] - rows[0] == size - 1
   config_lib.check(
-      parts % size == 0 and mine[0] % size == 0 and mine == list(range(mine[0], mine[0] + size)),
+      shards % size == 0 and all(map(whole, held.values())),
       'config.mesh', ' x '.join(f'{a}={s}' for a, s in mesh.shape.items()),
       'axes of which each process has whole parts', 'Make model a divisor, or a multiple, of the '
-      f'{jax.local_device_count()} devices of a process.')
-  return mine[0] // size, parts // size
+      f'{mesh.size // len(held)} devices of a process.')
+  return int(held[process][0]) // size, shards // size
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -145,7 +149,8 @@ def by_example(x: jax.Array) -> jax.Array:
 
   Said of what embeddings and blocks put out. The compiler, left to itself, sends tokens to the
   parts of parameters and not parameters to the tokens: of an embedding, and under fsdp of whole
-  dense models (T5-XL on 128 chips then sent 138 GiB a chip in a step, in place of 17).
+  dense models (configs/paper/t5_xl.py with --compile_for=v5p:4x4x8 then sent 138 GiB a chip in a
+  step, in place of 17).
   """
   shards = math.prod(size for axis, size in axis_sizes().items() if axis in GROUP_AXES)
   if shards == 1 or x.shape[0] % shards:

@@ -5,6 +5,7 @@ D 16, F 32, V 64 and E 4 of the tiny models: every dimension that a rule splits 
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -212,3 +213,28 @@ def test_groups_that_do_not_divide_are_refused():
   with (jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, expert=4))),
         pytest.raises(ConfigError, match=r'routing groups per step: got 6.*fsdp\*expert = 8')):
     sharding.over_groups(scaled_sums)({'x': jnp.zeros((6, 3))}, jnp.ones(4))
+
+
+def across(processes, local, **sizes):
+  """What host_of asks of a mesh of so many processes with `local` devices each."""
+  devices = np.array([types.SimpleNamespace(process_index=n // local)
+                      for n in range(processes * local)])
+  return types.SimpleNamespace(devices=devices.reshape(tuple(sizes.values())), shape=sizes,
+                               size=devices.size)
+
+
+@pytest.mark.parametrize('processes, local, data, model, hosts', [
+    (2, 4, 8, 1, [(0, 2), (1, 2)]),
+    (2, 4, 4, 2, [(0, 2), (1, 2)]),
+    (2, 4, 1, 8, [(0, 1), (0, 1)]),                       # both hold all rows
+    (4, 2, 2, 4, [(0, 2), (0, 2), (1, 2), (1, 2)])])      # pairs hold the same half
+def test_a_process_loads_the_rows_its_devices_hold(processes, local, data, model, hosts):
+  mesh = across(processes, local, data=data, model=model)
+  assert [sharding.host_of(mesh, data, n) for n in range(processes)] == hosts
+
+
+def test_a_process_that_holds_more_rows_than_others_is_refused_in_all():
+  mesh = across(3, 4, data=2, model=6)   # the second has devices of both halves
+  for process in range(3):
+    with pytest.raises(ConfigError, match='config.mesh: got .data=2 x model=6.*of the 4 devices'):
+      sharding.host_of(mesh, 2, process)

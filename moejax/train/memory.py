@@ -57,8 +57,8 @@ def free_large(temporaries: int) -> bool:
   MOST bytes or more; whether it did.
 
   They are one buffer. Whatever is put into its place between two steps, such as the copy that a
-  checkpoint is written from, sends the next step elsewhere, beside what was kept: of a T5 with
-  7.5 GiB of temporaries, the process had 17 GiB. Zeroing a gigabyte anew costs such a step little.
+  checkpoint is written from, sends the next step elsewhere, beside what was kept. Zeroing a
+  gigabyte anew costs such a step little.
   """
   if temporaries < MOST or not sys.platform.startswith('linux') or not _computes_on_cpu():
     return False

@@ -46,7 +46,7 @@ class MeshParallel:
   def __init__(self, config: sharding.MeshConfig, devices=None):
     self.mesh = sharding.make_mesh(config, devices)
     self.shards = int(np.prod([self.mesh.shape[a] for a in sharding.GROUP_AXES]))
-    self.host, self.hosts = sharding.host_of(self.mesh)
+    self.host, self.hosts = sharding.host_of(self.mesh, self.shards, jax.process_index())
     self.reduce = self.gather = self.everywhere = lambda tree: tree
     self.ahead = True
 
@@ -105,7 +105,7 @@ class PmapParallel:
     self.devices = list(devices)
     self.mesh = Mesh(np.asarray(self.devices), (PMAP_AXIS,))
     self.shards = len(self.devices)
-    self.host, self.hosts = sharding.host_of(self.mesh)
+    self.host, self.hosts = sharding.host_of(self.mesh, self.shards, jax.process_index())
     self.ahead = self.hosts == 1   # pmap over several processes does not lower from shapes
     self.reduce = lambda tree: jax.lax.psum(tree, PMAP_AXIS)
     self.gather = lambda tree: jax.lax.all_gather(tree, PMAP_AXIS, tiled=True)

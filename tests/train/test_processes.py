@@ -13,16 +13,15 @@ import jax
 import numpy as np
 import pytest
 
-from configs import vit_glyphs
 from moejax import trees
 from moejax.checkpoints import native
 from moejax.sharding import MeshConfig
 from moejax.train import metrics, parallel, settings
 from moejax.train.watchdog import AGAIN, LOST
-from tests.train import together
+from tests.train import small, together
+from tests.train.small import STEPS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-STEPS = 40
 
 
 def free_port():
@@ -52,17 +51,9 @@ def start(config, workdir, processes, devices, moments=None):
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
   """config.json of a small MoE run with dropout on any number of devices up to 8."""
-  config = vit_glyphs.get_config('runlocal')
-  config.steps = STEPS
-  config.log_every, config.eval_every, config.checkpoint_every = 1, 20, 10
-  config.keep_checkpoints = 9
-  config.schedule.cooldown_steps = 10
-  config.mesh.expert = 2
-  config.model.update(d_model=16, d_ff=32, num_layers=2, dropout_rate=0.1)
-  config.model.moe.update(layers='last_1', num_experts=4, router='expert_choice', group_size=32)
-  path = tmp_path_factory.mktemp('config') / 'config.json'
-  path.write_text(settings.to_json(settings.resolve(config)))
-  return path
+  return small.write(tmp_path_factory.mktemp('config') / 'config.json',
+                     {'router': 'expert_choice', 'group_size': 32},
+                     **{'log_every': 1, 'keep_checkpoints': 9, 'mesh.expert': 2})
 
 
 @pytest.fixture(scope='module')

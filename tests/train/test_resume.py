@@ -10,28 +10,20 @@ import sys
 import numpy as np
 import pytest
 
-from configs import vit_glyphs
 from moejax.checkpoints import native
-from moejax.train import progress, settings
+from moejax.train import progress
+from tests.train import small
+from tests.train.small import STEPS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-STEPS = 40
 
 
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
   """config.json of a small MoE run with dropout, both losses, and a cooldown."""
-  config = vit_glyphs.get_config('runlocal')
-  config.steps = STEPS
-  config.log_every, config.eval_every, config.checkpoint_every = 10, 20, 10
-  config.keep_checkpoints = 1
-  config.schedule.cooldown_steps = 10
-  config.model.update(d_model=16, d_ff=32, num_layers=2, dropout_rate=0.1)
-  config.model.moe.update(layers='last_1', num_experts=4, router='top_k', balance_weight=0.02,
-                          z_weight=1e-3)
-  path = tmp_path_factory.mktemp('config') / 'config.json'
-  path.write_text(settings.to_json(settings.resolve(config)))
-  return path
+  return small.write(tmp_path_factory.mktemp('config') / 'config.json',
+                     {'router': 'top_k', 'balance_weight': 0.02, 'z_weight': 1e-3},
+                     log_every=10, keep_checkpoints=1)
 
 
 def start(moment, config, workdir):

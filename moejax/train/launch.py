@@ -1,0 +1,59 @@
+"""How a process was started among others; it knows nothing of JAX, as the command line reads it."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from moejax.config import check, check_choice
+
+WAYS = ('auto', 'off', 'tpu', 'slurm', 'flags')
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """How this process was started, as the command line says; see moejax.main --help.
+
+  Attributes:
+    distributed: 'tpu' and 'slurm' ask the machine who the others are, 'flags' takes the next three;
+      'auto' chooses, 'off' trains alone whatever the machine says.
+    coordinator: HOST:PORT of process 0, free there and reached from everywhere.
+    processes, process: how many there are, and which this is.
+    join_seconds: to wait for all to start.
+    lost_seconds, stall_seconds: see Watchdog; lost_seconds=0: none.
+  """
+  distributed: str = 'auto'
+  coordinator: str = ''
+  processes: int = 0
+  process: int = -1
+  join_seconds: int = 300
+  lost_seconds: float = 60
+  stall_seconds: float = 1800
+
+  def __post_init__(self):
+    check_choice('--distributed', self.distributed, WAYS)
+    given = (bool(self.coordinator), self.processes > 0, self.process >= 0)
+    check(all(given) or not (any(given) or self.distributed == 'flags'),
+          '--coordinator, --processes, --process',
+          (self.coordinator, self.processes, self.process), 'all of HOST:PORT, N, 0..N-1, or none',
+          'Give all three on every host; they differ in --process alone.')
+    check(not any(given) or self.distributed in ('auto', 'flags'), '--distributed',
+          self.distributed, 'auto or flags with --coordinator', 'Leave one of the two out.')
+    check(not any(given) or self.process < self.processes, '--process', self.process,
+          f'0 to {self.processes - 1}', 'Processes are counted from 0.')
+    port = self.coordinator.rpartition(':')[2]
+    check(not self.coordinator or (':' in self.coordinator and port.isdigit()), '--coordinator',
+          self.coordinator, 'HOST:PORT', 'Any free port of the host of process 0 will do.')
+    for name in ('join_seconds', 'lost_seconds', 'stall_seconds'):
+      least = 0 if name == 'lost_seconds' else 1
+      check(getattr(self, name) >= least, f'--{name}', getattr(self, name), f'>= {least}',
+            'Give seconds.')
+
+  def way(self, environment: Mapping[str, str]) -> str:
+    """'off', 'tpu', 'slurm' or 'flags': what 'auto' is on a machine with these variables."""
+    if self.distributed != 'auto':
+      return self.distributed
+    if self.coordinator:
+      return 'flags'
+    if int(environment.get('SLURM_STEP_NUM_TASKS', '1')) > 1:   # within srun, not beside it
+      return 'slurm'
+    workers = environment.get('TPU_WORKER_HOSTNAMES', '')
+    return 'tpu' if ',' in workers else 'off'
