@@ -2,14 +2,15 @@
 
   python -m experiments.gpu                        all cells; an hour or more. It resumes
   python -m experiments.gpu --models=vit_b16       t5_base, t5_large, vit_b16, vit_l16
-  python -m experiments.gpu --only=top_2           the cells whose names have that in them
+  python -m experiments.gpu --only=top_2,dropless  the cells with that in their names, in this order
   python -m experiments.gpu --scale=smoke          tiny ones on any device, to see that it works
   python -m experiments.gpu --show                 the table of what is measured, and no more
 
 A cell is the real train step of a run of configs/paper (moejax.train.assemble.Step) in bfloat16,
-scanned and not rematerialised, on random tokens or images and fresh weights, at the largest batch
-of a few that the forecast finds room for; in a process of its own, since the peak of memory is that
-of a process. Beside it stand its own matmuls and attentions, each timed alone (experiments/parts).
+scanned, with remat=dots, on random tokens or images and fresh weights, at its model's batch or the
+largest half, quarter, ... of it that the forecast finds room for; in a process of its own, since
+the peak of memory is that of a process. Beside it stand its own matmuls and attentions, each timed
+alone (experiments/parts).
 Results are lines of gpu.jsonl; a cell that is there, with these settings, device and version of
 JAX, is not measured again: after a change of moejax itself, delete its line.
 """
@@ -18,12 +19,14 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import os
 import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -41,24 +44,26 @@ from moejax.train.assemble import Step
 FOLDER = pathlib.Path(__file__).parent / 'results/gpu'
 FILE, PAGE = 'gpu.jsonl', 'README.md'
 MODELS = ('t5_base', 't5_large', 'vit_b16', 'vit_l16')
-ROUTINGS = ('expert_choice', 'top_2', 'dropless')
+ROUTINGS = ('expert_choice', 'top_2', 'dropless', 'einsum')
+MEMORY = '0.92'   # of the device's, which JAX takes at once
 WARM = 3        # steps before any is timed
 LIMIT = 1.15    # what an upcycled step may take, over the sum of its matmuls and attentions
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """experts: E of upcycled cells. batches: tried in this order. rounds, least: parts.per_call's."""
-  models: tuple[str, ...]
+  """batches: {model: largest batch}. experts: E of upcycled cells. rounds, least: parts.per_call's."""
+  batches: Mapping[str, int]
   experts: tuple[int, ...]
-  batches: tuple[int, ...]
   rounds: int
   least: float
   runlocal: bool = False
 
 
-SCALES = {'gpu': Scale(MODELS, (8, 32), (512, 256, 128, 64, 32, 16, 8), 9, 0.5),
-          'smoke': Scale(('t5_base', 'vit_b16'), (4,), (16,), 2, 0.0, runlocal=True)}
+SCALES = {'gpu': Scale({'t5_base': 64, 't5_large': 32, 'vit_b16': 256, 'vit_l16': 128},
+                       (8, 32), 7, 0.4),
+          'smoke': Scale({'t5_base': 16, 'vit_b16': 16}, (4,), 2, 0.0, runlocal=True)}
+LEAST_BATCH = 8
 
 # FLOPs per second in bfloat16, dense, of NVIDIA's data sheets; float16 for T4, which has no other.
 # The first name that is a word of the device's counts.
@@ -73,7 +78,7 @@ class Cell:
   Attributes:
     model: of MODELS.
     routing: 'dense', or of ROUTINGS. A T5's decoder cannot choose by experts: with 'expert_choice'
-      it has the paper's top-2.
+      it has the paper's top-2. 'einsum' is 'expert_choice' by the other dispatch.
     experts: of each sparse layer; 0 for a dense model.
     attention: as config.execution.attention.
   """
@@ -93,29 +98,29 @@ class Cell:
     module = importlib.import_module(f'configs.paper.{name}')
     config = module.get_config('runlocal' if scale.runlocal else None)
     config.init.update(mode='scratch', parent='')
-    config.execution.update(scan=True, remat='none', attention=self.attention)
+    config.execution.update(scan=True, remat='dots', attention=self.attention)
     config.data.batch_size = config.data.eval_batch_size = batch_size
     paper.unplace(config)
     if self.experts:
       moes = ([config.model.moe] if config.model.family == 'vit' else
               [config.model.encoder_moe, config.model.decoder_moe])
       for moe in moes:
-        if self.routing != 'expert_choice':
+        if self.routing in ('top_2', 'dropless'):
           set_moe(moe, 'sparse_upcycling_decoder')
         moe.num_experts = self.experts
-        moe.dispatch = 'grouped' if self.routing == 'dropless' else 'gather'
+        moe.dispatch = {'dropless': 'grouped', 'einsum': 'einsum'}.get(self.routing, 'gather')
     return settings.resolve(config)
 
   def key(self, scale: Scale, device: str) -> str:
     """Of the settings, the device and the version of JAX; moejax's own code does not count."""
-    text = settings.to_json(self.config(scale, scale.batches[0])) + repr(scale) + device
+    text = settings.to_json(self.config(scale, scale.batches[self.model])) + repr(scale) + device
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def cells(scale: Scale) -> list[Cell]:
   """All there are; fused attention where it applies, which is ViT."""
   found = []
-  for model in scale.models:
+  for model in scale.batches:
     for attention in ('plain', 'fused') if model.startswith('vit') else ('plain',):
       found.append(Cell(model, 'dense', 0, attention))
       found += [Cell(model, routing, experts, attention)
@@ -163,13 +168,21 @@ def _timed(compiled: jax.stages.Compiled, step: Step, scale: Scale) -> list[floa
 def _largest(cell: Cell, scale: Scale
              ) -> tuple[jax.stages.Compiled, Step, forecast.Forecast]:
   """Of the largest batch that fits. Raises ConfigError if none does."""
-  for batch_size in scale.batches:
+  batch_size = scale.batches[cell.model]
+  while True:
     config = cell.config(scale, batch_size)
     step = report.step_of(config, parallel.make('mesh', config.mesh, jax.local_devices()[:1]))
     compiled, found = forecast.measure(step, forecast.free(step.devices))
     if compiled is not None and found.fits:
       return compiled, step, found
-  fail(cell.name, f'a batch of {batch_size}', 'what the device holds', f'It needs {found}.')
+    if batch_size <= LEAST_BATCH or not found.compiled:
+      fail(cell.name, f'a batch of {batch_size}', 'what the device holds', f'It needs {found}.')
+    fixed = found.needed - found.activations   # activations are in proportion to the batch, about
+    while batch_size > LEAST_BATCH:
+      batch_size, found = batch_size // 2, dataclasses.replace(
+          found, activations=found.activations // 2)
+      if fixed + found.activations <= (found.available or 0):
+        break
 
 
 def synthetic(config: settings.RunConfig) -> dict[str, Any]:
@@ -204,14 +217,16 @@ def run(chosen: Iterable[Cell], scale_name: str, folder: pathlib.Path) -> int:
     fail('--scale', scale_name, f'smoke, on {device!r}',
          "On a GPU: pip install -U 'jax[cuda13]'.")
   there = {line['key'] for line in metrics.read_lines(folder / FILE)}
-  with tqdm(chosen, unit='cell', dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+  with (tempfile.TemporaryDirectory() as cache,
+        tqdm(chosen, unit='cell', dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar):
     for cell in bar:
       bar.set_postfix_str(cell.name)
       key = cell.key(scale, device)
       if key in there:
         continue
       try:
-        line = json.loads(_child(f'--cell={cell.name}', f'--scale={scale_name}'))
+        line = json.loads(_child(f'--cell={cell.name}', f'--scale={scale_name}',
+                                 cache=cache))
       except ConfigError as error:
         tqdm.write(f'{cell.name}: {error}', file=sys.stderr)
         failed += 1
@@ -223,10 +238,16 @@ def run(chosen: Iterable[Cell], scale_name: str, folder: pathlib.Path) -> int:
   return failed
 
 
-def _child(*flags: str) -> str:
-  """The last line that this script, started with these flags, prints. Raises ConfigError."""
+def _child(*flags: str, cache: str = '') -> str:
+  """The last line that this script, started with these flags, prints. Raises ConfigError.
+
+  cache: a folder of compiled programs, since cells have most of their matmuls in common.
+  """
+  env = {'XLA_PYTHON_CLIENT_MEM_FRACTION': MEMORY, **os.environ}
+  if cache:
+    env |= {'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   done = subprocess.run([sys.executable, '-m', 'experiments.gpu', *flags], capture_output=True,
-                        text=True, check=False)
+                        text=True, check=False, env=env)
   if done.returncode:
     raise ConfigError((done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1])
   return done.stdout.strip().splitlines()[-1]
@@ -240,8 +261,8 @@ LEGEND = (
     f'backward; step / both: of an upcycled step at most {LIMIT:.2f} is wanted, what is above is '
     "marked !. MFU: FLOPs of the model (flops.py) over the device's in bfloat16. time / dense: per "
     'example, over the dense cell of the same attention. peak: GiB that the process had at most on '
-    'the device; forecast: GiB, before anything was allocated (moejax/train/forecast.py). Batches '
-    'are the largest of a few that fit. Dropless matmuls alone have even loads. –: not known here.')
+    'the device; forecast: GiB, before anything was allocated (moejax/train/forecast.py). '
+    'Dropless matmuls alone have even loads. –: not known here.')
 
 
 def page(lines: list[dict[str, Any]]) -> str:
@@ -266,14 +287,16 @@ def peak_of(device: str) -> float | None:
 
 def _row(x: dict[str, Any], dense: dict[tuple[str, str], float]) -> str:
   gib = lambda size: f'{size / 2**30:.1f}' if size else '–'
-  ratio = x['seconds'] / (x['matmuls'] + x['attention_alone'])
-  mark = '!' if x['experts'] and ratio > LIMIT else ''
+  both = x['matmuls'] and x['matmuls'] + x['attention_alone']   # None: not measured
+  mark = '!' if x['experts'] and both and x['seconds'] > LIMIT * both else ''
   peak = peak_of(x['device'])
   base = dense.get((x['model'], x['attention']))
   per_example = x['seconds'] / x['batch_size']
   cells = [x['name'], f'{x["parameters"] / 1e6:,.0f} M', str(x['batch_size']),
-           *(f'{1e3 * x[k]:,.1f}' for k in ('seconds', 'matmuls', 'attention_alone')),
-           f'{ratio:.2f}{mark}', f'{x["flops"] / x["seconds"] / peak:.2f}' if peak else '–',
+           *(f'{1e3 * x[k]:,.1f}' if x[k] else '–'
+             for k in ('seconds', 'matmuls', 'attention_alone')),
+           f'{x["seconds"] / both:.2f}{mark}' if both else '–',
+           f'{x["flops"] / x["seconds"] / peak:.2f}' if peak else '–',
            f'{1 / per_example:,.0f}', f'{per_example / base:.2f}' if base else '–',
            gib(x['peak_bytes']), gib(sum(x['forecast'][k] for k in (
                'params', 'optimizer', 'gradients', 'activations')))]
@@ -285,7 +308,8 @@ def main(argv: list[str] | None = None) -> int:
   parser = cli.Parser('python -m experiments.gpu', __doc__)
   parser.add_argument('--models', metavar='NAME[,NAME]', default=','.join(MODELS),
                       help='(default: %(default)s)')
-  parser.add_argument('--only', metavar='TEXT', default='', help='cells with this in their names')
+  parser.add_argument('--only', metavar='TEXT[,TEXT]', default='',
+                      help='cells with one of these in their names, in this order')
   parser.add_argument('--scale', choices=tuple(SCALES), default='gpu',
                       help='how large (default: %(default)s)')
   parser.add_argument('--show', action='store_true', help='print what is measured, and no more')
@@ -300,9 +324,10 @@ def main(argv: list[str] | None = None) -> int:
   for model in models:
     check_choice('--models', model, MODELS)
   known = cells(SCALES[args.scale])
-  chosen = [cell for cell in known if cell.model in models and args.only in cell.name]
+  chosen = dict.fromkeys(cell for text in args.only.split(',') for cell in known
+                         if cell.model in models and text in cell.name)
   if not chosen:
-    fail('--only', args.only, ', '.join(cell.name for cell in known), 'It is a part of a name.')
+    fail('--only', args.only, ', '.join(cell.name for cell in known), 'They are parts of names.')
   return cli.measure(lambda: 0 if args.show else run(chosen, args.scale, args.results), page,
                      args.results / FILE, None if args.show else args.results / PAGE)
 

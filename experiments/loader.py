@@ -9,6 +9,7 @@ training both share the cores, so it should be well above 1.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import statistics
 import sys
@@ -28,6 +29,7 @@ STEPS = 40   # a round
 
 def ratios(config: settings.RunConfig, rounds: int, tick=lambda: None) -> list[float]:
   """Loader rate over step rate, one number a round, after a round of each to warm up."""
+  config = dataclasses.replace(config, steps_per_dispatch=1)
   program = loop.Program(config, Plan.make(config, 0))
   program.compile()
   state, _ = program.step.first_state(None)

@@ -96,6 +96,9 @@ def _stack(config, moe, sparse: dict[int, int], depth: int, B: int, L: int, sour
     slots = capacity(S, E, moe.capacity_factor, moe.min_capacity)
     rows = B * L // S * slots if moe.dispatch != 'grouped' else moe.k * B * L // E
     yield Matmul(1, 1, B * L, D, E)               # router
+    if moe.dispatch == 'einsum':
+      yield Matmul(1, B * L // S, E * slots, S, D)   # into the buffers, and back
+      yield Matmul(1, B * L // S, S, E * slots, D)
     yield from _mlp(1, E, rows, D, moe.expert_d_ff(F), t5)
 
 

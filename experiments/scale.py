@@ -5,8 +5,9 @@
   python -m experiments.scale --show             the tables of what is compiled, and no more
 
 Needs the compiler for TPUs (pip install -e '.[tpu]') and no TPU. `paper` has the runs of
-configs/paper, each on the slice that configs.paper.SLICES names; `weak` one upcycled run on slices
-of 4 to 512 chips with the same examples per chip. Results are lines of ahead.jsonl; a run that is
+configs/paper, each on the slice that configs.paper.SLICES names; `ablations` what the paper varies,
+of the Base models; `weak` one upcycled run on slices of 4 to 512 chips with the same examples per
+chip. Results are lines of ahead.jsonl; a run that is
 there, with these settings and this version of JAX, is not compiled again: after a change of moejax
 itself, delete its line. What the estimate of the time assumes stands in moejax/ahead/report.py and
 chips.py.
@@ -39,6 +40,16 @@ WEAK = {   # slice -> experts' axis; the rest of the chips split the data
     'v5p:2x2x1': 4, 'v5p:2x2x2': 8, 'v5p:2x2x4': 16, 'v5p:2x4x4': 32, 'v5p:4x4x4': 32,
     'v5p:4x4x8': 32, 'v5p:4x8x8': 32, 'v5p:8x8x8': 32}
 PER_CHIP = 16   # examples
+TABLES = {'paper': 'The runs of configs/paper', 'ablations': "The paper's ablations",
+          'weak': f'T5 Base, upcycled, {PER_CHIP} examples per chip'}
+
+# config -> keys of its MoE layers; and {what is varied: the preset that routes, or changes}
+STACKS = {'t5_base_upcycled': ('model.encoder_moe', 'model.decoder_moe'),
+          'vit_b16_upcycled': ('model.moe',)}
+ABLATIONS = {
+    'C = 1': {'capacity_factor': 1.0}, 'C = 3': {'capacity_factor': 3.0},
+    '8 experts': {'num_experts': 8}, '128 experts': {'num_experts': 128},
+    'every layer': {'layers': 'every_1'}, 'top-1': 'switch', 'top-2': 'vmoe'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +57,9 @@ class Entry:
   """One program to compile.
 
   Attributes:
-    table: 'paper' or 'weak'.
-    name: what its line says.
-    config: file in configs/paper.
+    table: of TABLES.
+    name: what its line says; '<dense run>_upcycled...' of an upcycled one.
+    config: file in configs/paper, and ':' and its argument, if any.
     slice: as --compile_for.
     changes: dotted config keys -> values.
   """
@@ -61,14 +72,19 @@ class Entry:
   @property
   def key(self) -> str:
     """Of the settings, the slice and the version of JAX; moejax's own code does not count."""
-    config = importlib.import_module(f'configs.paper.{self.config}').get_config()
-    config.update_from_flattened_dict(dict(self.changes))
-    text = settings.to_json(settings.resolve(config)) + self.slice + jax.__version__
+    text = settings.to_json(self.run_config()) + self.slice + jax.__version__
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+  def run_config(self) -> settings.RunConfig:
+    module, _, argument = self.config.partition(':')
+    config = importlib.import_module(f'configs.paper.{module}').get_config(argument or None)
+    config.update_from_flattened_dict(dict(self.changes))
+    return settings.resolve(config)
 
   def command(self, workdir: str) -> list[str]:
     """Words after `python`."""
-    return ['-m', 'moejax.main', f'--config=configs/paper/{self.config}.py',
+    module, colon, argument = self.config.partition(':')
+    return ['-m', 'moejax.main', f'--config=configs/paper/{module}.py{colon}{argument}',
             *(f'--config.{key}={value}' for key, value in self.changes.items()),
             f'--compile_for={self.slice}', f'--workdir={workdir}', '--compilation_cache=']
 
@@ -77,14 +93,26 @@ def entries() -> list[Entry]:
   """All there are, the cheapest tables first."""
   found = []
   for name, slice_name in paper.SLICES.items():
-    pair = [name] if name.endswith('superglue') else [name, f'{name}_upcycled']
-    found += [Entry('paper', run, run, slice_name) for run in pair]
+    upcycled = f'{name}:upcycled' if name.endswith('superglue') else f'{name}_upcycled'
+    found += [Entry('paper', name, name, slice_name),
+              Entry('paper', f'{name}_upcycled', upcycled, slice_name)]
+  found += [_ablation(config, what) for config in STACKS for what in ABLATIONS]
   for slice_name, experts in WEAK.items():
     _, count = chips.parse(slice_name)
     found.append(Entry('weak', f'{count} chips', 't5_base_upcycled', slice_name, {
         'mesh.expert': experts, 'data.batch_size': PER_CHIP * count,
         'data.eval_batch_size': PER_CHIP * count}))
   return found
+
+
+def _ablation(config: str, what: str) -> Entry:
+  slice_name, varied = paper.SLICES[config.removesuffix('_upcycled')], ABLATIONS[what]
+  if isinstance(varied, str):
+    return Entry('ablations', f'{config}, {what}', f'{config}:{varied}', slice_name)
+  changes = {f'{stack}.{key}': value for stack in STACKS[config] for key, value in varied.items()}
+  if varied.get('num_experts', 32) < 32:
+    changes['mesh.expert'] = varied['num_experts']
+  return Entry('ablations', f'{config}, {what}', config, slice_name, changes)
 
 
 def compile_entry(entry: Entry) -> dict[str, Any]:
@@ -133,13 +161,12 @@ LEGEND = (
 
 
 def page(lines: list[dict[str, Any]]) -> str:
-  """Markdown of both tables, in the order of `entries`."""
+  """Markdown of the tables, in the order of `entries`."""
   place = {(entry.table, entry.name): i for i, entry in enumerate(entries())}
   lines = sorted(lines, key=lambda x: place.get((x['table'], x['name']), len(place)))
   mfu = {x['name']: x['roofline']['mfu_serial'] for x in lines if x['table'] == 'paper'}
   out = ['# Compiled for TPUs', '']
-  for table, title in (('paper', 'The runs of configs/paper'),
-                       ('weak', f'T5 Base, upcycled, {PER_CHIP} examples per chip')):
+  for table, title in TABLES.items():
     rows = [x for x in lines if x['table'] == table]
     if rows:
       out += [f'## {title}', '', '| ' + ' | '.join(COLUMNS) + ' |',
@@ -155,9 +182,8 @@ def _row(line: dict[str, Any], mfu: Mapping[str, float]) -> str:
   sent = lambda kinds: sum(c['sent_bytes'] for c in line['collectives']
                            if (c['kind'] == 'all-to-all') == kinds)
   memory, roof, work = line['memory'], line['roofline'], line['flops']
-  parent = mfu.get(line['name'].removesuffix('_upcycled'))
-  beside = (f'{roof["mfu_serial"] / parent:.2f}' if parent and line['name'].endswith('_upcycled')
-            else '')
+  parent, upcycled, _ = line['name'].partition('_upcycled')
+  beside = f'{roof["mfu_serial"] / mfu[parent]:.2f}' if upcycled and parent in mfu else ''
   mesh = ' '.join(f'{axis}={size}' for axis, size in line['mesh'].items() if size > 1) or '1'
   cells = [line['name'], line['slice'], mesh, f'{line["parameters"] / 1e6:,.0f} M',
            f'{line["parameters_active_per_token"] / 1e6:,.0f} M', gib(memory['total']),
@@ -171,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
   """Compiles, or shows; returns the exit code. Raises ConfigError on a wrong flag."""
   parser = cli.Parser('python -m experiments.scale', __doc__)
   parser.add_argument('--only', metavar='TEXT', default='', help='runs with this in their names')
-  parser.add_argument('--table', choices=('paper', 'weak'), help='one of the tables')
+  parser.add_argument('--table', choices=tuple(TABLES), help='one of the tables')
   parser.add_argument('--show', action='store_true', help='print what is compiled, and no more')
   parser.add_argument('--results', metavar='DIR', type=pathlib.Path, default=FOLDER,
                       help=f'folder of {FILE} and {PAGE} (default: %(default)s)')

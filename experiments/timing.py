@@ -12,6 +12,7 @@ depend on them, but for the grouped dispatch, which takes a little less the more
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -46,7 +47,7 @@ BATCHES = 8       # different ones a step is fed in turn
 DEFAULTS = DataConfig()
 
 Table = Mapping[tuple[str, str, str], float]   # (devices, base's step, step) -> ratio
-Advance = Callable[[int], None]                # takes so many steps, and waits for the last
+Advance = Callable[[int], int]                 # takes at least so many steps, waits; how many
 
 
 def timed(run: Run) -> settings.RunConfig:
@@ -154,15 +155,17 @@ def prepare(config: settings.RunConfig, tick: Callable[[], Any] = lambda: None) 
   program = loop.Program(config, Plan.make(config, 0))
   program.compile()
   state, _ = program.step.first_state(None)
-  batches = [program.put(program.dataset.train_batch(step)) for step in range(BATCHES)]
+  batches = [program.put(batch) for batch in itertools.islice(program.train_batches(0), BATCHES)]
   done = 0
 
-  def advance(steps: int) -> None:
+  def advance(steps: int) -> int:
     nonlocal state, done
-    for _ in range(steps):
-      state, marker = program.train_step(state, batches[done % BATCHES])
+    dispatches = -(-steps // program.step.steps)
+    for _ in range(dispatches):
+      state, marker = program.train_step(state, batches[done % len(batches)])
       done += 1
     jax.block_until_ready(marker)
+    return dispatches * program.step.steps
 
   advance(1)
   tick()
@@ -190,10 +193,10 @@ def interleaved(advances: Sequence[Advance], rounds: int, tick: Callable[[], Any
 
 
 def _seconds(advance: Advance, steps: int) -> float:
-  """Seconds per step."""
+  """Seconds per step, of at least so many."""
   started = time.perf_counter()
-  advance(steps)
-  return (time.perf_counter() - started) / steps
+  taken = advance(steps)
+  return (time.perf_counter() - started) / taken
 
 
 def _line(label: str, arm: Arm, devices: str, per_round: list[float]) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
 
 
 def step_of(config: RunConfig, devices) -> Step:
-  """The train step for devices that need not be there, from shapes alone."""
+  """The train step, a single one, for devices that need not be there, from shapes alone."""
+  config = dataclasses.replace(config, steps_per_dispatch=1)
   return Step.of(config, Plan.make(config, 0), devices, batch_shapes(config))
 
 

@@ -18,10 +18,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax import sharding
 
 Initializer = Callable[..., jax.Array]
+EXPERT_MATMUL = 'expert_matmul'   # what models.stack's policies keep goes by this name
 
 ACTIVATIONS = {
     'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
@@ -217,6 +219,7 @@ class MLP(nnx.Module):
     def project(name, h):
       kernel = weights[name].astype(h.dtype)
       y = h @ kernel if rows is None else rows.matmul(h, kernel)
+      y = checkpoint_name(y, EXPERT_MATMUL) if kernel.ndim == 3 else y
       if not self.has_bias:
         return y
       if rows is not None:

@@ -21,12 +21,13 @@ PLACES = 6  # where a block draws: inside and after attention, cross-attention a
 
 _policies = jax.checkpoint_policies
 _routing = _policies.save_only_these_names(routing.KEPT)
+_experts = _policies.save_only_these_names(routing.KEPT, layers.EXPERT_MATMUL)
 
 # What the backward pass finds instead of computing it again; 'none' keeps everything.
 REMAT = {
     'none': None,
     'dots': _policies.save_from_both_policies(   # matmuls with weights, and who goes where
-        _policies.dots_with_no_batch_dims_saveable, _routing),
+        _policies.dots_with_no_batch_dims_saveable, _experts),
     'full': _routing,                            # inputs of blocks, and who goes where
 }
 

@@ -46,13 +46,15 @@ def gather(routing: SlotRouting, x: jax.Array, weights: dict, apply: Apply,
   G, S, D = x.shape
   _, E, C = routing.index.shape
   index = routing.index.reshape(G, E * C)
-  buffers = jnp.take_along_axis(x, index[..., None], axis=1)        # (G, E*C, D)
+  wide = jnp.promote_types(x.dtype, jnp.float32)   # of the two sums over slots, here and in the gradient of this:
+  buffers = jnp.take_along_axis(x.astype(wide), index[..., None], axis=1).astype(x.dtype)
   buffers = jnp.where(routing.valid.reshape(G, E * C, 1), buffers, 0)
   out = _run(buffers.reshape(G, E, C, D), weights, apply, exchange)
   # A product alike, but its gradient is the einsum over D that XLA on CPU sums quickly at G = 1.
   out = jnp.einsum('GECD,GEC->GECD', out, routing.weight.astype(out.dtype))
   group = jnp.arange(G)[:, None]
-  return jnp.zeros_like(x).at[group, index].add(out.reshape(G, E * C, D))
+  out = out.reshape(G, E * C, D).astype(wide)
+  return jnp.zeros(x.shape, wide).at[group, index].add(out).astype(x.dtype)
 
 
 def einsum(routing: SlotRouting, x: jax.Array, weights: dict, apply: Apply,
@@ -102,11 +104,14 @@ def grouped(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict, ap
   expert, token = _flat_assignments(routing, G, S)                  # (N,) each
   rows = by_expert(expert, routing.valid.reshape(-1), E)
   token = token[rows.order]                                         # (P,) in [0, G*S)
-  buffer = jnp.where(rows.valid[:, None], x.reshape(G * S, D)[token], 0)
+  wide = jnp.promote_types(x.dtype, jnp.float32)   # of the two sums over choices, as in `gather`
+  buffer = x.reshape(G * S, D).astype(wide)[token].astype(x.dtype)
+  buffer = jnp.where(rows.valid[:, None], buffer, 0)
   out = apply(weights, buffer, rows=rows)
   weight = routing.weight.reshape(-1)[rows.order].astype(out.dtype)
   out = jnp.where(rows.valid[:, None], out * weight[:, None], 0)    # (P, D)
-  return jnp.zeros_like(x).reshape(G * S, D).at[token].add(out).reshape(G, S, D)
+  y = jnp.zeros((G * S, D), wide).at[token].add(out.astype(wide))
+  return y.astype(x.dtype).reshape(G, S, D)
 
 
 def reference(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict,

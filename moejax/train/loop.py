@@ -6,7 +6,9 @@ are thus on disk before its checkpoint; resuming there cuts off exactly what wil
 """
 
 import dataclasses
+import itertools
 import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from moejax.train.layout import Layout
 from moejax.train.pathology import Watch
 from moejax.train.plan import Plan, check_fit, facts, first_step
 from moejax.train.progress import Log, stop_signals
-from moejax.train.step import TrainState
+from moejax.train.step import TrainState, join
 from moejax.train.teacher import Teacher
 from moejax.train.workdir import Workdir, provenance
 
@@ -76,9 +78,9 @@ def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Host
     state = program.begin(workdir, log) if done is None else program.restore(writer, done, log)
     done, stop = int(state.step), None
     watch = Watch(config, plan.first)
-    for batch in program.dataset.train_batches(done, plan.end):
+    for batch in program.train_batches(done):
       state, marker = program.train_step(state, program.put(batch))
-      done += 1
+      done += program.step.steps
       log.tick(done, marker)
       if plan.log_due(done):
         window = log.train(done, state.window)
@@ -143,8 +145,14 @@ class Program:
     return data.build(config, seed=self.config.seed, host=self.devices.host,
                       hosts=self.devices.hosts)
 
+  def train_batches(self, start: int) -> Iterator[dict]:
+    """What train_step takes from step `start` on, still on the host."""
+    batches = self.dataset.train_batches(start, self.plan.end)
+    while together := list(itertools.islice(batches, self.step.steps)):
+      yield join(together, self.step.shard)
+
   def put(self, batch: dict) -> dict:
-    """A train batch on its devices, with what the teacher says to it."""
+    """What train_step takes, on its devices, with what the teacher says to it."""
     batch = self.devices.put(batch)
     return self.teacher(batch) if self.teacher else batch
 

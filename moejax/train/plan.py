@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -34,17 +35,29 @@ class Plan:
 
   @classmethod
   def make(cls, config: RunConfig, first: int) -> 'Plan':
-    """Raises ConfigError: a schedule that this run cannot follow."""
+    """Raises ConfigError: a schedule that this run cannot follow, or something that would be due in
+    the middle of a dispatch."""
     end = first + config.steps
     check_run(config.schedule, start_step=first, end_step=end)
-    return cls(first, end - config.schedule.cooldown_steps, end,
+    plan = cls(first, end - config.schedule.cooldown_steps, end,
                tuple(first + step for step in config.branch_steps), config.log_every,
                config.eval_every, config.checkpoint_every)
+    check(plan.whole % (config.steps_per_dispatch or 1) == 0, 'config.steps_per_dispatch',
+          config.steps_per_dispatch, f'a divisor of {plan.whole}',
+          'Everything falls due at a multiple of that: log_every and the first and last step; the '
+          'cooldown and branch_steps, if any.')
+    return plan
 
   @property
   def kept(self) -> set[int]:
     """Steps whose checkpoints stay, whatever config.keep_checkpoints says."""
     return {self.trunk, self.end, *self.branches}
+
+  @property
+  def whole(self) -> int:
+    """The largest number of steps such that nothing falls due, begins or ends between its
+    multiples."""
+    return math.gcd(self.first, self.log_every, *self.kept)   # evaluations are logged too
 
   def eval_due(self, step: int) -> bool:
     return step % self.eval_every == 0 or step == self.end

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from moejax.train import metrics
 from moejax.train.workdir import Workdir
 
-AHEAD = 2   # steps handed to the devices before waiting for the oldest
+AHEAD = 2   # dispatches handed to the devices before waiting for the oldest
 
 
 class Log:
@@ -41,6 +41,7 @@ class Log:
                     disable=not (self.terminal and workdir.writes), dynamic_ncols=True)
     self._in_flight = collections.deque()
     self._clock, self._timed = None, 0
+    self._at = first if done is None else done
 
   def __enter__(self) -> 'Log':
     return self
@@ -52,20 +53,22 @@ class Log:
         part.close()
 
   def tick(self, step: int, marker: jax.Array) -> None:
-    """Step number `step` was handed to the devices; waits so that at most AHEAD are in flight.
+    """Steps up to `step` were handed to the devices; waits so that at most AHEAD dispatches are in
+    flight.
 
-    marker: any output of the step that is not donated to the next.
+    marker: any output of the last that is not donated to the next.
     """
+    steps, self._at = step - self._at, step
     self._in_flight.append(marker)
     if len(self._in_flight) > AHEAD:
       jax.block_until_ready(self._in_flight.popleft())
-    if self._clock is None:   # the first step may load what it needs; time from its end
+    if self._clock is None:   # the first may load what it needs; time from its end
       jax.block_until_ready(marker)
       self.phase('training', step)
-      self._clock, self._timed = time.perf_counter(), -1
-    self._timed += 1
+      self._clock, self._timed = time.perf_counter(), -steps
+    self._timed += steps
     self._moved(f'training, step {step}')
-    self.bar.update(1)
+    self.bar.update(steps)
 
   def train(self, step: int, window: dict) -> dict[str, float]:
     """Reports the sums of train metrics since the last time; returns them as means."""

@@ -36,6 +36,10 @@ class RunConfig:
     parallel: 'mesh' (jit over mesh axes) or 'pmap' (data-parallel).
     execution: how stacks of blocks run: unrolled or scanned, what the backward pass computes again.
     microbatches: gradient accumulation, parts per batch.
+    steps_per_dispatch: train steps that are handed to the devices at once, as one program that
+      loops over them; results are the same but for rounding. Where a step is so short that the host
+      cannot keep up, as in a small model on a GPU, that saves time. 0: several where that is so
+      (see assemble.steps_per_dispatch).
     task: what is trained on: label smoothing, z-loss, distillation.
     decode: how outputs are decoded, at the last step, for data that is scored by them.
     probe: few-shot linear probe of a ViT's features, at the last step.
@@ -61,6 +65,7 @@ class RunConfig:
   parallel: str = 'mesh'
   execution: Execution = Execution()
   microbatches: int = 1
+  steps_per_dispatch: int = 0
   log_every: int = 50
   eval_every: int = 500
   eval_splits: tuple = ('test',)
@@ -74,6 +79,8 @@ class RunConfig:
                  'keep_checkpoints'):
       value = getattr(self, name)
       check(value >= 1, f'config.{name}', value, '>= 1', 'Use 1 or more.')
+    check(self.steps_per_dispatch >= 0, 'config.steps_per_dispatch', self.steps_per_dispatch,
+          '>= 0', 'Use 1, or 0 to have it chosen.')
     for name in ('eval_every', 'checkpoint_every'):
       value = getattr(self, name)
       check(value % self.log_every == 0, f'config.{name}', value,

@@ -6,10 +6,11 @@ the gradient of its numerators over the global denominators, and gradients simpl
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax import stacking, tasks, trees
 from moejax.moe import balance
@@ -175,6 +176,28 @@ def split(batch: dict, parts: int, rows_per_group: int) -> list[dict] | dict:
     x = x.reshape(-1, parts, rows_per_group, *x.shape[1:])
     return x.swapaxes(0, 1).reshape(parts, -1, *x.shape[3:])
   return jax.tree.map(cut, batch)
+
+
+def join(batches: Sequence[dict], rows: int) -> dict:
+  """Train batches of one host -> a batch that `split(_, len(batches), rows)` cuts into them again.
+
+  rows: of a batch on each device, which stay there.
+  """
+  def joined(*leaves):
+    x = np.stack(leaves)
+    return x.reshape(len(leaves), -1, rows, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
+  return jax.tree.map(joined, *batches) if len(batches) > 1 else batches[0]
+
+
+def dispatch(train_step: Callable, steps: int, rows: int) -> Callable:
+  """(state, `join`ed batches) -> (state after `steps` of train_step, the last objective).
+
+  The state's window has its entries from the start. rows: as for join.
+  """
+  def run(state: TrainState, batches: dict) -> tuple[TrainState, jax.Array]:
+    state, objectives = jax.lax.scan(train_step, state, split(batches, steps, rows))
+    return state, objectives[-1]
+  return run if steps > 1 else train_step
 
 
 def accumulate(fn: Callable, parts: dict):

@@ -1,5 +1,6 @@
 """Cells on a GPU: what they are, what stands beside their time, resuming, a tiny one for real."""
 
+import dataclasses
 import json
 
 import jax
@@ -31,7 +32,7 @@ def test_the_parts_of_a_step_are_all_its_flops(scale):
 
 def test_cells_are_what_they_are_called():
   found = {cell.name: cell for cell in gpu.cells(gpu.SCALES['gpu'])}
-  assert len(found) == 2 * 7 + 2 * 14   # dense, and 2 sizes of 3 routings; ViT both ways
+  assert len(found) == 2 * 9 + 2 * 18   # dense, and 2 sizes of 4 routings; ViT both ways
   config = found['t5_large-expert_choice-e32'].config(gpu.SCALES['gpu'], 64)
   assert config.model.encoder_moe.router == 'expert_choice'
   assert config.model.decoder_moe.router == 'top_k'   # an expert must not see later tokens
@@ -39,7 +40,7 @@ def test_cells_are_what_they_are_called():
   assert (config.model.moe.dispatch, config.model.moe.k, config.model.moe.num_experts) == (
       'grouped', 2, 8)
   assert config.execution.attention == 'fused' and config.model.dtype == 'bfloat16'
-  assert config.execution.remat == 'none' and config.mesh.expert == 1
+  assert config.execution.remat == 'dots' and config.mesh.expert == 1
 
 
 @pytest.mark.parametrize('part, wanted', [
@@ -119,7 +120,7 @@ def children(monkeypatch):
   found = Children()
   by_name = {cell.name: cell for cell in gpu.cells(SMOKE)}
 
-  def child(*flags):
+  def child(*flags, cache=''):
     if flags == ('--device',):
       return found.device
     name = flags[0].removeprefix('--cell=')
@@ -134,12 +135,12 @@ def children(monkeypatch):
 
 def test_what_is_there_is_not_measured_again_and_what_fails_is_told(children, tmp_path, capsys):
   flags = ['--scale=smoke', '--models=t5_base', f'--results={tmp_path}']
-  assert gpu.main(flags) == 1 and len(children) == 4
+  assert gpu.main(flags) == 1 and len(children) == 5
   assert 't5_base-top_2-e4: out of memory' in capsys.readouterr().err
-  assert gpu.main(flags) == 1 and children[4:] == ['t5_base-top_2-e4']
+  assert gpu.main(flags) == 1 and children[5:] == ['t5_base-top_2-e4']
   children.device = 'gpu: another'
-  assert gpu.main([*flags, '--only=dense']) == 0 and children[5:] == ['t5_base-dense']
-  assert len(metrics.read_lines(tmp_path / gpu.FILE)) == 4   # one per cell and device
+  assert gpu.main([*flags, '--only=dense']) == 0 and children[6:] == ['t5_base-dense']
+  assert len(metrics.read_lines(tmp_path / gpu.FILE)) == 5   # one per cell and device
   assert '## gpu: another' in (tmp_path / gpu.PAGE).read_text()
 
 
@@ -175,3 +176,23 @@ def test_a_tiny_dropless_t5_is_measured():
     ('cpu: cpu', None)])
 def test_peaks_go_by_whole_names(device, peak):
   assert gpu.peak_of(device) == peak
+
+
+def test_the_next_batch_that_is_tried_is_the_one_that_should_fit(monkeypatch):
+  """Of 64 examples at 10 bytes each beside 100 fixed ones, in 300 bytes: 16 fit."""
+  tried = []
+
+  def measure(step, available):
+    size = step.config.data.batch_size
+    tried.append(size)
+    found = gpu.forecast.Forecast(100, 0, activations=10 * size, available=available, compiled=True)
+    return object(), found
+  monkeypatch.setattr(gpu.forecast, 'free', lambda devices: 300)
+  monkeypatch.setattr(gpu.forecast, 'measure', measure)
+  cell = {cell.name: cell for cell in gpu.cells(SMOKE)}['vit_b16-dense']
+  scale = dataclasses.replace(SMOKE, batches={'vit_b16': 64})
+  step = gpu._largest(cell, scale)[1]
+  assert tried == [64, 16] and step.config.data.batch_size == 16
+  monkeypatch.setattr(gpu.forecast, 'free', lambda devices: 150)
+  with pytest.raises(ConfigError, match='a batch of 8'):
+    gpu._largest(cell, scale)

@@ -34,7 +34,7 @@ def compiled(monkeypatch):
     names.append(entry.name)
     if entry.name == 'vit_l16':
       raise ConfigError('vit_l16: does not fit')
-    return report(entry, 0.45 if entry.name.endswith('upcycled') else 0.5)
+    return report(entry, 0.45 if '_upcycled' in entry.name else 0.5)
   monkeypatch.setattr(scale, 'compile_entry', compile_entry)
   return names
 
@@ -63,12 +63,33 @@ def test_ctrl_c_keeps_what_is_compiled(compiled, tmp_path, monkeypatch, capsys):
 
 
 def test_another_setting_replaces_the_line(compiled, tmp_path):
-  flags = [f'--results={tmp_path}', '--only=vit_b16_upcycled']
+  flags = [f'--results={tmp_path}', '--only=vit_b32_upcycled']
   scale.main(flags)
   path = tmp_path / scale.FILE
   path.write_text(path.read_text().replace('"key": "', '"key": "x'))
   scale.main(flags)
-  assert compiled == ['vit_b16_upcycled'] * 2 and len(metrics.read_lines(path)) == 1
+  assert compiled == ['vit_b32_upcycled'] * 2 and len(metrics.read_lines(path)) == 1
+
+
+def test_what_the_paper_varies_is_compiled_beside_its_dense_parent(compiled, tmp_path):
+  assert scale.main([f'--results={tmp_path}', '--only=vit_b16']) == 0
+  rows = {cells[1].strip(): [c.strip() for c in cells] for cells in (
+      line.split('|') for line in (tmp_path / scale.PAGE).read_text().splitlines()) if len(cells) > 1}
+  assert rows['vit_b16_upcycled, top-2'][13] == rows['vit_b16_upcycled'][13] == '0.90'
+  assert len(compiled) == 2 + len(scale.ABLATIONS)
+
+
+def test_ablations_are_what_they_are_called():
+  config = {entry.name: entry.run_config() for entry in scale.entries()}
+  eight = config['t5_base_upcycled, 8 experts']
+  assert eight.model.decoder_moe.num_experts == eight.mesh.expert == 8
+  assert eight.model.encoder_moe.capacity_factor == 2
+  assert config['t5_base_upcycled, C = 3'].model.encoder_moe.capacity_factor == 3
+  top = config['t5_base_upcycled, top-1'].model
+  assert (top.encoder_moe.router, top.encoder_moe.k, top.decoder_moe.k) == ('top_k', 1, 1)
+  assert len(config['vit_b16_upcycled, every layer'].model.sparse_layers()) == 12
+  fine = config['t5_base_superglue_upcycled']
+  assert fine.model.encoder_moe.num_experts == 32 and fine.data.source == 'super_glue'
 
 
 def test_the_page_has_the_numbers(compiled, tmp_path, capsys):

@@ -44,6 +44,7 @@ def clock(monkeypatch):
       def advance(steps):
         self.calls.append(name)
         self.now += steps * per_step(len(self.calls))
+        return steps
       return advance
   clock = Clock()
   clock.made, clock.calls = [], []

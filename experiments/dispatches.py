@@ -1,0 +1,173 @@
+"""Does the host keep up? Step times of small models by how many steps a dispatch has.
+
+  python -m experiments.dispatches                     the mini models, dense and upcycled
+  python -m experiments.dispatches --models=vit        those with that in their names
+  python -m experiments.dispatches --scale=smoke       tiny ones, to see that it works
+  python -m experiments.dispatches --show              the table of what is measured, and no more
+
+Of each model the train steps with 1, 5, 25 and 50 steps per dispatch (config.steps_per_dispatch)
+take turns, round by round, all with what the train loop does on the host: batches are put together,
+sent and handed over, and at most two dispatches are in flight. Batches are made beforehand.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from configs import t5_stdlib, t5_stdlib_upcycled, vit_glyphs, vit_glyphs_upcycled
+from experiments import cli, results
+from moejax.config import fail
+from moejax.train import loop, metrics, settings, workdir
+from moejax.train.plan import Plan
+from moejax.train.progress import AHEAD
+from moejax.train.step import join
+
+FOLDER = pathlib.Path(__file__).parent / 'results/gpu'
+FILE, PAGE = 'dispatches.jsonl', 'dispatches.md'
+MODELS = {'t5_stdlib': t5_stdlib, 't5_stdlib_upcycled': t5_stdlib_upcycled,
+          'vit_glyphs': vit_glyphs, 'vit_glyphs_upcycled': vit_glyphs_upcycled}
+STEPS = (1, 5, 25, 50)      # per dispatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """A round is `least` steps of each, or more to end with a dispatch; `per`: per dispatch."""
+  per: tuple[int, ...]
+  rounds: int
+  least: int
+  runlocal: bool = False
+
+
+SCALES = {'mini': Scale(STEPS, 11, 200), 'smoke': Scale((1, 2), 2, 2, runlocal=True)}
+
+
+def config(name: str, per: int, scale: Scale) -> settings.RunConfig:
+  """The run of a config file, from fresh weights, with its batch on every device."""
+  found = MODELS[name].get_config('runlocal' if scale.runlocal else None)
+  found.init.update(mode='scratch', parent='', optimizer='reset')
+  found.schedule.cooldown_steps = 0
+  found.steps_per_dispatch = per
+  found.data.batch_size *= jax.device_count()
+  found.data.eval_batch_size *= jax.device_count()
+  found.steps = found.log_every = found.eval_every = found.checkpoint_every = 100
+  return settings.resolve(found)
+
+
+def prepare(run: settings.RunConfig, least: int) -> Callable[[], float]:
+  """Compiles; what is returned takes at least so many steps, and says how long one took, in s."""
+  program = loop.Program(run, Plan.make(run, 0))
+  program.compile()
+  state, _ = program.step.first_state(None)
+  per = run.steps_per_dispatch
+  batches = [program.dataset.train_batch(step) for step in range(per)]
+  dispatches = -(-least // per)
+
+  def advance() -> float:
+    nonlocal state
+    flying = collections.deque()
+    started = time.perf_counter()
+    for _ in range(dispatches):
+      state, marker = program.train_step(state, program.put(join(batches, program.step.shard)))
+      flying.append(marker)
+      if len(flying) > AHEAD:
+        jax.block_until_ready(flying.popleft())
+    jax.block_until_ready(state)
+    return (time.perf_counter() - started) / (dispatches * per)
+  return advance
+
+
+def measure(name: str, scale: Scale, tick: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+  """A line of FILE, but for its command: seconds of a step by steps per dispatch, [lower quartile,
+  median, upper quartile], and their ratios to one step per dispatch, likewise."""
+  advances = {per: prepare(config(name, per, scale), scale.least) for per in scale.per}
+  for advance in advances.values():
+    advance()
+    tick()
+  took = {per: [] for per in advances}
+  for n in range(scale.rounds):
+    order = list(advances)
+    for per in order[n % len(order):] + order[:n % len(order)]:
+      took[per].append(advances[per]())
+      tick()
+  quartiles = lambda values: statistics.quantiles(values, n=4, method='inclusive')
+  ratios = {per: [a / b for a, b in zip(times, took[1])] for per, times in took.items()}
+  device = jax.local_devices()[0]
+  return {'model': name, 'rounds': scale.rounds, 'device': f'{device.platform}: '
+          f'{device.device_kind}', 'versions': workdir.versions(),
+          'seconds': {str(per): quartiles(times) for per, times in took.items()},
+          'ratios': {str(per): quartiles(values) for per, values in ratios.items()}}
+
+
+def run(names: list[str], scale_name: str, folder: pathlib.Path) -> int:
+  """Measures all, in place of what was there from such a device; returns 0 failures."""
+  scale = SCALES[scale_name]
+  total = len(names) * len(scale.per) * (scale.rounds + 1)
+  with tqdm(total=total, unit='round', dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+    for name in names:
+      bar.set_postfix_str(name)
+      line = {**measure(name, scale, bar.update),
+              'command': f'python -m experiments.dispatches --scale={scale_name}'}
+      kept = [x for x in metrics.read_lines(folder / FILE)
+              if (x['model'], x['device']) != (name, line['device'])]
+      results.write_text(folder / FILE, ''.join(json.dumps(x) + '\n' for x in [*kept, line]))
+  return 0
+
+
+LEGEND = ('Milliseconds of a train step, median of the rounds, by how many steps a dispatch has; in '
+          'brackets the ratio to one step per dispatch, median and quartiles over rounds that took '
+          'turns.')
+
+
+def page(lines: list[dict[str, Any]]) -> str:
+  """Markdown, a table per device."""
+  out = ['# Steps per dispatch', '']
+  for device in sorted({x['device'] for x in lines}):
+    rows = [x for x in lines if x['device'] == device]
+    per = sorted({p for x in rows for p in x['seconds']}, key=int)
+    out += [f'## {device}', '', '| model | ' + ' | '.join(per) + ' |', '|---|' + '---:|' * len(per),
+            *(_row(x, per) for x in sorted(rows, key=lambda x: list(MODELS).index(x['model']))), '',
+            f'JAX {", ".join(sorted({x["versions"]["jax"] for x in rows}))}; '
+            + ', '.join(f'`{c}`' for c in sorted({x['command'] for x in rows})) + '.', '']
+  return '\n'.join(out + textwrap.wrap(LEGEND, 100)) + '\n'
+
+
+def _row(x: dict[str, Any], per: list[str]) -> str:
+  def cell(p):
+    if p not in x['seconds']:
+      return '–'
+    low, middle, high = x['ratios'][p]
+    ratio = '' if p == '1' else f' ({middle:.2f}, {low:.2f} to {high:.2f})'
+    return f'{1e3 * x["seconds"][p][1]:.2f}{ratio}'
+  return '| ' + ' | '.join([x['model'], *map(cell, per)]) + ' |'
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Measures, or shows; returns the exit code. Raises ConfigError on a wrong flag."""
+  parser = cli.Parser('python -m experiments.dispatches', __doc__)
+  parser.add_argument('--models', metavar='TEXT', default='',
+                      help=f'those with this in their names, of {", ".join(MODELS)}')
+  parser.add_argument('--scale', choices=tuple(SCALES), default='mini',
+                      help='how large (default: %(default)s)')
+  parser.add_argument('--show', action='store_true', help='print what is measured, and no more')
+  parser.add_argument('--results', metavar='DIR', type=pathlib.Path, default=FOLDER,
+                      help=f'folder of {FILE} and {PAGE} (default: %(default)s)')
+  args = parser.parse(argv, suite_required=False)
+  names = [name for name in MODELS if args.models in name]
+  if not names:
+    fail('--models', args.models, ', '.join(MODELS), 'It is a part of a name.')
+  return cli.measure(lambda: 0 if args.show else run(names, args.scale, args.results), page,
+                     args.results / FILE, None if args.show else args.results / PAGE)
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,44 @@
+"""Steps per dispatch: a tiny measurement for real, and its table."""
+
+import pytest
+
+from experiments import dispatches
+from moejax.config import ConfigError
+from moejax.train import metrics
+
+
+def test_a_small_one_is_measured_shown_and_measured_again(tmp_path, capsys):
+  flags = ['--scale=smoke', '--models=vit_glyphs_upcycled', f'--results={tmp_path}']
+  for _ in range(2):
+    assert dispatches.main(flags) == 0
+  (line,) = metrics.read_lines(tmp_path / dispatches.FILE)
+  assert line['model'] == 'vit_glyphs_upcycled' and line['rounds'] == 2
+  assert line['ratios']['1'] == [1, 1, 1]
+  assert all(low <= middle <= high and low > 0 for low, middle, high in line['seconds'].values())
+  assert '| vit_glyphs_upcycled |' in (tmp_path / dispatches.PAGE).read_text()
+  capsys.readouterr()
+  assert dispatches.main([*flags, '--show']) == 0
+  assert '## cpu: cpu' in capsys.readouterr().out
+
+
+def test_every_number_of_steps_is_of_the_same_run():
+  for name in dispatches.MODELS:
+    for per in dispatches.STEPS:
+      run = dispatches.config(name, per, dispatches.SCALES['mini'])
+      assert run.steps_per_dispatch == per and run.steps % per == 0
+      assert run.init.mode == 'scratch'
+
+
+def test_a_device_has_a_table_of_its_own():
+  line = {'model': 'vit_glyphs', 'device': 'gpu: A', 'versions': {'jax': '1'}, 'command': 'c',
+          'seconds': {'1': [1, 2e-3, 3], '25': [1, 5e-4, 3]},
+          'ratios': {'1': [1, 1, 1], '25': [0.2, 0.25, 0.3]}}
+  text = dispatches.page([line, {**line, 'device': 'gpu: B'}])
+  assert text.count('| vit_glyphs | 2.00 | 0.50 (0.25, 0.20 to 0.30) |') == 2
+  assert text.index('## gpu: A') < text.index('## gpu: B')
+
+
+def test_no_such_model(tmp_path):
+  with pytest.raises(ConfigError, match="--models: got 'bert'.*vit_glyphs_upcycled"):
+    dispatches.main(['--models=bert', f'--results={tmp_path}'])
+  assert not list(tmp_path.iterdir())
