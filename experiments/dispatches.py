@@ -123,9 +123,9 @@ def run(names: list[str], scale_name: str, folder: pathlib.Path) -> int:
   return 0
 
 
-LEGEND = ('Milliseconds of a train step, median of the rounds, by how many steps a dispatch has; in '
-          'brackets the ratio to one step per dispatch, median and quartiles over rounds that took '
-          'turns.')
+LEGEND = ('Milliseconds of a train step, median of the rounds, by how many steps a dispatch has; '
+          'in brackets the ratio to one step per dispatch, median and quartiles over rounds that '
+          'took turns.')
 
 
 def page(lines: list[dict[str, Any]]) -> str:

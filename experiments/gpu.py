@@ -52,7 +52,7 @@ LIMIT = 1.15    # what an upcycled step may take, over the sum of its matmuls an
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """batches: {model: largest batch}. experts: E of upcycled cells. rounds, least: parts.per_call's."""
+  """batches: {model: largest batch}. experts: E of upcycled cells. rounds, least: per_call's."""
   batches: Mapping[str, int]
   experts: tuple[int, ...]
   rounds: int

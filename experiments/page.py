@@ -31,7 +31,7 @@ def to_markdown(suites: dict[str, Results], notes: str = '') -> str:
     suites: {name of the folder beside the page: its results}.
     notes: what stands under 'Where we disagree, and why'.
   """
-  decided = {name: verdict.decide(found.claims, found.rows) for name, found in suites.items()}
+  decided = {name: verdict.of(found) for name, found in suites.items()}
   out = ['# Results', '',
          'Made by `python -m experiments.report` from the `results.jsonl` of each suite.', '',
          *_verdicts(suites, decided), '', *_facts(list(suites.values())), '']

@@ -101,6 +101,6 @@ class Session:
 
 def _verdicts(found: Results) -> str:
   """'2 reproduced, 1 undecided', or that there is no claim."""
-  outcomes = [v.outcome for v in verdict.decide(found.claims, found.rows)]
+  outcomes = [v.outcome for v in verdict.of(found)]
   return ', '.join(f'{outcomes.count(outcome)} {outcome}' for outcome in verdict.OUTCOMES
                    if outcome in outcomes) or 'no claims'

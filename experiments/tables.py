@@ -62,7 +62,7 @@ def to_markdown(found: Results) -> str:
   """The table of each domain with the verdicts on its claims, and how they came about."""
   about, metrics = found.suite, found.suite['metrics']
   domains = lines_lib.by_domain(found.rows, metrics)
-  verdicts = verdict_lib.decide(found.claims, found.rows)
+  verdicts = verdict_lib.of(found)
   out = [f'# {about["suite"]}, scale {about["scale"]}', '']
   for domain, group in domains.items():
     rows = [row for line in group for row in line.rows.values()]

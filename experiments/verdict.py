@@ -20,7 +20,8 @@ the others easier.
 (lies within the margin), 'not reproduced' otherwise. Undecided at this scale in all other cases,
 and whatever the numbers say if there are fewer than 2 pairs, if the d_p are otherwise all the same
 (no spread to test against), or if a metric is not finite in any pair: a diverged run is never left
-out.
+out. Nothing is decided either before all pairs of the suite are trained, or it could be trained for
+as long as it takes to be right.
 
 **By chance.** Holm keeps the chance that a suite has any wrong verdict at 5 %, however many claims
 it makes. If no arm differed from any other, a suite would so have a false 'reproduced' among its
@@ -127,20 +128,28 @@ class Verdict:
   notes: tuple[str, ...] = ()
 
 
-def decide(claims: Sequence[Claim], rows: Sequence[Row]) -> list[Verdict]:
+def decide(claims: Sequence[Claim], rows: Sequence[Row], planned: int = 0) -> list[Verdict]:
   """The verdict on each claim of a suite.
 
   Args:
     claims: all of the suite's, since they are one family.
     rows: all of its arms.
+    planned: pairs that it is to have.
 
   Raises:
     ConfigError: a claim's metric is none that an arm of it measured.
   """
   tested = [_test(claim, rows) for claim in claims]
   adjusted = holm([1.0 if p is None else p for _, p, _ in tested])
-  return [Verdict(claim, found, p, q, _outcome(claim, found.mean, p, q), notes)
+  early = len({row['pair'] for row in rows}) < planned
+  return [Verdict(claim, found, p, q,
+                  UNDECIDED if early else _outcome(claim, found.mean, p, q), notes)
           for claim, (found, p, notes), q in zip(claims, tested, adjusted)]
+
+
+def of(results) -> list[Verdict]:
+  """`decide` on the claims of a results.Results."""
+  return decide(results.claims, results.rows, results.suite.get('pairs', 0))
 
 
 def _outcome(claim: Claim, mean: float, p: float | None, adjusted: float) -> str:

@@ -46,7 +46,7 @@ def gather(routing: SlotRouting, x: jax.Array, weights: dict, apply: Apply,
   G, S, D = x.shape
   _, E, C = routing.index.shape
   index = routing.index.reshape(G, E * C)
-  wide = jnp.promote_types(x.dtype, jnp.float32)   # of the two sums over slots, here and in the gradient of this:
+  wide = jnp.promote_types(x.dtype, jnp.float32)   # of the sums over slots, there and in gradients
   buffers = jnp.take_along_axis(x.astype(wide), index[..., None], axis=1).astype(x.dtype)
   buffers = jnp.where(routing.valid.reshape(G, E * C, 1), buffers, 0)
   out = _run(buffers.reshape(G, E, C, D), weights, apply, exchange)
@@ -104,7 +104,7 @@ def grouped(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict, ap
   expert, token = _flat_assignments(routing, G, S)                  # (N,) each
   rows = by_expert(expert, routing.valid.reshape(-1), E)
   token = token[rows.order]                                         # (P,) in [0, G*S)
-  wide = jnp.promote_types(x.dtype, jnp.float32)   # of the two sums over choices, as in `gather`
+  wide = jnp.promote_types(x.dtype, jnp.float32)   # of sums, as in `gather`
   buffer = x.reshape(G * S, D).astype(wide)[token].astype(x.dtype)
   buffer = jnp.where(rows.valid[:, None], buffer, 0)
   out = apply(weights, buffer, rows=rows)

@@ -217,3 +217,11 @@ def test_true_claims_are_found():
                 suites=20, seed=2)
   assert found == {verdict.REPRODUCED: pytest.approx(1), verdict.NOT_REPRODUCED: 0,
                    verdict.UNDECIDED: 0}
+
+
+def test_nothing_is_decided_before_all_pairs_are_trained():
+  given = rows('a', [0.0, 0.01, 0.02]) + rows('b', [1.0, 1.02, 1.01])
+  assert [verdict.decide([claim()], given, planned)[0].outcome for planned in (0, 3, 4)] == [
+      'reproduced', 'reproduced', 'undecided']
+  early, = verdict.decide([claim()], given, 5)
+  assert early.p < 0.01 and early.estimate.n == 3   # shown, all the same

@@ -133,6 +133,20 @@ def test_what_routers_sort_is_kept_and_not_sorted_again(remat):
   assert sorts(remat) == sorts('none') >= 3   # expert choice, top-k and its placing
 
 
+@pytest.mark.parametrize('dispatch', ['gather', 'grouped'])
+def test_matmuls_of_experts_are_kept_as_those_of_dense_layers_are(dispatch):
+  """`dots` computes no matmul with weights again: attention's two have none."""
+  def matmuls(remat):
+    config = vit.config('tiny', num_layers=2, moe=MoEConfig(
+        layers='every_2', num_experts=4, router='top_k', group_size=8, dispatch=dispatch))
+    model = models.build(config, Execution(False, remat))
+    text = jax.jit(objective(model, config)).lower(model.shapes).as_text()
+    return len(re.findall('stablehlo.dot_general', text))
+  attention_again = 2 * 2
+  assert matmuls('none') < matmuls('dots') <= matmuls('none') + attention_again
+  assert matmuls('full') >= matmuls('dots') + 2 * 4 + 2 * 2   # projections and MLPs of two blocks
+
+
 def test_an_unknown_policy_is_refused():
   with pytest.raises(ConfigError, match="config.execution.remat: got 'ful'.*'full'"):
     Execution(remat='ful')

@@ -333,6 +333,26 @@ def test_dispatch_in_bfloat16(way, case):
 
 
 @pytest.mark.parametrize('name', FAST)
+def test_what_many_slots_add_to_a_token_is_added_in_float32(name):
+  """1 and 256 times 1/256 are 2; added one by one in bfloat16 they stay 1. Gradients likewise."""
+  E = 257
+  slots = routing.SlotRouting(
+      jnp.zeros((1, E, 1), jnp.int32), jnp.where(jnp.arange(E) == 0, 1, 1 / 256)[None, :, None],
+      jnp.ones((1, E, 1), bool))
+  weights = {'scale': jnp.ones(E), 'shift': jnp.zeros(E)}
+
+  def total(x):
+    y = getattr(dispatch, name)(slots, x, weights, scale16)
+    return y.astype(jnp.float32).sum(), y
+  gradient, y = jax.jit(jax.grad(total, has_aux=True))(jnp.ones((1, 1, 1), jnp.bfloat16))
+  assert float(y[0, 0, 0]) == float(gradient[0, 0, 0]) == 2
+
+
+def scale16(weights, x, rows=None):
+  return scale(weights, x, rows).astype(x.dtype)
+
+
+@pytest.mark.parametrize('name', FAST)
 def test_dispatch_under_jit_with_swapped_groups(name):
   """Groups are independent: their order is the outputs' order."""
   case = CASES[4]

@@ -33,7 +33,7 @@ def test_batches_are_cut_again_as_they_were_joined(devices, steps):
   rows = 8 // devices
   again = split(join(batches, rows), steps, rows)
   for n in range(steps):
-    part = again[0] if steps == 1 else jax.tree.map(lambda x: x[n], again)
+    part = again[0] if steps == 1 else {name: x[n] for name, x in again.items()}
     jax.tree.map(np.testing.assert_array_equal, part, batches[n])
 
 
@@ -80,7 +80,7 @@ def test_what_falls_due_in_the_middle_is_refused(changes, whole, tmp_path):
   run = config(tmp_path / 'x', steps_per_dispatch=whole, **changes)
   assert Plan.make(run, 0).end == small.STEPS
   run = config(tmp_path / 'y', steps_per_dispatch=3, **changes)
-  with pytest.raises(ConfigError, match=rf'config.steps_per_dispatch: got 3, .*a divisor of {whole}\b'):
+  with pytest.raises(ConfigError, match=rf'steps_per_dispatch: got 3, .*a divisor of {whole}\b'):
     Plan.make(run, 0)
 
 
