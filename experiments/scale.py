@@ -29,7 +29,7 @@ import jax
 from tqdm import tqdm
 
 from configs import paper
-from experiments import cli, results
+from experiments import cli, results, scale_plot
 from moejax.ahead import chips
 from moejax.config import ConfigError, fail
 from moejax.train import metrics, settings
@@ -42,6 +42,8 @@ WEAK = {   # slice -> experts' axis; the rest of the chips split the data
 PER_CHIP = 16   # examples
 TABLES = {'paper': 'The runs of configs/paper', 'ablations': "The paper's ablations",
           'weak': f'T5 Base, upcycled, {PER_CHIP} examples per chip'}
+
+PLOTS = {'paper': scale_plot.pairs, 'weak': scale_plot.weak}
 
 # config -> keys of its MoE layers; and {what is varied: the preset that routes, or changes}
 STACKS = {'t5_base_upcycled': ('model.encoder_moe', 'model.decoder_moe'),
@@ -162,19 +164,32 @@ LEGEND = (
 
 def page(lines: list[dict[str, Any]]) -> str:
   """Markdown of the tables, in the order of `entries`."""
-  place = {(entry.table, entry.name): i for i, entry in enumerate(entries())}
-  lines = sorted(lines, key=lambda x: place.get((x['table'], x['name']), len(place)))
+  lines = _in_order(lines)
   mfu = {x['name']: x['roofline']['mfu_serial'] for x in lines if x['table'] == 'paper'}
   out = ['# Compiled for TPUs', '']
   for table, title in TABLES.items():
     rows = [x for x in lines if x['table'] == table]
     if rows:
       out += [f'## {title}', '', '| ' + ' | '.join(COLUMNS) + ' |',
-              '|---|---|---|' + '---:|' * (len(COLUMNS) - 3), *(_row(x, mfu) for x in rows), '']
+              '|---|---|---|' + '---:|' * (len(COLUMNS) - 3), *(_row(x, mfu) for x in rows), '',
+              *([f'![{title}]({table}.png)', ''] if table in PLOTS else [])]
   out += [*textwrap.wrap(LEGEND, 100), '',
           'Made by `python -m experiments.scale`, with JAX '
           + ', '.join(sorted({x['versions']['jax'] for x in lines})) + '.']
   return '\n'.join(out) + '\n'
+
+
+def _in_order(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  place = {(entry.table, entry.name): i for i, entry in enumerate(entries())}
+  return sorted(lines, key=lambda x: place.get((x['table'], x['name']), len(place)))
+
+
+def draw(folder: pathlib.Path) -> None:
+  """The plots that the page shows."""
+  lines = _in_order(metrics.read_lines(folder / FILE))
+  for table, plot in PLOTS.items():
+    if rows := [x for x in lines if x['table'] == table]:
+      plot(rows, folder / f'{table}.png')
 
 
 def _row(line: dict[str, Any], mfu: Mapping[str, float]) -> str:
@@ -207,8 +222,11 @@ def main(argv: list[str] | None = None) -> int:
   if not chosen:
     fail('--only', args.only, ', '.join(dict.fromkeys(entry.name for entry in entries())),
          'It is a part of such a name.')
-  return cli.measure(lambda: 0 if args.show else run(chosen, args.results), page,
+  code = cli.measure(lambda: 0 if args.show else run(chosen, args.results), page,
                      args.results / FILE, None if args.show else args.results / PAGE)
+  if not args.show:
+    draw(args.results)
+  return code
 
 
 if __name__ == '__main__':

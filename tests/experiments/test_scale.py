@@ -21,7 +21,8 @@ def report(entry, mfu=0.5):
       'collectives': [{'kind': 'all-to-all', 'sent_bytes': chips.GIB},
                       {'kind': 'all-reduce', 'sent_bytes': 2 * chips.GIB},
                       {'kind': 'all-gather', 'sent_bytes': chips.GIB}],
-      'roofline': {'serial': 0.5, 'mfu_serial': mfu}, 'seconds': {'compile': 61.0},
+      'roofline': {'serial': 0.5, 'mfu_serial': mfu, 'compute_bound': 0.2,
+                   'memory_bound': 0.2, 'network': 0.1}, 'seconds': {'compile': 61.0},
       'versions': {'jax': '1.2'}}
 
 
@@ -140,3 +141,17 @@ def test_its_report_becomes_a_line(monkeypatch):
   monkeypatch.setattr(scale.subprocess, 'run', run)
   line = scale.compile_entry(entry := scale.entries()[0])
   assert (line['name'], line['chips'], line['key']) == ('t5_base', 32, entry.key)
+
+
+def test_the_page_shows_plots_that_are_there(compiled, tmp_path, monkeypatch):
+  drawn = []
+  for name in ('pairs', 'weak'):
+    table = {'pairs': 'paper', 'weak': 'weak'}[name]
+    monkeypatch.setitem(scale.PLOTS, table, lambda rows, path, real=scale.PLOTS[table]: (
+        drawn.extend(x['name'] for x in rows), real(rows, path)))
+  assert scale.main([f'--results={tmp_path}', '--table=weak', '--only=2 chips']) == 0
+  assert drawn == ['32 chips', '512 chips'] and not (tmp_path / 'paper.png').exists()
+  assert scale.main([f'--results={tmp_path}', '--table=paper', '--only=vit_b']) == 0
+  text = (tmp_path / scale.PAGE).read_text()
+  for name in ('paper', 'weak'):
+    assert f']({name}.png)' in text and (tmp_path / f'{name}.png').stat().st_size > 5000
