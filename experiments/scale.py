@@ -158,7 +158,8 @@ LEGEND = (
     "the model's (flops.py), where what is above 1 is computed again in the backward pass; GiB "
     'sent in all-to-alls and in all other collectives. Step: estimated milliseconds, all '
     'operations and all communication one after another (moejax/ahead/report.py); MFU is what that '
-    'step would have. Nothing of this ran on a TPU. Compiled in: seconds on the machine that made '
+    'step would have; beside that of the dense run on the same slice, what is below '
+    f'{scale_plot.LIMIT} is marked !. Nothing of this ran on a TPU. Compiled in: seconds on the machine that made '
     'the table.')
 
 
@@ -198,7 +199,8 @@ def _row(line: dict[str, Any], mfu: Mapping[str, float]) -> str:
                            if (c['kind'] == 'all-to-all') == kinds)
   memory, roof, work = line['memory'], line['roofline'], line['flops']
   parent, upcycled, _ = line['name'].partition('_upcycled')
-  beside = f'{roof["mfu_serial"] / mfu[parent]:.2f}' if upcycled and parent in mfu else ''
+  share = roof['mfu_serial'] / mfu[parent] if upcycled and parent in mfu else None
+  beside = f'{share:.2f}{"!" if share < scale_plot.LIMIT else ""}' if share else ''
   mesh = ' '.join(f'{axis}={size}' for axis, size in line['mesh'].items() if size > 1) or '1'
   cells = [line['name'], line['slice'], mesh, f'{line["parameters"] / 1e6:,.0f} M',
            f'{line["parameters_active_per_token"] / 1e6:,.0f} M', gib(memory['total']),

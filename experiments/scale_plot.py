@@ -31,7 +31,8 @@ def weak(lines: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
                edgecolor='white')
       bottom = [a + b for a, b in zip(bottom, height)]
     step.set(title='Estimated step, all in turn', xlabel='chips', ylabel='ms')
-    step.legend(loc='lower right')
+    step.set_ylim(0, 1.25 * max(bottom))
+    step.legend(loc='upper left', ncols=3, fontsize=9)
     memory.bar(names, [line['memory']['total'] / 2**30 for line in lines], color=GRAY)
     memory.set(title='HBM of a chip', xlabel='chips', ylabel='GiB')
     figure.savefig(path, dpi=130, metadata={'Software': None})
