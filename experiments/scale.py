@@ -159,8 +159,8 @@ LEGEND = (
     'sent in all-to-alls and in all other collectives. Step: estimated milliseconds, all '
     'operations and all communication one after another (moejax/ahead/report.py); MFU is what that '
     'step would have; beside that of the dense run on the same slice, what is below '
-    f'{scale_plot.LIMIT} is marked !. Nothing of this ran on a TPU. Compiled in: seconds on the machine that made '
-    'the table.')
+    f'{scale_plot.LIMIT} is marked !. Nothing of this ran on a TPU. Compiled in: seconds on the '
+    'machine that made the table.')
 
 
 def page(lines: list[dict[str, Any]]) -> str:
