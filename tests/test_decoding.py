@@ -97,8 +97,9 @@ def test_steps_in_bfloat16_are_near_float32_and_give_float32():
   assert steps.dtype == jnp.float32
   assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype('bfloat16')}
   wide = np.asarray(stepper(MOE)(params, make_batch())[0])
-  error = np.abs(steps - wide).max() / np.abs(wide).max()
-  assert 1e-5 < error < 0.05
+  error = np.abs(steps - wide).max(-1) / np.abs(wide).max()         # of each token
+  assert 1e-5 < np.median(error) < 0.015
+  assert (error > 0.05).sum() <= 1   # rounding may send a token to another expert
 
 
 def test_steps_drop_nothing_where_the_forward_does():
