@@ -78,6 +78,7 @@ class Entry:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
   def run_config(self) -> settings.RunConfig:
+    """What is compiled. Raises ConfigError."""
     module, _, argument = self.config.partition(':')
     config = importlib.import_module(f'configs.paper.{module}').get_config(argument or None)
     config.update_from_flattened_dict(dict(self.changes))
