@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,6 +26,7 @@ from moejax import stacking, trees
 
 AXES = ('data', 'fsdp', 'expert', 'model')
 GROUP_AXES = ('data', 'fsdp', 'expert')   # examples, hence routing groups, are split over these
+EXCHANGED = 'exchanged'   # what came by all-to-all goes by this name in models.stack's policies
 
 # First match wins. Dimensions: E experts, D model, F hidden, H*K heads x head size, V vocabulary.
 RULES = (
@@ -186,8 +188,11 @@ def over_groups(fn: Callable) -> Callable:
 
 def exchange(apply: Callable) -> Callable:
   """apply(weights, (E, N, D)) where each device holds E/n experts: all-to-all there and back."""
+  def send(x, split, concat):
+    x = jax.lax.all_to_all(x, 'expert', split_axis=split, concat_axis=concat, tiled=True)
+    return checkpoint_name(x, EXCHANGED)
+
   def run(weights, x):
-    x = jax.lax.all_to_all(x, 'expert', split_axis=0, concat_axis=1, tiled=True)   # (E/n, n*N, D)
-    x = apply(weights, x)
-    return jax.lax.all_to_all(x, 'expert', split_axis=1, concat_axis=0, tiled=True)
+    x = apply(weights, send(x, 0, 1))                                              # (E/n, n*N, D)
+    return send(x, 1, 0)
   return run

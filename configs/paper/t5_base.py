@@ -39,7 +39,7 @@ def get_config(arg=None, size='base'):
   config.schedule.warmup_steps = 0
   config.schedule.timescale = 10_000
   config.task.z_loss = 1e-4
-  place(config, fsdp=4 if size == 'xl' else 1)
+  place(config, f't5_{size}')
 
   if words(arg):
     shrink_t5(config, 'stdlib_text', 114, 32)

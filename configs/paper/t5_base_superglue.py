@@ -31,7 +31,7 @@ def get_config(arg=None, size='base'):
   for moe, length in stacks(config):
     moe.group_size = moe.group_size and 8 * length   # 8 sequences, as before
 
-  place(config, expert=16 if upcycled else 1)   # 16 chips: one routing group each
+  place(config, 't5_base_superglue', sparse=upcycled)   # one routing group a chip
   config.model.dropout_rate = 0.1
   config.optimizer.learning_rate = 1e-3
   config.schedule.name = 'constant'

@@ -28,7 +28,7 @@ def get_config(arg=None, size='base'):
   set_moe(config.model.encoder_moe, name or 'sparse_upcycling')
   causal = name and presets.preset(name).causal
   set_moe(config.model.decoder_moe, name if causal else 'sparse_upcycling_decoder')
-  place(config, expert=32)
+  place(config, f't5_{size}', sparse=True)
   if runlocal:
     shrink_t5(config, 'stdlib_text', 114, 32)
   return config

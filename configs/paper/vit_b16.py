@@ -15,6 +15,11 @@ from moejax.models import vit
 from moejax.train import settings
 
 
+def short_name(size: str) -> str:
+  """'B/16' -> 'vit_b16'."""
+  return 'vit_' + size.lower().replace('/', '')
+
+
 def get_config(arg=None, size='B/16'):
   config = settings.default(vit.config(size, dtype='bfloat16'))
   config.steps = 134_400
@@ -44,7 +49,7 @@ def get_config(arg=None, size='B/16'):
   config.probe.shots = (10,)
   config.probe.examples = 51_200   # 50 of a class, more or less
 
-  place(config)
+  place(config, short_name(size))
   if words(arg):
     shrink_vit(config)
   return config

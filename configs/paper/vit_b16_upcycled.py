@@ -17,13 +17,13 @@ def get_config(arg=None, size='B/16', layers='last_6'):
   config.steps = 56_000
   config.eval_every = config.checkpoint_every = 2_800
   config.init.mode = 'upcycle'
-  config.init.parent = f'runs/vit_{size.lower().replace("/", "")}'
+  config.init.parent = f'runs/{vit_b16.short_name(size)}'
   config.model.moe.layers = layers
   config.model.moe.num_experts = 32
   set_moe(config.model.moe, name or 'sparse_upcycling')
   if not name:
     config.model.moe.renormalize = True
-  place(config, expert=16 if size == 'B/32' else 32)
+  place(config, vit_b16.short_name(size), sparse=True)
   if runlocal:
     shrink_vit(config)
   return config

@@ -1,8 +1,7 @@
-"""TPU chips and slices, and how long communication takes on them.
+"""TPU chips and slices.
 
 Figures are Google's published ones (cloud.google.com/tpu/docs); bandwidths of links are those that
-"How to Scale Your Model" (jax-ml.github.io/scaling-book, chapters 2 and 3) reckons with, from where
-the formulas for collectives are too.
+"How to Scale Your Model" (jax-ml.github.io/scaling-book, chapters 2 and 3) reckons with.
 """
 
 import dataclasses
@@ -10,7 +9,6 @@ import math
 import os
 import re
 
-from moejax.ahead.hlo import Collective
 from moejax.config import ConfigError, check, check_choice
 
 GIB = 2**30
@@ -49,27 +47,6 @@ def parse(slice_name: str) -> tuple[Chip, int]:
   check(bool(re.fullmatch(r'\d+(x\d+)+', shape)), '--compile_for', slice_name,
         'CHIP:AxB or CHIP:AxBxC', 'For example v5e:4x4 or v5p:4x4x8.')
   return CHIPS[kind], math.prod(map(int, shape.split('x')))
-
-
-def seconds(collective: Collective, chip: Chip) -> float:
-  """Time of one collective if nothing else is on the network, all its repetitions together.
-
-  On a ring of n chips, V bytes in all: all-gather and reduce-scatter V / W, all-reduce twice that,
-  all-to-all V / 4W, W being a link's bandwidth in both directions; each (n-1)/n of it. Groups are
-  taken to lie along one dimension of the torus if there are at most 16 of them, else along as many
-  as have 16 each: an all-gather then uses the links of all, and the longest decides an all-to-all.
-  """
-  n, size = collective.devices, collective.bytes
-  dims = min(chip.torus, max(1, math.ceil(math.log(n, 16))))
-  share = (n - 1) / n
-  if collective.kind == 'all-to-all':
-    longest = n ** (1 / dims)
-    each = longest * size * share / (4 * chip.link)
-  elif collective.kind == 'collective-permute':
-    each = size / (chip.link / 2)
-  else:
-    each = size * share / (dims * chip.link) * (2 if collective.kind == 'all-reduce' else 1)
-  return each * collective.times
 
 
 def topology(slice_name: str):

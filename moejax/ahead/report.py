@@ -2,9 +2,9 @@
 
 The real train step is compiled for the slice; no TPU and no data are needed. The estimate of its
 time is a roofline: each operation takes the longer of its FLOPs at the chip's peak and its HBM
-traffic at full bandwidth; communication is reckoned by `chips.seconds`. `serial` adds all of it up,
-`overlapped` hides the shorter of computation and communication behind the other. Real programs lie
-above `overlapped`: no operation reaches its roof.
+traffic at full bandwidth; communication is reckoned on the slice's links (network.py). `serial`
+adds all of it up, `overlapped` hides the shorter of computation and communication behind the other.
+Real programs lie above `overlapped`: no operation reaches its roof.
 """
 
 import collections
@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from moejax import flops
-from moejax.ahead import chips, hlo
+from moejax.ahead import chips, hlo, network
+from moejax.ahead.network import Network
 from moejax.config import ConfigError, check
 from moejax.train import forecast, parallel
 from moejax.train.assemble import Step
@@ -75,6 +76,7 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
   seconds = {'trace': traced - started, 'compile': time.monotonic() - traced}
   program = compiled.as_text()
   module = hlo.Module(program)
+  links = network.of(chip, devices.mesh.devices.flat)
   text = config.data.text
   lengths = {} if config.model.family == 'vit' else {
       'encoder_length': text.encoder_length, 'decoder_length': text.decoder_length}
@@ -88,7 +90,8 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
       'memory': _memory(compiled, chip), 'largest': _largest(module),
       'flops': {'model': work, 'executed': sum(
           n * module.flops(i, c) for i, n, c in module.run())},
-      'collectives': _collectives(module, chip), 'roofline': _roofline(module, chip, work),
+      'collectives': _collectives(module, links),
+      'roofline': _roofline(module, chip, links, work),
       'loops_of_unknown_length': len(module.unknown_loops),
       'seconds': {name: round(value, 1) for name, value in seconds.items()},
       'versions': {'jax': jax.__version__},
@@ -143,18 +146,19 @@ def _origin(scope: str) -> str:
   return '/'.join(words) or '(other)'
 
 
-def _collectives(module: hlo.Module, chip: chips.Chip) -> list[dict[str, Any]]:
+def _collectives(module: hlo.Module, links: Network) -> list[dict[str, Any]]:
   """One line per kind and number of devices."""
   found: dict[tuple, list] = collections.defaultdict(list)
   for collective in hlo.collectives(module):
     found[collective.kind, collective.devices].append(collective)
   return [{'kind': kind, 'devices': devices, 'times': sum(c.times for c in group),
            'sent_bytes': sum(c.sent for c in group),
-           'seconds': sum(chips.seconds(c, chip) for c in group)}
+           'seconds': sum(map(links.seconds, group))}
           for (kind, devices), group in sorted(found.items())]
 
 
-def _roofline(module: hlo.Module, chip: chips.Chip, work: float) -> dict[str, float]:
+def _roofline(module: hlo.Module, chip: chips.Chip, links: Network, work: float
+              ) -> dict[str, float]:
   """Seconds of a step by what bounds them, and the MFU that `work` FLOPs of a model would have."""
   compute = memory = 0.0
   for instruction, times, computation in module.run():
@@ -166,9 +170,9 @@ def _roofline(module: hlo.Module, chip: chips.Chip, work: float) -> dict[str, fl
       compute += times * by_flops
     else:
       memory += times * by_bytes
-  network = math.fsum(chips.seconds(c, chip) for c in hlo.collectives(module))
-  serial, overlapped = compute + memory + network, max(compute + memory, network)
-  return {'compute_bound': compute, 'memory_bound': memory, 'network': network, 'serial': serial,
+  talk = math.fsum(map(links.seconds, hlo.collectives(module)))
+  serial, overlapped = compute + memory + talk, max(compute + memory, talk)
+  return {'compute_bound': compute, 'memory_bound': memory, 'network': talk, 'serial': serial,
           'overlapped': overlapped, 'mfu_serial': work / (serial * chip.flops),
           'mfu_overlapped': work / (overlapped * chip.flops)}
 

@@ -20,15 +20,16 @@ from moejax.moe.layer import MoEConfig, MoELayer
 PLACES = 6  # where a block draws: inside and after attention, cross-attention and MLP
 
 _policies = jax.checkpoint_policies
-_routing = _policies.save_only_these_names(routing.KEPT)
-_experts = _policies.save_only_these_names(routing.KEPT, layers.EXPERT_MATMUL)
+_named = _policies.save_only_these_names
 
 # What the backward pass finds instead of computing it again; 'none' keeps everything.
 REMAT = {
     'none': None,
-    'dots': _policies.save_from_both_policies(   # matmuls with weights, and who goes where
-        _policies.dots_with_no_batch_dims_saveable, _experts),
-    'full': _routing,                            # inputs of blocks, and who goes where
+    'dots': _policies.save_from_both_policies(   # outputs of matmuls with weights, and as 'sent'
+        _policies.dots_with_no_batch_dims_saveable,
+        _named(routing.KEPT, sharding.EXCHANGED, layers.EXPERT_MATMUL)),
+    'sent': _named(routing.KEPT, sharding.EXCHANGED),   # as 'full', and what came by all-to-all
+    'full': _named(routing.KEPT),                # inputs of blocks, and who goes where
 }
 
 

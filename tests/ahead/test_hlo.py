@@ -51,24 +51,28 @@ def test_fused_communication_counts_once_and_what_is_computed_meanwhile_as_compu
   assert talking == {'all-reduce.1', 'scattered', 'async-collective-start.9'}
 
 
-@pytest.mark.parametrize('text, size', [
-    ('replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add', 4),
-    ('replica_groups=[4,32]<=[32,4]T(1,0), use_global_device_ids=true', 32),
-    ("replica_groups=mesh['axis_0'=4,'axis_1'=8] {'axis_0','axis_1'}, x={1}", 32),
-    ("replica_groups=mesh['axis_0'=16] {'axis_0':(2)4}", 4),
-    ("replica_groups=mesh['axis_0'=1,'axis_2'=4,'axis_3'=32], device_ids=([32,4]T(1,0)) {'axis_2'}",
-     4),
-    ("replica_groups=mesh['a'=4,'b'=8], device_ids=([32]) {'a','b'}, dimensions={2}", 32),
-    ('source_target_pairs={{0,1},{1,2}}', 2),
-    ('replica_groups={}, to_apply=%add', 0),
+@pytest.mark.parametrize('text, groups', [
+    ('replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add', [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ('replica_groups=[2,4]<=[8], dimensions={0}', [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ('replica_groups=[4,2]<=[2,4]T(1,0), use_global_device_ids=true',
+     [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}, x={1}", [[*range(8)]]),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}, x={1}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+    ("replica_groups=mesh['axis_0'=1,'axis_2'=2,'axis_3'=4], device_ids=([4,2]T(1,0)) {'axis_2'}",
+     [[0, 1], [2, 3], [4, 5], [6, 7]]),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'a','b'}, dimensions={2}", [[*range(8)]]),
+    ('source_target_pairs={{0,1},{1,2}}', [[0, 1], [1, 2]]),
+    ('replica_groups={}, to_apply=%add', [[*range(8)]]),
 ])
-def test_group_sizes_in_every_notation(text, size):
-  assert hlo.group_size(text) == size
+def test_groups_in_every_notation(text, groups):
+  assert hlo.groups_of(text, 8).tolist() == groups
 
 
 def test_a_notation_that_is_not_known_is_no_group_of_one():
   with pytest.raises(ValueError, match='who takes part'):
-    hlo.group_size('replica_groups=circle(8), dimensions={0}')
+    hlo.groups_of('replica_groups=circle(8), dimensions={0}', 8)
 
 
 @pytest.mark.parametrize('header, devices', [
