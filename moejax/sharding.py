@@ -6,8 +6,10 @@ Four axes, any of which may be 1. Examples are split over data x fsdp x expert; 
   data    replicas                      fsdp    replicas that also split parameters
   expert  experts live here             model   heads and hidden units live here
 
-RULES is the one table that splits parameters; optimizer slots follow their parameter. What no row
-matches (routers, norms, biases, position tables, patch embedding) is small and stays whole.
+RULES is the one table that splits parameters; optimizer slots follow their parameter, and so do
+activations: the compiler splits heads, hidden units and logits over `model` as the kernels that
+make them, and adds up what a block puts out. What no row matches (routers, norms, biases, position
+tables, patch embedding) is small and stays whole.
 """
 
 import dataclasses

@@ -87,6 +87,25 @@ def test_nor_in_a_dense_model_whose_parameters_are_split(execution):
   assert moved(64) == pytest.approx(moved(16), rel=0.01)
 
 
+def test_over_model_activations_are_added_where_a_matmul_ends_and_nowhere_else():
+  """Heads, hidden units and logits stay split: what grows with the batch is what a layer puts out,
+  and what its gradients say of its input, once per matrix that reads it."""
+  B, mesh = 16, dict(data=2, expert=2, model=2)
+  moved = lambda B, kind: sum(c.bytes for c in communication(B, **mesh) if c.kind == kind)
+  grown = lambda kind: moved(2 * B, kind) - moved(B, kind)
+  source, target = (B // 4 * length * D * 4 for length in (LENGTH, TARGET))   # of one device
+  read, ends = {'attention': 3, 'mlp': 2}, 1                # q, k, v; gate and up
+  sparse = C * (read['mlp'] + ends)                         # slots in place of tokens
+  encoder = LAYERS * (read['attention'] + ends) + read['mlp'] + ends + sparse
+  cross = LAYERS * (ends + 1)                               # of the target, q alone reads
+  embedded, logits = 1, 1
+  assert 0 < grown('all-reduce') <= 1.01 * (
+      source * (encoder + embedded + LAYERS * 2)            # k and v of cross-attention
+      + target * (encoder + embedded + cross + logits))
+  # Of every part of the logits a token's largest and its place, for loss and accuracy.
+  assert grown('all-gather') <= mesh['model'] * B // 4 * TARGET * (4 + 4)
+
+
 def test_experts_are_gathered_over_fsdp_and_not_over_expert():
   found = communication(16, **SPLIT)
   assert any(c.kind == 'all-gather' for c in found)
