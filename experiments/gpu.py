@@ -141,7 +141,7 @@ def measure(cell: Cell, scale: Scale) -> dict[str, Any]:
   for part in parts.parts(config.model, config.data.batch_size, *lengths):
     alone[type(part)] += parts.seconds(part, cell.attention == 'fused', rounds=scale.rounds,
                                        least=scale.least / 5)
-  work = flops.train_step_flops(config.model, config.data.batch_size, *lengths)
+  work = flops.train_step_flops(config.model, config.data.batch_size, *lengths, dispatch=False)
   total, active = flops.parameters(step.model.shapes, config.model)
   return {**dataclasses.asdict(cell), 'name': cell.name, 'batch_size': config.data.batch_size,
           'parameters': total, 'parameters_active_per_token': active, 'flops': work,

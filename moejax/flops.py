@@ -46,7 +46,7 @@ def parameters(shapes: dict, config) -> tuple[int, int]:
 
 
 def forward_flops(config, batch_size: int, encoder_length: int = 0, decoder_length: int = 0,
-                  train: bool = True) -> int:
+                  train: bool = True, dispatch: bool = True) -> int:
   """FLOPs of the forward pass of a batch.
 
   Args:
@@ -54,23 +54,28 @@ def forward_flops(config, batch_size: int, encoder_length: int = 0, decoder_leng
     batch_size: B, examples.
     encoder_length, decoder_length: tokens of an example, padding included, for T5; ViT has its own.
     train: capacity factor of training or of evaluation.
+    dispatch: whether one-hot matmuls that only move tokens count.
   """
   B = batch_size
   if config.family == 'vit':
     P, L = config.patch_size, config.num_tokens
     patches = (config.image_size // P) ** 2
     return (_matmul(B * patches, P * P * config.channels, config.d_model)
-            + _stack(config, 'encoder', B, L, None, train)
+            + _stack(config, 'encoder', B, L, None, train, dispatch)
             + _matmul(B, config.d_model, config.num_classes))
-  return (_stack(config, 'encoder', B, encoder_length, None, train)
-          + _stack(config, 'decoder', B, decoder_length, encoder_length, train)
+  return (_stack(config, 'encoder', B, encoder_length, None, train, dispatch)
+          + _stack(config, 'decoder', B, decoder_length, encoder_length, train, dispatch)
           + _matmul(B * decoder_length, config.d_model, config.vocab_size))
 
 
-def train_step_flops(config, batch_size: int, encoder_length: int = 0,
-                     decoder_length: int = 0) -> int:
-  """FLOPs of forward and backward pass, without the optimizer: three times `forward_flops`."""
-  return 3 * forward_flops(config, batch_size, encoder_length, decoder_length)
+def train_step_flops(config, batch_size: int, encoder_length: int = 0, decoder_length: int = 0,
+                     dispatch: bool = True) -> int:
+  """FLOPs of forward and backward pass, without the optimizer: three times `forward_flops`.
+
+  What is done for a model FLOPs utilisation (MFU) has dispatch=False: moving tokens by matmuls is
+  work of the hardware's, and none of the model's.
+  """
+  return 3 * forward_flops(config, batch_size, encoder_length, decoder_length, dispatch=dispatch)
 
 
 def _matmul(rows: int, d_in: int, d_out: int) -> int:
@@ -83,7 +88,8 @@ def _moe(config, stack: str):
   return config.moe if config.family == 'vit' else getattr(config, f'{stack}_moe')
 
 
-def _stack(config, stack: str, B: int, L: int, source_length: int | None, train: bool) -> int:
+def _stack(config, stack: str, B: int, L: int, source_length: int | None, train: bool,
+           dispatch: bool) -> int:
   """All blocks of a stack over B sequences of L tokens, cross-attending to source_length if any."""
   if config.family == 'vit':
     depth, sparse = config.num_layers, config.sparse_layers()
@@ -97,7 +103,7 @@ def _stack(config, stack: str, B: int, L: int, source_length: int | None, train:
   if source_length is not None:
     total += depth * _attention(B, L, source_length, D, inner)
   total += (depth - len(sparse)) * mlp(B * L)
-  return total + sum(_moe_layer(_moe(config, stack), E, B, L, D, F, mlp, train)
+  return total + sum(_moe_layer(_moe(config, stack), E, B, L, D, F, mlp, train, dispatch)
                      for E in sparse.values())
 
 
@@ -107,7 +113,8 @@ def _attention(B: int, L: int, M: int, D: int, inner: int) -> int:
   return projections + 2 * B * _matmul(L, inner, M)
 
 
-def _moe_layer(moe, E: int, B: int, L: int, D: int, d_ff: int, mlp, train: bool) -> int:
+def _moe_layer(moe, E: int, B: int, L: int, D: int, d_ff: int, mlp, train: bool,
+               dispatch: bool) -> int:
   """Router, experts at full capacity, shared experts, and the dispatch if it is a matmul."""
   S = moe.group_size or L
   groups, F = B * L // S, moe.expert_d_ff(d_ff)
@@ -115,10 +122,11 @@ def _moe_layer(moe, E: int, B: int, L: int, D: int, d_ff: int, mlp, train: bool)
   slots = E * capacity(S, E, factor, moe.min_capacity)
   if moe.dispatch == 'grouped' and moe.token_choice:
     slots = moe.k * S
-  dispatch = 2 * groups * _matmul(S, slots, D) if moe.dispatch == 'einsum' else 0
+  hot = dispatch and moe.dispatch == 'einsum'
+  moved = 2 * groups * _matmul(S, slots, D) if hot else 0
   # Norm-based routing has no router, but runs every expert on every token.
   router = mlp(E * B * L, F) if moe.router == 'norm' else _matmul(B * L, D, E)
   if moe.learned_noise and train:
     router *= 2                                                     # its scale is a matmul too
   shared = mlp(B * L, moe.shared_experts * F) if moe.shared_experts else 0
-  return router + mlp(groups * slots, F) + dispatch + shared
+  return router + mlp(groups * slots, F) + moved + shared

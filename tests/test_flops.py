@@ -104,6 +104,13 @@ def test_moe_layers_of_a_tiny_vit_by_hand(settings, per_token, at_eval):
     assert flops.forward_flops(sparse, 3, train=train) == rest + 3 * S * expected
 
 
+def test_what_a_utilisation_is_of_does_not_count_moving_tokens():
+  config = dataclasses.replace(vit.config('tiny'), moe=MoEConfig(layers='1', num_experts=4))
+  moved = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch='einsum'))
+  work = flops.train_step_flops(config, 3)
+  assert flops.train_step_flops(moved, 3, dispatch=False) == work < flops.train_step_flops(moved, 3)
+
+
 def test_parameters_of_fine_grained_and_shared_experts():
   # T5 tiny: D=16, d_ff=32. Of 6 experts of 8 units a token meets 3; two more it always meets.
   moe = MoEConfig(layers='1', num_experts=6, granularity=4, router='top_k', k=3, shared_experts=2,

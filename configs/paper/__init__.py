@@ -18,14 +18,14 @@ from moejax.models import t5, vit
 EXPERTS = 4
 
 # Where each pair of runs, dense and upcycled, is meant to be trained, and over how many chips the
-# experts lie there. Tokens cross the slice to get to them, and its longest side decides how fast: so
-# experts had better lie on few chips, or on a slice whose sides are closed to rings.
+# experts lie there. Tokens cross the slice to get to them, and its longest side decides how fast:
+# so experts had better lie on few chips, or on a slice whose sides are closed to rings.
 SLICES = {
     't5_base': 'v5e:4x4', 't5_base_superglue': 'v5e:4x4', 't5_large': 'v5p:4x4x4',
-    't5_xl': 'v5p:4x4x8', 'vit_b32': 'v5e:2x2', 'vit_b16': 'v5p:2x2x2', 'vit_l32': 'v5e:4x4',
+    't5_xl': 'v5p:4x4x8', 'vit_b32': 'v5e:4x4', 'vit_b16': 'v5p:2x2x2', 'vit_l32': 'v5e:4x4',
     'vit_l16': 'v5p:4x4x4'}
 EXPERT_AXIS = {
-    't5_base': 16, 't5_base_superglue': 16, 't5_large': 32, 't5_xl': 32, 'vit_b32': 4,
+    't5_base': 16, 't5_base_superglue': 16, 't5_large': 32, 't5_xl': 32, 'vit_b32': 16,
     'vit_b16': 8, 'vit_l32': 16, 'vit_l16': 32}
 
 

@@ -80,7 +80,8 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
   text = config.data.text
   lengths = {} if config.model.family == 'vit' else {
       'encoder_length': text.encoder_length, 'decoder_length': text.decoder_length}
-  work = flops.train_step_flops(config.model, config.data.batch_size, **lengths) / count
+  work = flops.train_step_flops(config.model, config.data.batch_size, **lengths,
+                                dispatch=False) / count
   total, active = flops.parameters(step.model.shapes, config.model)
   return {
       'slice': slice_name, 'chips': count, 'mesh': dict(devices.mesh.shape),
