@@ -138,16 +138,19 @@ def measure(cell: Cell, scale: Scale) -> dict[str, Any]:
   text = config.data.text
   lengths = () if config.model.family == 'vit' else (text.encoder_length, text.decoder_length)
   alone = {parts.Matmul: 0.0, parts.Attend: 0.0}
+  fused = {}
   for part in parts.parts(config.model, config.data.batch_size, *lengths):
     alone[type(part)] += parts.seconds(part, cell.attention == 'fused', rounds=scale.rounds,
                                        least=scale.least / 5)
+    if isinstance(part, parts.Attend) and cell.attention == 'fused':
+      fused['attention_errors'] = parts.errors(part)
   work = flops.train_step_flops(config.model, config.data.batch_size, *lengths, dispatch=False)
   total, active = flops.parameters(step.model.shapes, config.model)
   return {**dataclasses.asdict(cell), 'name': cell.name, 'batch_size': config.data.batch_size,
           'parameters': total, 'parameters_active_per_token': active, 'flops': work,
           'seconds': took, 'low': low, 'high': high, 'matmuls': alone[parts.Matmul],
           'attention_alone': alone[parts.Attend], 'peak_bytes': peak,
-          'forecast': found.as_dict(), 'device': device_name(device),
+          'forecast': found.as_dict(), **fused, 'device': device_name(device),
           'versions': workdir.versions()}
 
 
@@ -277,6 +280,13 @@ def page(lines: list[dict[str, Any]]) -> str:
             '|---|' + '---:|' * (len(COLUMNS) - 1), *(_row(x, dense) for x in rows), '',
             f'JAX {", ".join(sorted({x["versions"]["jax"] for x in rows}))}; '
             + ', '.join(f'`{c}`' for c in sorted({x['command'] for x in rows})) + '.', '']
+    errors = [x['attention_errors'] for x in rows if 'attention_errors' in x]
+    if errors:
+      most = {how: max(e[how] for e in errors) for how in ('fused', 'plain')}
+      out += textwrap.wrap(
+          f'Attention, output and gradients, is off float32 by at most {most["fused"]:.1e} of an '
+          f"array's largest value where it is fused, {most['plain']:.1e} where it is plain, both "
+          'in bfloat16.', 100) + ['']
   return '\n'.join(out + textwrap.wrap(LEGEND, 100)) + '\n'
 
 

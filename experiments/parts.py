@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.models import attention
 from moejax.moe.routing import capacity
@@ -135,6 +136,33 @@ def seconds(part: Matmul | Attend, fused: bool = False, **rounds) -> float:
     y, pull = jax.vjp(fn, *given)
     return y, pull(cotangent)
   return part.times * per_call(lambda: both(given, cotangent), **rounds)[1]
+
+
+def errors(part: Attend) -> dict[str, float]:
+  """How far fused and plain attention in bfloat16 are from plain attention in float32.
+
+  Args:
+    part: without bias and mask; of its batch, one example.
+
+  Returns:
+    {'fused', 'plain'}: the largest difference in the output or the gradient of q, k or v, each over
+    that array's largest value in float32.
+  """
+  draw = lambda i, length: jax.random.normal(
+      jax.random.key(i), (1, length, part.heads, part.width), jnp.bfloat16)
+  given, cotangent = (draw(0, part.L) * part.width ** -0.5, draw(1, part.M), draw(2, part.M)), draw(
+      3, part.L)
+
+  def both(fn, dtype):
+    wide = [x.astype(dtype) for x in (*given, cotangent)]
+    y, pull = jax.vjp(fn, *wide[:3])
+    return [np.asarray(x, np.float32) for x in (y, *pull(wide[3]))]
+  with jax.default_matmul_precision('highest'):
+    right = both(attention.attend, jnp.float32)
+  far = lambda found: max(float(np.abs(a - b).max() / np.abs(b).max())
+                          for a, b in zip(found, right))
+  return {'fused': far(both(attention.fused, jnp.bfloat16)),
+          'plain': far(both(attention.attend, jnp.bfloat16))}
 
 
 def per_call(run: Callable, rounds: int = ROUNDS, least: float = SECONDS) -> list[float]:

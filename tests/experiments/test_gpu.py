@@ -161,7 +161,20 @@ def test_a_tiny_cell_from_the_command_to_the_page(tmp_path):
   assert 0 < found['low'] <= found['seconds'] <= found['high']
   assert found['matmuls'] > 0 and found['attention_alone'] > 0
   assert found['forecast']['compiled'] and found['command'].endswith('--scale=smoke')
-  assert '| vit_b16-dense-fused |' in (tmp_path / gpu.PAGE).read_text()
+  assert all(0 < found['attention_errors'][how] < 0.02 for how in ('fused', 'plain'))
+  page = (tmp_path / gpu.PAGE).read_text()
+  assert '| vit_b16-dense-fused |' in page and 'Attention, output and gradients, is off' in page
+
+
+def test_a_fused_kernel_that_is_wrong_shows(monkeypatch):
+  part = parts.Attend(1, 2, 12, 12, 3, 8)
+  assert parts.errors(part)['fused'] < 0.02
+  real = parts.attention.fused
+  for wrong in (lambda q, k, v: real(q, k, v[:, ::-1]),                        # in its output
+                lambda q, k, v: real(jax.lax.stop_gradient(q), k, v)):         # in a gradient
+    monkeypatch.setattr(parts.attention, 'fused', wrong)
+    found = parts.errors(part)
+    assert found['fused'] > 0.5 and found['plain'] < 0.02
 
 
 def test_a_tiny_dropless_t5_is_measured():
