@@ -113,10 +113,8 @@ def of(chip: Chip, devices) -> Network:
   """
   places = np.array([d.coords for d in devices])[:, :chip.torus]
   shape = tuple((places.max(0) + 1).tolist())
-  # v4 and v5p are made of cubes of 4 x 4 x 4, whose switches close every dimension; in two
-  # dimensions only the full side of a pod is closed.
-  rings = (size % 4 == 0 for size in shape) if chip.torus == 3 else (size == 16 for size in shape)
-  closed = tuple(rings)
-  if chip.torus == 3 and not all(closed):
-    closed = (False,) * 3
-  return Network(chip.link, shape, closed, tuple(map(tuple, places.tolist())))
+  if chip.torus == 3:   # v4 and v5p: cubes of 4 x 4 x 4, whose switches close every dimension
+    rings = (all(size % 4 == 0 for size in shape),) * 3
+  else:                 # v5e and v6e: only the whole side of a pod is closed
+    rings = tuple(size == 16 for size in shape)
+  return Network(chip.link, shape, rings, tuple(map(tuple, places.tolist())))
