@@ -56,7 +56,7 @@ class Step:
     self.layout = Layout(model, devices)
     single = initialize.state_shapes(config, model, devices)
     shapes = self.relaid(single, self.layout.shapes)
-    window = jax.eval_shape(make(), shapes, batch)[0].window
+    window = jax.eval_shape(make(outline=True), shapes, batch)[0].window
     small = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=devices.replicated())
     window = jax.tree.map(small, window)
     self.single, self.shapes = (dataclasses.replace(s, window=window) for s in (single, shapes))

@@ -45,7 +45,8 @@ class TrainState:
 
 def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning_rate: Callable, *,
                     task: tasks.TaskConfig = tasks.PLAIN, microbatches: int = 1,
-                    rows_per_group: int = 1, reduce: Callable = lambda x: x) -> Callable:
+                    rows_per_group: int = 1, reduce: Callable = lambda x: x,
+                    outline: bool = False) -> Callable:
   """Builds train_step(state, batch) -> (state, objective of this batch).
 
   Args:
@@ -57,6 +58,8 @@ def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning
     microbatches: the batch is worked through in this many parts, gradients added up.
     rows_per_group: examples that are routed together and must stay in one microbatch.
     reduce: adds a tree over devices (psum under pmap); the identity where arrays are global.
+    outline: for jax.eval_shape alone, in a fraction of the time: the result has the right shapes,
+      but parameters stand for their gradients and nothing is updated.
   """
   def objective(trained, fixed, batch, key, tokens):
     """Numerators of this batch over global denominators `tokens`; and all sums."""
@@ -69,8 +72,11 @@ def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning
     return task_objective + aux_loss, (sums, aux)
 
   def gradients(params, batch, key, tokens):
-    (value, (sums, aux)), grads = jax.value_and_grad(objective, has_aux=True)(
-        *params, batch, key, tokens)
+    if outline:
+      (value, (sums, aux)), grads = objective(*params, batch, key, tokens), params[0]
+    else:
+      (value, (sums, aux)), grads = jax.value_and_grad(objective, has_aux=True)(
+          *params, batch, key, tokens)
     aux = {path: {k: v for k, v in layer.items() if not k.endswith('_loss')}
            for path, layer in aux.items()}
     sums = {**sums, 'objective': value, 'layers': trees.unflatten(aux)}
@@ -92,7 +98,7 @@ def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning
     flat = trees.flatten(grads)
     grads = trees.map_with_path(   # zeros that the optimizer does not read stand for the others
         lambda path, leaf: flat[path] if path in flat else jnp.zeros_like(leaf), state.params)
-    new_params, opt_state = optimizer.update(
+    new_params, opt_state = (state.params, state.opt_state) if outline else optimizer.update(
         optimizer_config, grads, state.opt_state, state.params, learning_rate(state.step))
     new_params = move_biases(model, optimizer_config, new_params, sums['layers'])
     sums = {**sums, 'grad_norm': norm, 'steps': jnp.float32(1)}

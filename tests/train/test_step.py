@@ -253,6 +253,24 @@ def test_no_gradient_of_a_frozen_leaf_is_computed():
     make_train_step(model, SGD, half)(toy_state(), BATCH)
 
 
+@pytest.mark.parametrize('microbatches', [1, 2])
+@pytest.mark.parametrize('freeze', ['', 'router'])
+def test_the_outline_has_the_shapes_of_a_step(microbatches, freeze):
+  moe = MoEConfig(layers='0', num_experts=4, router='top_k', bias_rate=0.1, balance_weight=0.5,
+                  score='sigmoid')
+  model = models.build(vit.config('tiny', num_layers=1, moe=moe))
+  adamw = optimizer.OptimizerConfig(freeze=freeze)
+  state = TrainState(jnp.int32(0), model.shapes, jax.eval_shape(
+      lambda p: optimizer.init(adamw, p), model.shapes), jax.random.key_data(jax.random.key(0)), {})
+  make = lambda size, dtype, *dims: jax.ShapeDtypeStruct((size, *dims), dtype)
+  batch = {'image': make(4, jnp.float32, 8, 8, 1), 'label': make(4, jnp.int32),
+           'weight': make(4, jnp.float32), 'index': make(4, jnp.int32)}
+  whole, outline = (jax.eval_shape(make_train_step(
+      model, adamw, half, microbatches=microbatches, outline=flag), state, batch)
+                    for flag in (False, True))
+  assert outline == whole and ('router_grad_norm' in str(whole)) == (not freeze)
+
+
 def test_split_deals_whole_groups_in_turn():
   rows = {'a': jnp.arange(12), 'b': jnp.arange(24).reshape(12, 2)}
   assert split(rows, 1, 2) == [rows]
