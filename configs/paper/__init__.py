@@ -27,6 +27,7 @@ SLICES = {
 EXPERT_AXIS = {
     't5_base': 16, 't5_base_superglue': 16, 't5_large': 32, 't5_xl': 32, 'vit_b32': 16,
     'vit_b16': 8, 'vit_l32': 16, 'vit_l16': 32}
+MICROBATCHES = {'t5_base': 2}   # of the upcycled run, where the whole batch would not fit
 
 
 def place(config: ConfigDict, name: str, *, sparse: bool = False) -> None:
@@ -37,6 +38,7 @@ def place(config: ConfigDict, name: str, *, sparse: bool = False) -> None:
     name: key of SLICES.
     sparse: whether it has experts, to which tokens then travel once a pass.
   """
+  config.microbatches = MICROBATCHES.get(name, 1) if sparse else 1
   config.execution.update(scan=True, remat='sent' if sparse else 'full')
   config.mesh.update(expert=EXPERT_AXIS[name] if sparse else 1)
 
