@@ -72,11 +72,9 @@ def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning
     return task_objective + aux_loss, (sums, aux)
 
   def gradients(params, batch, key, tokens):
-    if outline:
-      (value, (sums, aux)), grads = objective(*params, batch, key, tokens), params[0]
-    else:
-      (value, (sums, aux)), grads = jax.value_and_grad(objective, has_aux=True)(
-          *params, batch, key, tokens)
+    differentiate = in_outline if outline else jax.value_and_grad
+    (value, (sums, aux)), grads = differentiate(objective, has_aux=True)(
+        *params, batch, key, tokens)
     aux = {path: {k: v for k, v in layer.items() if not k.endswith('_loss')}
            for path, layer in aux.items()}
     sums = {**sums, 'objective': value, 'layers': trees.unflatten(aux)}
@@ -88,10 +86,8 @@ def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning
     tokens = jax.tree.map(lambda n: jnp.maximum(n.astype(jnp.float32), 1), tokens)
     params = partition(state.params, optimizer_config)
     parts = split(batch, microbatches, rows_per_group)
-    if microbatches == 1:
-      total = gradients(params, parts[0], key, tokens)
-    else:
-      total = accumulate(lambda part: gradients(params, part, key, tokens), parts)
+    total = (gradients(params, parts[0], key, tokens) if microbatches == 1 else
+             accumulate(lambda part: gradients(params, part, key, tokens), parts))
     grads, sums = reduce(total)
     grads, norm = optimizer.clip_by_global_norm(grads, optimizer_config.clip_norm)
     add_router_norms(sums['layers'], grads)
@@ -103,10 +99,15 @@ def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning
     new_params = move_biases(model, optimizer_config, new_params, sums['layers'])
     sums = {**sums, 'grad_norm': norm, 'steps': jnp.float32(1)}
     window = jax.tree.map(jnp.add, state.window, sums) if state.window else sums
-    new = TrainState(state.step + 1, new_params, opt_state, state.key, window)
-    return new, sums['objective']
+    return TrainState(state.step + 1, new_params, opt_state, state.key, window), sums['objective']
 
   return train_step
+
+
+def in_outline(fn: Callable, has_aux: bool) -> Callable:
+  """In place of jax.value_and_grad: the first argument stands for its gradient."""
+  assert has_aux
+  return lambda first, *rest: (fn(first, *rest), first)
 
 
 def partition(params: dict, config: optimizer.OptimizerConfig) -> tuple[dict, dict]:
