@@ -6,6 +6,7 @@ the gradient of its numerators over the global denominators, and gradients simpl
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -72,9 +73,8 @@ def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning
     return task_objective + aux_loss, (sums, aux)
 
   def gradients(params, batch, key, tokens):
-    differentiate = in_outline if outline else jax.value_and_grad
-    (value, (sums, aux)), grads = differentiate(objective, has_aux=True)(
-        *params, batch, key, tokens)
+    differentiate = in_outline if outline else functools.partial(jax.value_and_grad, has_aux=True)
+    (value, (sums, aux)), grads = differentiate(objective)(*params, batch, key, tokens)
     aux = {path: {k: v for k, v in layer.items() if not k.endswith('_loss')}
            for path, layer in aux.items()}
     sums = {**sums, 'objective': value, 'layers': trees.unflatten(aux)}
@@ -104,9 +104,8 @@ def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning
   return train_step
 
 
-def in_outline(fn: Callable, has_aux: bool) -> Callable:
+def in_outline(fn: Callable) -> Callable:
   """In place of jax.value_and_grad: the first argument stands for its gradient."""
-  assert has_aux
   return lambda first, *rest: (fn(first, *rest), first)
 
 

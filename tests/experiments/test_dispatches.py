@@ -20,6 +20,17 @@ def test_a_small_one_is_measured_and_shown(tmp_path, capsys):
   assert '## cpu: cpu' in capsys.readouterr().out
 
 
+def test_what_is_measured_again_replaces_its_line(tmp_path, monkeypatch):
+  numbers = iter((1, 2, 3))
+  monkeypatch.setattr(dispatches, 'measure', lambda name, scale, tick=None: {
+      'model': name, 'device': 'gpu: A', 'versions': {'jax': '1'}, 'rounds': next(numbers),
+      'seconds': {'1': [1, 2e-3, 3]}, 'ratios': {'1': [1, 1, 1]}})
+  for model in ('vit_glyphs_upcycled', 't5_stdlib_upcycled', 'vit_glyphs_upcycled'):
+    assert dispatches.main(['--scale=smoke', f'--models={model}', f'--results={tmp_path}']) == 0
+  assert sorted((x['model'], x['rounds']) for x in metrics.read_lines(
+      tmp_path / dispatches.FILE)) == [('t5_stdlib_upcycled', 2), ('vit_glyphs_upcycled', 3)]
+
+
 def test_every_number_of_steps_is_of_the_same_run():
   for name in dispatches.MODELS:
     for per in dispatches.STEPS:
