@@ -7,10 +7,10 @@
   python -m experiments.gpu --show                 the table of what is measured, and no more
 
 A cell is the real train step of a run of configs/paper (moejax.train.assemble.Step) in bfloat16,
-scanned, with remat=dots, on random tokens or images and fresh weights, at its model's batch or the
-largest half, quarter, ... of it that the forecast finds room for; in a process of its own, since
-the peak of memory is that of a process. Beside it stand its own matmuls and attentions, each timed
-alone (experiments/parts).
+its blocks neither scanned nor rematerialised, on random tokens or images and fresh weights, at its
+model's batch or the largest half, quarter, ... of it that the forecast finds room for; in a process
+of its own, since the peak of memory is that of a process. Beside it stand its own matmuls and
+attentions, each timed alone (experiments/parts).
 Results are lines of gpu.jsonl; a cell that is there, with these settings, device and version of
 JAX, is not measured again: after a change of moejax itself, delete its line.
 """
@@ -98,7 +98,7 @@ class Cell:
     module = importlib.import_module(f'configs.paper.{name}')
     config = module.get_config('runlocal' if scale.runlocal else None)
     config.init.update(mode='scratch', parent='')
-    config.execution.update(scan=True, remat='dots', attention=self.attention)
+    config.execution.update(scan=False, remat='none', attention=self.attention)
     config.data.batch_size = config.data.eval_batch_size = batch_size
     paper.unplace(config)
     if self.experts:

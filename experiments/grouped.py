@@ -1,6 +1,6 @@
 """What does a dropless grouped matmul cost? Ratios to one batched matmul of equal loads.
 
-  python -m experiments.grouped [--rounds=9]     time on this machine, 1 to 3 minutes
+  python -m experiments.grouped [--rounds=9]     time on this machine, CPU or GPU; 1 to 3 minutes
   JAX_PLATFORMS=cpu python -m experiments.grouped --tpu
                                                  compile for a TPU v5e; no TPU needed, but jax[tpu]
 
@@ -29,6 +29,7 @@ from moejax.moe import grouped
 RESULTS = pathlib.Path(__file__).parent / 'results/grouped.md'
 # N rows, D, F, E. The first is the size of the miniature suites.
 SHAPES = ((1000, 32, 128, 8), (4096, 512, 2048, 8), (4096, 256, 1024, 32))
+GPU_SHAPES = ((100352, 768, 3072, 8), (100352, 768, 3072, 32))   # ViT-B/16, 256 images, top-2
 TPU_SHAPES = ((4096, 512, 2048, 8), (4096, 512, 2048, 32))
 PASSES = ('forward', 'forward and backward')
 
@@ -52,10 +53,15 @@ def rows_of(N: int, E: int, rng) -> grouped.Rows:
   return grouped.by_expert(expert, expert >= 0, E)
 
 
+def measured() -> tuple[tuple, str]:
+  """Shapes and dtype for this machine's backend."""
+  return (GPU_SHAPES, 'bfloat16') if jax.default_backend() == 'gpu' else (SHAPES, 'float32')
+
+
 def ways(N: int, D: int, F: int, E: int) -> dict:
   """{name: (matmul, x, w, cotangent)}, all on the same number of rows but for padding."""
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), measured()[1])
   rows, w, n = rows_of(N, E, rng), draw(E, D, F), -(-N // E)
   P = len(rows.order)
   x, cotangent = draw(P, D), draw(P, F)
@@ -91,8 +97,9 @@ def timed(rounds: int) -> str:
   lines = ['| N | D | F | E | rows / N | pass | grouped / floor | ragged_dot / floor |',
            '|---:|---:|---:|---:|---:|---|---:|---:|']
   cell = lambda r: f'{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})'
-  with tqdm(total=len(SHAPES) * (rounds + 1), unit='round') as bar:
-    for shape in SHAPES:
+  shapes, dtype = measured()
+  with tqdm(total=len(shapes) * (rounds + 1), unit='round') as bar:
+    for shape in shapes:
       N, D, F, E = shape
       found = ratios(shape, rounds, lambda: bar.update(1))
       more = len(rows_of(N, E, np.random.default_rng(0)).order) / N
@@ -100,7 +107,7 @@ def timed(rounds: int) -> str:
                 f'{cell(found["grouped", which])} | {cell(found["ragged_dot", which])} |'
                 for which in PASSES]
   return '\n'.join(lines) + (
-    f'\n\nMedian (least to greatest) of {rounds} rounds, float32, {jax.default_backend()}, jax '
+    f'\n\nMedian (least to greatest) of {rounds} rounds, {dtype}, {jax.default_backend()}, jax '
     f'{jax.__version__}, {os.cpu_count()} cores with a load average of {os.getloadavg()[0]:.0f} at '
     'the end. 1.00 is the batched matmul of equal loads, which would drop what does not fit; below '
     '1 that one call was the slower. rows / N is the size of the buffer; the matmuls visit only '
@@ -150,9 +157,7 @@ def for_tpu() -> str:
     'ragged_dot becomes a kernel of no surplus FLOPs for the forward pass and for the gradient of '
     'rows, but E times the FLOPs for that of matrices: hence ragged_dot for the first two on TPU, '
     'and the loop for the third. megablox, which has a kernel for the third, is refused inside '
-    'shard_map, whose check its kernels do not pass.\n\nOn GPU nothing was measured: the loops '
-    'are used there as on CPU, because they run no surplus FLOPs and because ragged_dot by default '
-    'has no grouped kernel there.')
+    'shard_map, whose check its kernels do not pass.')
 
 
 def write_section(path: pathlib.Path, title: str, text: str) -> None:

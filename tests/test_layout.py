@@ -13,7 +13,7 @@ MODULES = [p for p in sorted((ROOT / 'moejax').rglob('*.py')) if p.parent != ROO
 ORDER = [
     ['trees', 'stacking', 'config', 'moe.routing', 'flops'],
     ['sharding', 'moe.balance'],
-    ['moe.dispatch', 'moe.grouped'],
+    ['moe.dispatch', 'moe.grouped', 'moe.grouped_gpu'],
     ['moe', 'models.layers'],
     ['models'],
     ['tasks', 'scores'],

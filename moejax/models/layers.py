@@ -146,6 +146,15 @@ class Embed(nnx.Module):
     return sharding.by_example(found.astype(dtype))
 
 
+def _wide_rows(x: jax.Array) -> jax.Array:
+  """x (..., D) as (N, D), at least float32.
+
+  The gradient of a norm's scale is a sum over all rows. Over two axes, XLA on GPUs takes it in two
+  parts, and lays out the whole residual stream, transposed, for the first.
+  """
+  return x.reshape(-1, x.shape[-1]).astype(at_least_float32(x.dtype))
+
+
 class RMSNorm(nnx.Module):
   """x / rms(x) * scale: no mean, no bias (Zhang & Sennrich 2019; T5's layer norm)."""
 
@@ -154,9 +163,9 @@ class RMSNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    wide = x.astype(at_least_float32(x.dtype))
+    wide = _wide_rows(x)
     wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-    return (wide * self.scale[...]).astype(x.dtype)
+    return (wide * self.scale[...]).astype(x.dtype).reshape(x.shape)
 
 
 class LayerNorm(nnx.Module):
@@ -168,10 +177,10 @@ class LayerNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    wide = x.astype(at_least_float32(x.dtype))
+    wide = _wide_rows(x)
     wide = wide - wide.mean(-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-    return (wide * self.scale[...] + self.bias[...]).astype(x.dtype)
+    return (wide * self.scale[...] + self.bias[...]).astype(x.dtype).reshape(x.shape)
 
 
 class MLP(nnx.Module):

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moejax.moe import grouped_gpu
+
 
 class Rows(NamedTuple):
   """Which assignment each row of the buffer holds. P = B * b rows.
@@ -141,22 +143,30 @@ def _rows(x, w, blocks, b, contract):
     # What the kernel leaves in rows of no group is its own affair.
     return jnp.where(jnp.arange(x.shape[0])[:, None] < blocks.sum() * b, y, 0)
 
-  return jax.lax.platform_dependent(x, w, blocks, tpu=ragged, default=loops)
+  cuda = functools.partial(grouped_gpu.rows, b=b, contract=contract)
+  if not grouped_gpu.fits(x, b, *w.shape):
+    cuda = loops
+  return jax.lax.platform_dependent(x, w, blocks, tpu=ragged, cuda=cuda, default=loops)
 
 
 def _matrices(x, g, blocks, b):
   """x (P, D), g (P, F) -> (E, D, F): the sum over each expert's rows of x_i g_i^T."""
-  D, F = x.shape[1], g.shape[1]
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+  def loops(x, g, blocks):
+    wide = jnp.promote_types(x.dtype, jnp.float32)
 
-  def one_expert(_, of_expert):
-    first, count = of_expert
-    add = lambda i, total: total + _dot(_block(x, i, b), _block(g, i, b), 0, 0, wide)
-    total = jax.lax.fori_loop(first, first + count, add,
-                              _varying_like(jnp.zeros((D, F), wide), x))
-    return None, total.astype(x.dtype)
+    def one_expert(_, of_expert):
+      first, count = of_expert
+      add = lambda i, total: total + _dot(_block(x, i, b), _block(g, i, b), 0, 0, wide)
+      total = jax.lax.fori_loop(first, first + count, add, _varying_like(
+          jnp.zeros((x.shape[1], g.shape[1]), wide), x))
+      return None, total.astype(x.dtype)
 
-  return jax.lax.scan(one_expert, None, (jnp.cumsum(blocks) - blocks, blocks))[1]
+    return jax.lax.scan(one_expert, None, (jnp.cumsum(blocks) - blocks, blocks))[1]
+
+  cuda = functools.partial(grouped_gpu.matrices, b=b)
+  if not grouped_gpu.fits(x, b, len(blocks), x.shape[1], g.shape[1]):
+    cuda = loops
+  return jax.lax.platform_dependent(x, g, blocks, cuda=cuda, default=loops)
 
 
 def _dot(a, b, axis_of_a, axis_of_b, dtype):

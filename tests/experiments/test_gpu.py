@@ -40,7 +40,7 @@ def test_cells_are_what_they_are_called():
   assert (config.model.moe.dispatch, config.model.moe.k, config.model.moe.num_experts) == (
       'grouped', 2, 8)
   assert config.execution.attention == 'fused' and config.model.dtype == 'bfloat16'
-  assert config.execution.remat == 'dots' and config.mesh.expert == 1
+  assert config.execution.remat == 'none' and config.mesh.expert == 1
 
 
 @pytest.mark.parametrize('part, wanted', [
