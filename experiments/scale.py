@@ -7,10 +7,9 @@
 Needs the compiler for TPUs (pip install -e '.[tpu]') and no TPU. `paper` has the runs of
 configs/paper, each on the slice that configs.paper.SLICES names; `ablations` what the paper varies,
 of the Base models; `weak` one upcycled run on slices of 4 to 512 chips with the same examples per
-chip. Results are lines of ahead.jsonl; a run that is
-there, with these settings and this version of JAX, is not compiled again: after a change of moejax
-itself, delete its line. What the estimate of the time assumes stands in moejax/ahead/report.py and
-chips.py.
+chip. Results are lines of ahead.jsonl; a run that is there, with these settings and this version of
+JAX, is not compiled again: after a change of moejax itself, delete its line. What the estimate of
+the time assumes stands in moejax/ahead/report.py and chips.py.
 """
 
 import dataclasses
