@@ -1,6 +1,7 @@
 """Command lines of experiments: every mistake is one line and exit code 1."""
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -59,9 +60,17 @@ def results_folder(args: argparse.Namespace, suite: str = '') -> pathlib.Path:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-  """Ends the process with main()'s exit code; a ConfigError is one line and exit code 1."""
+  """Ends the process with main()'s exit code; a ConfigError is one line and exit code 1.
+
+  A reader of its output that has seen enough, as `head` has, is no error.
+  """
   try:
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.exit(code)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # for the flush at exit
+    sys.exit(1)
   except ConfigError as error:
     sys.exit(f'experiments: {error}')
 

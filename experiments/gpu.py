@@ -34,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import paper, set_moe
-from experiments import cli, parts, results
+from experiments import cli, kernels, parts, results
 from moejax import flops
 from moejax.ahead import report
 from moejax.config import ConfigError, check_choice, fail
@@ -133,7 +133,7 @@ def measure(cell: Cell, scale: Scale) -> dict[str, Any]:
   """Its line of FILE, but for its key and command. Raises ConfigError if no batch fits."""
   compiled, step, found = _largest(cell, scale)
   config, device = step.config, jax.local_devices()[0]
-  low, took, high = _timed(compiled, step, scale)
+  (low, took, high), inside = _timed(compiled, step, scale)
   peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
   text = config.data.text
   lengths = () if config.model.family == 'vit' else (text.encoder_length, text.decoder_length)
@@ -149,13 +149,14 @@ def measure(cell: Cell, scale: Scale) -> dict[str, Any]:
   return {**dataclasses.asdict(cell), 'name': cell.name, 'batch_size': config.data.batch_size,
           'parameters': total, 'parameters_active_per_token': active, 'flops': work,
           'seconds': took, 'low': low, 'high': high, 'matmuls': alone[parts.Matmul],
-          'attention_alone': alone[parts.Attend], 'peak_bytes': peak,
+          'attention_alone': alone[parts.Attend], 'kernels': inside, 'peak_bytes': peak,
           'forecast': found.as_dict(), **fused, 'device': device_name(device),
           'versions': workdir.versions()}
 
 
-def _timed(compiled: jax.stages.Compiled, step: Step, scale: Scale) -> list[float]:
-  """Seconds of a step, as parts.per_call; what it allocated is freed at the end."""
+def _timed(compiled: jax.stages.Compiled, step: Step, scale: Scale
+           ) -> tuple[list[float], dict[str, float] | None]:
+  """Seconds of a step, as parts.per_call, and of its kernels; what it allocated is freed."""
   batch = step.devices.put(synthetic(step.config))
   state, _ = step.first_state(None)
 
@@ -165,7 +166,7 @@ def _timed(compiled: jax.stages.Compiled, step: Step, scale: Scale) -> list[floa
     return marker
   for _ in range(WARM):
     jax.block_until_ready(advance())
-  return parts.per_call(advance, scale.rounds, scale.least)
+  return parts.per_call(advance, scale.rounds, scale.least), kernels.per_step(advance)
 
 
 def _largest(cell: Cell, scale: Scale
@@ -256,13 +257,16 @@ def _child(*flags: str, cache: str = '') -> str:
   return done.stdout.strip().splitlines()[-1]
 
 
-COLUMNS = ('cell', 'parameters', 'batch', 'step', 'matmuls', 'attention', 'step / both', 'MFU',
-           'examples / s', 'time / dense', 'peak', 'forecast')
+COLUMNS = ('cell', 'parameters', 'batch', 'step', 'matmuls', 'attention', 'step / both',
+           'products in it', 'other kernels', 'MFU', 'examples / s', 'time / dense', 'peak',
+           'forecast')
 
 LEGEND = (
     'step: milliseconds, median; matmuls, attention: those of the step, each alone, forward and '
     f'backward; step / both: of an upcycled step at most {LIMIT:.2f} is wanted, what is above is '
-    "marked !. MFU: FLOPs of the model (flops.py) over the device's in bfloat16. time / dense: per "
+    'marked !. products in it, other kernels: what the step spends in kernels of matmuls and fused '
+    'attention, and in all others (a profile). MFU: FLOPs of the model (flops.py) over those of '
+    "the device's peak in bfloat16. time / dense: per "
     'example, over the dense cell of the same attention. peak: GiB that the process had at most on '
     'the device; forecast: GiB, before anything was allocated (moejax/train/forecast.py). '
     'Dropless matmuls alone have even loads. –: not known here.')
@@ -300,12 +304,13 @@ def _row(x: dict[str, Any], dense: dict[tuple[str, str], float]) -> str:
   both = x['matmuls'] and x['matmuls'] + x['attention_alone']   # None: not measured
   mark = '!' if x['experts'] and both and x['seconds'] > LIMIT * both else ''
   peak = peak_of(x['device'])
-  base = dense.get((x['model'], x['attention']))
+  base, inside = dense.get((x['model'], x['attention'])), x.get('kernels')
   per_example = x['seconds'] / x['batch_size']
   cells = [x['name'], f'{x["parameters"] / 1e6:,.0f} M', str(x['batch_size']),
            *(f'{1e3 * x[k]:,.1f}' if x[k] else '–'
              for k in ('seconds', 'matmuls', 'attention_alone')),
            f'{x["seconds"] / both:.2f}{mark}' if both else '–',
+           *(f'{1e3 * inside[k]:,.1f}' if inside else '–' for k in ('products', 'other')),
            f'{x["flops"] / x["seconds"] / peak:.2f}' if peak else '–',
            f'{1 / per_example:,.0f}', f'{per_example / base:.2f}' if base else '–',
            gib(x['peak_bytes']), gib(sum(x['forecast'][k] for k in (

@@ -60,7 +60,7 @@ def rows(x: jax.Array, w: jax.Array, blocks: jax.Array, b: int, contract: int,
     total = jax.lax.fori_loop(0, steps[block], step, jnp.zeros((b, n), jnp.float32))
     y[here, columns] = total.astype(y.dtype)
 
-  return _call(kernel, (N // n, P // b), (P, N), x, interpret)(
+  return _call(kernel, 'grouped_rows', (N // n, P // b), (P, N), x, interpret)(
       expert.astype(jnp.int32), steps, x, w)
 
 
@@ -88,7 +88,7 @@ def matrices(x: jax.Array, g: jax.Array, blocks: jax.Array, b: int, interpret: b
     total = jax.lax.fori_loop(first[expert], ends[expert], step, jnp.zeros((k, n), jnp.float32))
     out[expert, down, columns] = total.astype(out.dtype)
 
-  return _call(kernel, (N // n, K // k, E), (E, K, N), x, interpret)(
+  return _call(kernel, 'grouped_matrices', (N // n, K // k, E), (E, K, N), x, interpret)(
       ends - blocks * (b // deep), ends, x, g)
 
 
@@ -102,9 +102,9 @@ def _dot(a, b, **transposed):
   return triton.dot(a, b, allow_tf32=False, **transposed)
 
 
-def _call(kernel, grid, shape, like, interpret):
+def _call(kernel, name, grid, shape, like, interpret):
   """Every operand and the result whole, in the device's memory: kernels pick their tiles."""
   out = jax.ShapeDtypeStruct(shape, like.dtype,
                              manual_axis_type=jax.typeof(like).manual_axis_type)
-  return pl.pallas_call(kernel, out, grid=grid, interpret=interpret,
+  return pl.pallas_call(kernel, out, grid=grid, interpret=interpret, name=name,
                         compiler_params=triton.CompilerParams(num_warps=8, num_stages=3))
