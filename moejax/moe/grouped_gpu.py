@@ -21,10 +21,19 @@ DEPTH = 64           # rows or columns that one step of a program's loop sums ov
 def fits(x: jax.Array, b: int, E: int, D: int, F: int) -> bool:
   """Whether the kernels can take rows x (P, D or F) with matrices (E, D, F).
 
-  Tiles are multiples of 16, sums are float32, and Triton counts elements in 32 bits.
+  Tiles are multiples of 16, sums are float32, and Triton counts elements in 32 bits; it compiles for
+  GPUs from Ampere on.
   """
   return (all(size % LEAST == 0 for size in (b, D, F)) and x.dtype.itemsize <= 4
-          and max(x.shape[0] * max(D, F), E * D * F) < 2**31)
+          and max(x.shape[0] * max(D, F), E * D * F) < 2**31 and not _too_old())
+
+
+def _too_old() -> bool:
+  """Whether this process runs on an NVIDIA GPU before Ampere, as a T4 is."""
+  if jax.default_backend() != 'gpu':
+    return False
+  major = str(getattr(jax.local_devices()[0], 'compute_capability', '')).split('.')[0]
+  return major.isdecimal() and int(major) < 8
 
 
 def rows(x: jax.Array, w: jax.Array, blocks: jax.Array, b: int, contract: int,

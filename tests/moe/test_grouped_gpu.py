@@ -4,6 +4,7 @@ Dimensions as in test_grouped.
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,14 @@ def test_sizes_past_32_bits_are_left_to_the_loops():
   assert grouped_gpu.fits(rows(2**18), 128, 8, 1024, 4096)
   assert not grouped_gpu.fits(rows(2**19), 128, 8, 1024, 4096)
   assert not grouped_gpu.fits(rows(2**18), 128, 512, 1024, 4096)
+
+
+@pytest.mark.parametrize('capability, fits', [('7.5', False), ('8.0', True), ('12.0', True)])
+def test_gpus_before_ampere_are_left_to_the_loops(monkeypatch, capability, fits):
+  device = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+  assert grouped_gpu.fits(jnp.ones((32, 16)), 16, 2, 16, 16) == fits
 
 
 def test_a_gpu_gets_the_kernels_inside_shard_map():
