@@ -21,8 +21,8 @@ DEPTH = 64           # rows or columns that one step of a program's loop sums ov
 def fits(x: jax.Array, b: int, E: int, D: int, F: int) -> bool:
   """Whether the kernels can take rows x (P, D or F) with matrices (E, D, F).
 
-  Tiles are multiples of 16, sums are float32, and Triton counts elements in 32 bits; it compiles for
-  GPUs from Ampere on.
+  Tiles are multiples of 16, sums are float32, and Triton counts elements in 32 bits and compiles
+  for GPUs from Ampere on.
   """
   return (all(size % LEAST == 0 for size in (b, D, F)) and x.dtype.itemsize <= 4
           and max(x.shape[0] * max(D, F), E * D * F) < 2**31 and not _too_old())
