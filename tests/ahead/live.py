@@ -54,8 +54,10 @@ def check(name: str, tokens: int) -> None:
 
 def refused() -> None:
   """What does not fit is one line with remedies; a slice that does not exist is one line too."""
-  config = importlib.import_module('configs.paper.vit_b16').get_config()
-  config.execution.update(scan=True, remat='none')
+  config = importlib.import_module('configs.vit_glyphs').get_config()
+  config.parallel = 'mesh'
+  config.execution.scan = True
+  config.data.update(batch_size=5 * 2**15, eval_batch_size=64)   # 20 GiB on each chip, of 16
   for slice_name, words in ((SLICE, 'does not fit.*execution.remat=full'),
                             ('v5e:3x17', 'a slice that exists')):
     try:
