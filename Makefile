@@ -39,9 +39,9 @@ venv: .venv/stamp
 quickstart: .venv/stamp
 	.venv/bin/python -m experiments.main --suite=quickstart
 
-test: .venv/stamp   # three workers on two cores: some tests wait
+test: .venv/stamp
 	.venv/bin/ruff check
-	.venv/bin/python -m pytest -n 3 --durations=20
+	.venv/bin/python -m pytest -n 2 --durations=20
 
 parity: .venv-parity/stamp
 	.venv-parity/bin/python -m tests.parity.make_golden --check
