@@ -53,15 +53,15 @@ def rows_of(N: int, E: int, rng) -> grouped.Rows:
   return grouped.by_expert(expert, expert >= 0, E)
 
 
-def measured() -> tuple[tuple, str]:
-  """Shapes and dtype for this machine's backend."""
+def workload() -> tuple[tuple, str]:
+  """Shapes (N, D, F, E) and dtype that are timed on this machine's backend."""
   return (GPU_SHAPES, 'bfloat16') if jax.default_backend() == 'gpu' else (SHAPES, 'float32')
 
 
 def ways(N: int, D: int, F: int, E: int) -> dict:
   """{name: (matmul, x, w, cotangent)}, all on the same number of rows but for padding."""
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), measured()[1])
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), workload()[1])
   rows, w, n = rows_of(N, E, rng), draw(E, D, F), -(-N // E)
   P = len(rows.order)
   x, cotangent = draw(P, D), draw(P, F)
@@ -97,7 +97,7 @@ def timed(rounds: int) -> str:
   lines = ['| N | D | F | E | rows / N | pass | grouped / floor | ragged_dot / floor |',
            '|---:|---:|---:|---:|---:|---|---:|---:|']
   cell = lambda r: f'{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})'
-  shapes, dtype = measured()
+  shapes, dtype = workload()
   with tqdm(total=len(shapes) * (rounds + 1), unit='round') as bar:
     for shape in shapes:
       N, D, F, E = shape

@@ -16,9 +16,9 @@ the last two sparse, where the paper's best are 5 and 6 of 12 (B.4, Fig. 12). Ex
 sparse layer costs a drop at the start and pays later, and our budget lies past the crossing: by
 the train losses that the suite's runs recorded, the last two are ahead for the first 2,000 of
 4,800 extra steps. Test: a quarter of the extra steps. Refuted if the last two do not beat all four
-then. A second one, which may hold besides: the paper's experiment has C = 1, ours C = 2; with C =
-1 each sparse layer leaves tokens to no expert, so more of them do more harm. Test: C = 1 and the
-whole budget.
+then. A second one, which may hold besides: the paper's experiment has C = 1, ours C = 2; and with
+C = 1 each sparse layer leaves tokens to no expert, so more of them do more harm. Test: C = 1 and
+the whole budget.
 """
 
 from experiments import protocol

@@ -52,9 +52,12 @@ def test_in_bfloat16_sums_are_float32():
   assert found.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(found[0], np.float32), np.full((16, 16), 32.5))
   np.testing.assert_array_equal(np.asarray(found[1], np.float32), np.zeros((16, 16)))
-  y = grouped_gpu.rows(jnp.tile(x, 16), jnp.ones((2, 16, 16), jnp.bfloat16), rows.blocks, b, 0,
-                       interpret=True)
+  # Nine tiles of a row sum to 1, 2^-9, 2^-9, ...
+  x = jnp.zeros((P, 9 * grouped_gpu.DEPTH), jnp.bfloat16).at[:, ::grouped_gpu.DEPTH].set(2.0**-9)
+  y = grouped_gpu.rows(x.at[:, 0].set(1), jnp.ones((2, x.shape[1], 16), jnp.bfloat16), rows.blocks,
+                       b, 0, interpret=True)
   assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(np.asarray(y[:256], np.float32), np.full((256, 16), 1 + 2.0**-6))
 
 
 def kernels(run, *operands) -> int:
