@@ -14,8 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 LEAST = 16           # Triton multiplies no narrower tiles
-COLUMNS = 128        # of a tile of the result, at most
-DEPTH = 64           # rows or columns that one step of a program's loop sums over, at most
+COLUMNS = 128        # of a tile of the result, at most: every GPU from Ampere on has room for that
+WIDE = 256           # the same for `rows` where there is room: a block of x is read half as often
+DEPTH_BYTES = 128    # of what one step of a program's loop sums over, at most
+STAGES = 3           # steps whose tiles are in shared memory at once
+SHARED = {(8, 0): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}   # KiB a program may have; else 99
 
 
 def fits(x: jax.Array, b: int, E: int, D: int, F: int) -> bool:
@@ -30,10 +33,15 @@ def fits(x: jax.Array, b: int, E: int, D: int, F: int) -> bool:
 
 def _too_old() -> bool:
   """Whether this process runs on an NVIDIA GPU before Ampere, as a T4 is."""
+  return (8,) > _capability() > ()
+
+
+def _capability() -> tuple[int, ...]:
+  """(9, 0) where this process runs on a Hopper; () off NVIDIA GPUs."""
   if jax.default_backend() != 'gpu':
-    return False
-  major = str(getattr(jax.local_devices()[0], 'compute_capability', '')).split('.')[0]
-  return major.isdecimal() and int(major) < 8
+    return ()
+  parts = str(getattr(jax.local_devices()[0], 'compute_capability', '')).split('.')
+  return tuple(map(int, parts)) if all(map(str.isdecimal, parts)) else ()
 
 
 def rows(x: jax.Array, w: jax.Array, blocks: jax.Array, b: int, contract: int,
@@ -53,7 +61,7 @@ def rows(x: jax.Array, w: jax.Array, blocks: jax.Array, b: int, contract: int,
   """
   P, K = x.shape
   N = w.shape[2 - contract]
-  k, n = _tile(K, DEPTH), _tile(N, COLUMNS)
+  k, n = _tile(K, _depth(x)), _tile(N, _columns(x, b))
   expert = (jnp.arange(P // b)[:, None] >= jnp.cumsum(blocks)).sum(-1)   # (B,); E: in no run
   steps = jnp.where(expert < len(blocks), K // k, 0).astype(jnp.int32)
 
@@ -84,7 +92,7 @@ def matrices(x: jax.Array, g: jax.Array, blocks: jax.Array, b: int, interpret: b
     (E, K, N) in x's dtype, summed in float32.
   """
   K, N, E = x.shape[1], g.shape[1], len(blocks)
-  k, n, deep = _tile(K, COLUMNS), _tile(N, COLUMNS), _tile(b, DEPTH)
+  k, n, deep = _tile(K, COLUMNS), _tile(N, COLUMNS), _tile(b, _depth(x))
   ends = jnp.cumsum(blocks) * (b // deep)
 
   def kernel(first, ends, x, g, out):
@@ -99,6 +107,17 @@ def matrices(x: jax.Array, g: jax.Array, blocks: jax.Array, b: int, interpret: b
 
   return _call(kernel, 'grouped_matrices', (N // n, K // k, E), (E, K, N), x, interpret)(
       ends - blocks * (b // deep), ends, x, g)
+
+
+def _depth(x: jax.Array) -> int:
+  return DEPTH_BYTES // x.dtype.itemsize
+
+
+def _columns(x: jax.Array, b: int) -> int:
+  """Of a tile of `rows`, at most; wide where the device has room and the tensor cores multiply."""
+  room = SHARED.get(_capability(), 99) * 2**10
+  fits_wide = STAGES * (b + WIDE) * DEPTH_BYTES <= room
+  return WIDE if fits_wide and x.dtype.itemsize == 2 else COLUMNS
 
 
 def _tile(size: int, most: int) -> int:
@@ -116,4 +135,4 @@ def _call(kernel, name, grid, shape, like, interpret):
   out = jax.ShapeDtypeStruct(shape, like.dtype,
                              manual_axis_type=jax.typeof(like).manual_axis_type)
   return pl.pallas_call(kernel, out, grid=grid, interpret=interpret, name=name,
-                        compiler_params=triton.CompilerParams(num_warps=8, num_stages=3))
+                        compiler_params=triton.CompilerParams(num_warps=8, num_stages=STAGES))

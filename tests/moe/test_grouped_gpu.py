@@ -53,11 +53,37 @@ def test_in_bfloat16_sums_are_float32():
   np.testing.assert_array_equal(np.asarray(found[0], np.float32), np.full((16, 16), 32.5))
   np.testing.assert_array_equal(np.asarray(found[1], np.float32), np.zeros((16, 16)))
   # Nine tiles of a row sum to 1, 2^-9, 2^-9, ...
-  x = jnp.zeros((P, 9 * grouped_gpu.DEPTH), jnp.bfloat16).at[:, ::grouped_gpu.DEPTH].set(2.0**-9)
+  deep = grouped_gpu.DEPTH_BYTES // 2
+  x = jnp.zeros((P, 9 * deep), jnp.bfloat16).at[:, ::deep].set(2.0**-9)
   y = grouped_gpu.rows(x.at[:, 0].set(1), jnp.ones((2, x.shape[1], 16), jnp.bfloat16), rows.blocks,
                        b, 0, interpret=True)
   assert y.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(y[:256], np.float32), np.full((256, 16), 1 + 2.0**-6))
+
+
+@pytest.mark.parametrize('capability, dtype, columns', [
+  ((9, 0), 'bfloat16', 256), ((9, 0), 'float32', 128), ((8, 0), 'bfloat16', 256),
+  ((8, 9), 'bfloat16', 128), ((12, 0), 'bfloat16', 128), ((), 'bfloat16', 128)])
+def test_tiles_fit_the_shared_memory(monkeypatch, capability, dtype, columns):
+  """KiB that a thread block may have: 99 on consumer GPUs, 163 on an A100, 227 on an H100."""
+  monkeypatch.setattr(grouped_gpu, '_capability', lambda: capability)
+  grids = []
+  monkeypatch.setattr(grouped_gpu.pl, 'pallas_call', lambda *args, grid, **kwargs:
+                      grids.append(grid) or jax.tree_util.Partial(lambda *operands: grid))
+  rows, _, E = laid_out((500, 700))
+  assert rows.block == 128
+  x, w, g = (a.astype(dtype) for a in operands(rows, E, D=256, F=1024))
+  grouped_gpu.rows(x, w, rows.blocks, 128, 0)
+  grouped_gpu.matrices(x, g, rows.blocks, 128)
+  assert grids == [(1024 // columns, len(x) // 128), (8, 2, 2)]
+
+
+def test_wide_tiles_against_numpy(monkeypatch):
+  monkeypatch.setattr(grouped_gpu, '_capability', lambda: (9, 0))
+  rows, _, E = laid_out((0, 100, 0, 300))
+  x, w, _ = (jnp.asarray(a, jnp.bfloat16) for a in operands(rows, E, D=64, F=512))
+  y = grouped_gpu.rows(x, w, rows.blocks, rows.block, 0, interpret=True)
+  np.testing.assert_allclose(np.asarray(y, np.float32), naive(rows, x, w), rtol=2**-8, atol=1e-3)
 
 
 def kernels(run, *operands) -> int:
