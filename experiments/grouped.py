@@ -109,9 +109,9 @@ def timed(rounds: int) -> str:
   return '\n'.join(lines) + (
     f'\n\nMedian (least to greatest) of {rounds} rounds, {dtype}, {jax.devices()[0].device_kind}, '
     f'jax {jax.__version__}, {os.cpu_count()} cores with a load average of '
-    f'{os.getloadavg()[0]:.0f} at the end. 1.00 is the batched matmul of equal loads, which would drop what does not fit; below '
-    '1 that one call was the slower. rows / N is the size of the buffer; the matmuls visit only '
-    'the blocks in use.')
+    f'{os.getloadavg()[0]:.0f} at the end. 1.00 is the batched matmul of equal loads, which would '
+    'drop what does not fit; below 1 that one call was the slower. rows / N is the size of the '
+    'buffer; the matmuls visit only the blocks in use.')
 
 
 def compiled_flops(run, shapes, sharding) -> tuple[float, float, int]:
