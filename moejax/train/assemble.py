@@ -1,4 +1,4 @@
-"""The train step of a run and the shapes of what it takes, known before anything is allocated."""
+"""The steps of a run and the shapes of what they take, known before anything is allocated."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from moejax import flops, models
+from moejax import evaluate, flops, models
 from moejax.train import initialize
 from moejax.train.groups import check_stacked
 from moejax.train.layout import Layout
@@ -22,7 +22,7 @@ SMALL, MOST = 1e12, 25
 
 
 class Step:
-  """A train step, not compiled yet.
+  """A train step, not compiled yet, and the evaluation that goes with it.
 
   Args:
     config, plan: the run.
@@ -85,6 +85,17 @@ class Step:
   def lower(self) -> jax.stages.Lowered:
     """To be compiled for the devices, which need not be there."""
     return self.devices.lower(self.fn, self.shapes, self.batch)
+
+  @functools.cached_property
+  def evaluate(self) -> Callable:
+    """evaluate.make_eval_step's function of params and data.eval_batch_size examples, compiled
+    before its arguments are there if the devices can do that."""
+    fn = evaluate.make_eval_step(self.model.apply, self.devices.reduce)
+    if not self.devices.ahead:
+      return self.devices.compile(fn)
+    batch = {k: v for k, v in self.examples.items() if k != 'teacher_logits'}
+    batch = self.devices.placed(of_size(batch, self.config.data.eval_batch_size))
+    return self.devices.lower_eval(fn, self.shapes.params, batch).compile()
 
   def first_state(self, parent: initialize.Parent | None
                   ) -> tuple[TrainState, initialize.Receipt | None]:

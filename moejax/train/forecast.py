@@ -18,6 +18,7 @@ from moejax.config import ConfigError
 from moejax.train import memory, remedies
 from moejax.train.assemble import Step
 from moejax.train.groups import untouched
+from moejax.train.settings import RunConfig
 
 MIB, GIB = 2**20, 2**30
 
@@ -33,6 +34,8 @@ class Forecast:
     activations: what else the step asks for: what the backward pass keeps, the batch, sums of
       metrics, scratch, the program.
     saving: a checkpoint's copy of scanned blocks, as single ones, beside the state.
+    evaluation: what an evaluation asks for beside the state. 0 if its batch is no larger than a
+      train step's: it then makes nothing that the step does not make.
     available: what there is; None if nobody knows.
     compiled: False: gradients and activations are not counted, as the state alone is too much, or
       the step cannot be compiled ahead.
@@ -42,13 +45,15 @@ class Forecast:
   gradients: int = 0
   activations: int = 0
   saving: int = 0
+  evaluation: int = 0
   available: int | None = None
   compiled: bool = False
 
   @property
   def needed(self) -> int:
-    """At the worst moment: in the step or while saving. Evaluation is not forecast."""
-    return self.params + self.optimizer + max(self.gradients + self.activations, self.saving)
+    """At the worst moment: in the step, saving or evaluating. Decoding is not forecast."""
+    return self.params + self.optimizer + max(self.gradients + self.activations, self.saving,
+                                              self.evaluation)
 
   @property
   def fits(self) -> bool:
@@ -67,7 +72,8 @@ class Forecast:
     total = self.params + self.optimizer + self.gradients + self.activations
     text = f'{", ".join(parts)} = {size(total, self.needed)}'
     if self.needed > total:
-      text += f', {number(self.needed)} while saving'
+      when = 'saving' if self.saving > self.evaluation else 'evaluating'
+      text += f', {number(self.needed)} while {when}'
     if self.available is not None:
       unit = f' {_unit(self.needed)[0]}'
       text = text.removesuffix(unit) if size(self.available).endswith(unit) else text
@@ -124,7 +130,26 @@ def measure(step: Step, available: int | None, lowered: jax.stages.Lowered | Non
       activations=held + temporary - found.params - found.optimizer - gradients)
   if compiled is None and available is None:   # less than that, is all that the compiler said
     found = dataclasses.replace(found, available=found.needed - 1)
+  if found.fits and evaluates_more(step.config):
+    too_much = (available or 0) - found.params - found.optimizer + 1
+    found = dataclasses.replace(found, evaluation=_evaluation(step, too_much))
   return compiled, found
+
+
+def evaluates_more(config: RunConfig) -> bool:
+  """Whether an evaluation takes more examples at once than the train step does."""
+  return config.data.eval_batch_size * config.microbatches > config.data.batch_size
+
+
+def _evaluation(step: Step, too_much: int) -> int:
+  """Bytes beside the parameters. too_much: what to say if the compiler finds too little memory."""
+  try:
+    held, temporary, code = sizes(step.evaluate)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return _asked_for(str(error), too_much)
+  return held - per_device(step.shapes.params) + temporary + code
 
 
 def _of_state(step: Step, available: int | None) -> Forecast:

@@ -104,7 +104,7 @@ def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Host
 
 
 class Program:
-  """The parts of a run put together: data, model, devices, and the two compiled functions."""
+  """The parts of a run put together: data, model, devices, and the compiled steps."""
 
   def __init__(self, config: settings.RunConfig, plan: Plan):
     self.config, self.plan = config, plan
@@ -126,7 +126,6 @@ class Program:
           models.build(config.model).apply, self.model.shapes, batch)[0]}
     self.step = Step(config, plan, self.model, self.devices, rows, batch)
     self.layout, self.shapes, self.single = self.step.layout, self.step.shapes, self.step.single
-    self.eval_step = self._eval_step(self.model)
 
   def compile(self) -> None:
     """Makes train_step, (state, batch) -> (state, objective), and `memory`, the Forecast of what it
@@ -155,9 +154,6 @@ class Program:
     """What train_step takes, on its devices, with what the teacher says to it."""
     batch = self.devices.put(batch)
     return self.teacher(batch) if self.teacher else batch
-
-  def _eval_step(self, model):
-    return self.devices.compile(evaluate.make_eval_step(model.apply, self.devices.reduce))
 
   def begin(self, workdir: Workdir, log: Log) -> TrainState:
     """The first state, evaluated; after surgery the receipt is written, with the step-0 gap."""
@@ -192,7 +188,8 @@ class Program:
       params = initialize.parent_params(parent, model, self.devices)
       params = Layout(model, self.devices).stack(params)
       batches = map(self.devices.put, self.dataset.eval_batches('validation'))
-      sums = evaluate.total(self._eval_step(model), params, batches)
+      step = self.devices.compile(evaluate.make_eval_step(model.apply, self.devices.reduce))
+      sums = evaluate.total(step, params, batches)
     loss = metrics.summarize(sums)['loss']
     return {'parent_loss': loss, 'loss': child['loss'], 'step0_gap': child['loss'] - loss, **lost}
 
@@ -208,7 +205,7 @@ class Program:
     with log.pause('evaluating', step):
       for split in splits:
         batches = map(self.devices.put, self.dataset.eval_batches(split))
-        values = metrics.summarize(evaluate.total(self.eval_step, params, batches))
+        values = metrics.summarize(evaluate.total(self.step.evaluate, params, batches))
         values |= {k: v for k, v in window.items() if k.endswith('/router_grad_norm')}
         if last and self.dataset.metric:
           values |= self.final.decoded(self.layout.unstack(params), split)

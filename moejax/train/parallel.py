@@ -2,8 +2,8 @@
 
 Both have `reduce`, which adds a tree over devices, and `gather`, which puts rows of all devices
 together, for use inside what they compile; and (host, hosts), which of how many equal parts of a
-batch this process loads; and `ahead`, whether a train step can be compiled before its arguments are
-there, by `lower`, or only at its first call, by `compile_step`. What they compile hands its results
+batch this process loads; and `ahead`, whether a step can be compiled before its arguments are
+there, by `lower` and `lower_eval`, or only at its first call, by `compile_step` and `compile`. What they compile hands its results
 to every process whole; `everywhere` makes of a step's state what a checkpoint takes.
 
 'mesh': arrays are global, split over the axes of moejax.sharding; the compiler and the MoE layer's
@@ -76,7 +76,14 @@ class MeshParallel:
 
   def compile(self, fn: Callable) -> Callable:
     """Compiles eval_step(params, batch), at its first call."""
-    return self._in_mesh(jax.jit(fn, out_shardings=self.replicated()))
+    return self._in_mesh(self._whole(fn))
+
+  def lower_eval(self, fn: Callable, params, batch) -> jax.stages.Lowered:
+    """The same, to be compiled for arrays, or shapes with shardings."""
+    return self._in_mesh(self._whole(fn).lower)(params, batch)
+
+  def _whole(self, fn: Callable):
+    return jax.jit(fn, out_shardings=self.replicated())
 
   def lower(self, fn: Callable, state, batch) -> jax.stages.Lowered:
     """train_step(state, batch), to be compiled. The state is donated and keeps its shardings.
@@ -145,6 +152,10 @@ class PmapParallel:
   def compile(self, fn: Callable) -> Callable:
     """Compiles eval_step(params, batch), at its first call."""
     return self._pmap(fn)
+
+  def lower_eval(self, fn: Callable, params, batch) -> jax.stages.Lowered:
+    """The same, to be compiled for arrays, or shapes."""
+    return self._pmap(fn).lower(params, batch)
 
   def lower(self, fn: Callable, state, batch) -> jax.stages.Lowered:
     """train_step(state, batch), to be compiled. The state is donated.

@@ -74,6 +74,11 @@ def candidates(step: Step, found: 'Forecast') -> Iterator[Remedy]:
   two passes again, as it does on CPU.
   """
   config, platform = step.config, step.devices.mesh.devices.flat[0].platform
+  if found.evaluation > found.gradients + found.activations:
+    parts = _parts(step, found, config.data.eval_batch_size, found.evaluation, 0)
+    if parts > 1:
+      yield Remedy({'data.eval_batch_size': config.data.eval_batch_size // parts},
+                   'smaller matmuls while evaluating')
   if config.model.dtype == 'float32' and platform != 'cpu':
     yield Remedy({'model.dtype': 'bfloat16'}, 'coarser rounding, and faster')
   scan = {'execution.scan': True} if not config.execution.scan and _can_scan(config) else {}
@@ -82,7 +87,8 @@ def candidates(step: Step, found: 'Forecast') -> Iterator[Remedy]:
   yield from _splits(step)
   if config.execution.remat == 'none':
     yield Remedy({**scan, 'execution.remat': 'dots'}, 'attention and activations computed twice')
-  parts = _parts(step, found)
+  parts = _parts(step, found, config.data.batch_size // config.microbatches, found.activations,
+                 found.gradients)
   if parts > 1:
     yield Remedy({'microbatches': config.microbatches * parts}, 'no FLOPs; smaller matmuls')
   if config.execution.remat != 'full':
@@ -120,14 +126,15 @@ def _splits(step: Step) -> Iterator[Remedy]:
       yield Remedy({**kind, **data, f'mesh.{axis}': size(axis) * parts}, cost)
 
 
-def _parts(step: Step, found: 'Forecast') -> int:
-  """Into how many parts a batch would have to be cut; 1 if it cannot be.
+def _parts(step: Step, found: 'Forecast', examples: int, takes: int, beside: int) -> int:
+  """Into how many parts so many examples at once would have to be cut; 1 if they cannot be.
 
   If no number is enough, the largest there is: it may be, together with something else.
+
+  takes: bytes that are in proportion to the examples; beside: that are not, but for the state.
   """
-  config = step.config
-  most = config.data.batch_size // (step.rows * step.devices.shards * config.microbatches)
-  room = SLACK * (found.available - found.params - found.optimizer - found.gradients)
+  most = examples // (step.rows * step.devices.shards)
+  room = SLACK * (found.available - found.params - found.optimizer - beside)
   possible = [k for k in range(2, most + 1) if most % k == 0]
-  enough = [k for k in possible if found.activations <= k * room]
+  enough = [k for k in possible if takes <= k * room]
   return (enough or possible[-1:] or [1])[0]

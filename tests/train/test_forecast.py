@@ -30,12 +30,15 @@ SPLIT = 2 * (4 * 256 + 2 * 512) + 160
 WHOLE = 272 + 64 + 2 * (112 + 64) + 32 + 10
 LEAVES = 2 + 1 + 2 * (8 + 4 + 4) + 2 + 2   # adamw has a count for each
 ROOM = 2**40
+NO_ROOM = ('RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space '
+           'hbm. (Used 200.82G) exceeds available HBM (15.75G).')   # the words of TPUs' compiler
 
 
-def run(batch_size=16, **changes):
+def run(batch_size=16, eval_batch_size=0, **changes):
   return settings.RunConfig(
       model=changes.pop('model', vit.config('tiny')),
-      data=DataConfig(batch_size=batch_size, eval_batch_size=batch_size), **changes)
+      data=DataConfig(batch_size=batch_size, eval_batch_size=eval_batch_size or batch_size),
+      **changes)
 
 
 def step_of(config, devices=None):
@@ -116,6 +119,54 @@ def test_saving_scanned_blocks_takes_a_copy_of_them():
   more = dataclasses.replace(said, saving=said.gradients + said.activations + 2**20)
   assert more.needed == said.params + said.optimizer + more.saving
   assert f'{more.needed / 2**20:.1f} while saving' in str(more)
+
+
+SAME = {   # configurations whose evaluation takes as many examples at once as their step
+    'plain': run(64), 'one device': run(64, mesh=MeshConfig(data=1)),
+    'pmap': run(64, parallel='pmap'), 'microbatches': run(128, eval_batch_size=32, microbatches=4),
+    'scanned, rematerialised': run(64, execution=Execution(scan=True, remat='full')),
+    'frozen': run(64, optimizer=OptimizerConfig(freeze='re:^(?!head)')),
+    'experts': run(64, model=vit.config('tiny', moe=MoEConfig(
+        layers='every_2', num_experts=4, router='expert_choice', group_size=4)))}
+
+
+@pytest.mark.parametrize('name', SAME)
+def test_an_evaluation_of_no_more_examples_makes_nothing_that_the_step_does_not(name):
+  step = step_of(SAME[name], jax.devices()[:1] if SAME[name].mesh.data == 1 else None)
+  said = forecast.compile_step(step, ROOM)[1]
+  assert said.evaluation == 0
+  assert 0 < forecast._evaluation(step, 0) < said.gradients + said.activations
+
+
+def test_an_evaluation_of_more_examples_counts():
+  """At least the images and what an MLP has inside, 4 tokens of 32; all in proportion to them."""
+  one = jax.devices()[:1]
+  said, twice = (found(run(16, eval_batch_size=n), one) for n in (2048, 4096))
+  images, inside = 2048 * (64 + 3) * 4, 2048 * 4 * 32 * 4
+  assert images + inside < said.evaluation < 8 * (images + inside)
+  assert twice.evaluation == pytest.approx(2 * said.evaluation, rel=0.05)
+  assert said.needed == said.params + said.optimizer + said.evaluation
+  assert f'{said.needed / 2**20:.1f} while evaluating' in str(said)
+
+
+def test_too_large_an_evaluation_is_refused_with_a_batch_that_fits():
+  config = run(16, eval_batch_size=4096)
+  before, without = (found(run(16, eval_batch_size=n)) for n in (4096, 16))
+  limit = (before.needed + without.needed) // 2
+  with pytest.raises(ConfigError, match='while evaluating') as error:
+    found(config, available=limit)
+  flags, mib = parsed(str(error.value))[0]
+  assert list(flags) == ['data.eval_batch_size'] and mib * 2**20 <= limit
+  after = found(run(16, eval_batch_size=int(flags['data.eval_batch_size'])))
+  assert mib == pytest.approx(after.needed / 2**20, abs=0.051)
+
+
+def test_a_compiler_without_room_for_an_evaluation_is_a_refusal(monkeypatch):
+  monkeypatch.setattr(remedies, 'WANTED', 0)
+  step = step_of(run(16, eval_batch_size=64))
+  monkeypatch.setattr(step.devices, 'lower_eval', lambda *args: Refusing(NO_ROOM))
+  with pytest.raises(ConfigError, match=r'200\.8 while evaluating of 4\.0 GiB'):
+    forecast.compile_step(step, 4 * 2**30)
 
 
 def test_how_it_reads():
@@ -234,6 +285,7 @@ def test_a_run_says_it_once_and_compiles_its_step_once(tmp_path, capsys, caplog,
   monkeypatch.setattr(forecast, 'free', lambda devices: ROOM)
   config = vit_glyphs.get_config('runlocal')
   config.model.update(num_layers=1, d_model=16, d_ff=32)
+  config.data.eval_batch_size = 2 * config.data.batch_size
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     assert loop.run(settings.resolve(config), str(tmp_path / 'run')) == 0
   lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith('memory per device: ')]
@@ -241,8 +293,9 @@ def test_a_run_says_it_once_and_compiles_its_step_once(tmp_path, capsys, caplog,
   said = json.loads((tmp_path / 'run/run.json').read_text())['memory']
   assert f'= {forecast.size(said["needed"])} of ' in lines[0]
   assert said['needed'] == sum(said[k] for k in ('params', 'optimizer', 'gradients', 'activations'))
-  compiled = [r for r in caplog.messages if re.search(r'XLA compilation of jit\(train_step\)', r)]
-  assert len(compiled) == 1
+  for step in ('train_step', 'eval_step'):
+    found = [x for x in caplog.messages if re.search(rf'XLA compilation of jit\({step}\)', x)]
+    assert len(found) == 1
 
 
 class Refusing:
@@ -256,13 +309,10 @@ class Refusing:
 
 
 def test_a_compiler_that_finds_no_room_is_a_refusal_with_its_number(monkeypatch):
-  """The words of TPUs' compiler."""
   monkeypatch.setattr(remedies, 'WANTED', 0)
   step = step_of(run(), jax.devices()[:1])
-  words = ('RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space '
-           'hbm. (Used 200.82G) exceeds available HBM (15.75G).')
   with pytest.raises(ConfigError, match=r'activations 200\.8 = 200\.8 of 15\.8 GiB'):
-    forecast.compile_step(step, int(15.75 * 2**30), lowered=Refusing(words))
+    forecast.compile_step(step, int(15.75 * 2**30), lowered=Refusing(NO_ROOM))
   for available in (ROOM, None):   # no number: more than there is
     with pytest.raises(ConfigError, match='does not fit'):
       forecast.compile_step(step, available, lowered=Refusing('RESOURCE_EXHAUSTED: out of memory'))
