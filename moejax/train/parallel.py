@@ -3,8 +3,9 @@
 Both have `reduce`, which adds a tree over devices, and `gather`, which puts rows of all devices
 together, for use inside what they compile; and (host, hosts), which of how many equal parts of a
 batch this process loads; and `ahead`, whether a step can be compiled before its arguments are
-there, by `lower` and `lower_eval`, or only at its first call, by `compile_step` and `compile`. What they compile hands its results
-to every process whole; `everywhere` makes of a step's state what a checkpoint takes.
+there, by `lower` and `lower_eval`, or only at its first call, by `compile_step` and `compile`.
+What they compile hands its results to every process whole; `everywhere` makes of a step's state
+what a checkpoint takes.
 
 'mesh': arrays are global, split over the axes of moejax.sharding; the compiler and the MoE layer's
 shard_map place the communication. 'pmap': one program per device over its share of the batch, sums
