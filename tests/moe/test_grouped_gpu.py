@@ -1,4 +1,6 @@
-"""The GPU's grouped matmul: its kernels, interpreted here, against NumPy; and where it is used.
+"""The GPU's grouped matmul: its kernels against NumPy; and where it is used.
+
+The kernels are interpreted, but for JAX_PLATFORMS=cuda pytest ... -k 'numpy or float32' on a GPU.
 
 Dimensions as in test_grouped.
 """
@@ -21,6 +23,7 @@ LOADS = {'blocks of 16': (70, 90, 40), 'empty experts': (0, 100, 0, 0, 300, 0),
          'not valid ones': (200, 60, 0, -40), 'all to one': (0, 257, 0),
          'none valid': (0, 0, -300)}
 KERNEL = 'gpu.triton'   # how a kernel's custom call is named
+INTERPRET = jax.default_backend() != 'gpu'
 
 
 @pytest.mark.parametrize('load', LOADS.values(), ids=LOADS.keys())
@@ -33,12 +36,12 @@ def test_kernels_against_numpy(load):
   unused = jnp.arange(len(x))[:, None] >= used
   x, g = jnp.where(unused, jnp.nan, x), jnp.where(unused, jnp.nan, g)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
-  close(grouped_gpu.rows(x, w, rows.blocks, b, 0, interpret=True), naive(rows, x, w))
-  close(grouped_gpu.rows(g, w, rows.blocks, b, 1, interpret=True),
+  close(grouped_gpu.rows(x, w, rows.blocks, b, 0, interpret=INTERPRET), naive(rows, x, w))
+  close(grouped_gpu.rows(g, w, rows.blocks, b, 1, interpret=INTERPRET),
         naive(rows, g, w.swapaxes(1, 2)))
   owner = np.repeat(np.asarray(rows.expert), b)[:used]
   x64, g64 = (np.asarray(a, np.float64)[:used] for a in (x, g))
-  close(grouped_gpu.matrices(x, g, rows.blocks, b, interpret=True),
+  close(grouped_gpu.matrices(x, g, rows.blocks, b, interpret=INTERPRET),
         [x64[owner == e].T @ g64[owner == e] for e in range(E)])
 
 
@@ -48,7 +51,7 @@ def test_in_bfloat16_sums_are_float32():
   P, b = len(rows.order), rows.block
   x = jnp.where(jnp.arange(P)[:, None] < b, 1.0, 2.0**-9).astype(jnp.bfloat16)
   found = grouped_gpu.matrices(jnp.tile(x, 16), jnp.ones((P, 16), jnp.bfloat16), rows.blocks, b,
-                               interpret=True)
+                               interpret=INTERPRET)
   assert found.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(found[0], np.float32), np.full((16, 16), 32.5))
   np.testing.assert_array_equal(np.asarray(found[1], np.float32), np.zeros((16, 16)))
@@ -56,7 +59,7 @@ def test_in_bfloat16_sums_are_float32():
   deep = grouped_gpu.DEPTH_BYTES // 2
   x = jnp.zeros((P, 9 * deep), jnp.bfloat16).at[:, ::deep].set(2.0**-9)
   y = grouped_gpu.rows(x.at[:, 0].set(1), jnp.ones((2, x.shape[1], 16), jnp.bfloat16), rows.blocks,
-                       b, 0, interpret=True)
+                       b, 0, interpret=INTERPRET)
   assert y.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(y[:256], np.float32), np.full((256, 16), 1 + 2.0**-6))
 
@@ -82,7 +85,7 @@ def test_wide_tiles_against_numpy(monkeypatch):
   monkeypatch.setattr(grouped_gpu, '_capability', lambda: (9, 0))
   rows, _, E = laid_out((0, 100, 0, 300))
   x, w, _ = (jnp.asarray(a, jnp.bfloat16) for a in operands(rows, E, D=64, F=512))
-  y = grouped_gpu.rows(x, w, rows.blocks, rows.block, 0, interpret=True)
+  y = grouped_gpu.rows(x, w, rows.blocks, rows.block, 0, interpret=INTERPRET)
   np.testing.assert_allclose(np.asarray(y, np.float32), naive(rows, x, w), rtol=2**-8, atol=1e-3)
 
 
