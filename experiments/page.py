@@ -105,12 +105,10 @@ def _section(name: str, found: Results, verdicts: list[verdict.Verdict]) -> list
   plot = ['', f'![{about["title"]}]({name}/{about["suite"]}.png)']
   if not verdicts:
     return [*out, 'It makes no claim.', *plot]
-  cells = [[v.claim.domain, tables.says(v), v.claim.source, v.claim.paper,
-            *tables.verdict_cells(v)] for v in verdicts]
+  rows = [([v.claim.domain, tables.says(v), v.claim.source, v.claim.paper], v) for v in verdicts]
   if ' of ' in _pairs(found):
     out += [f'{_pairs(found)} pairs are trained so far; verdicts wait for the others.', '']
-  headers = ['domain', 'claim', 'source', 'paper', *tables.VERDICT_HEADERS]
-  return [*out, *tables.table(headers, cells, left=6), *plot]
+  return [*out, *tables.verdict_table(['domain', 'claim', 'source', 'paper'], rows), *plot]
 
 
 def _rule(suites: int) -> list[str]:

@@ -72,10 +72,10 @@ class Regime:
     return [Pair(self, number) for number in range(self.core if core else self.other)]
 
   def claim(self, says: str, source: str, paper: str, a: str, relation: str, b: str,
-            metric: str = '', domain: str = '') -> Claim:
-    """A claim about two arms of this domain."""
+            metric: str = '', domain: str = '', than: tuple[str, ...] = ()) -> Claim:
+    """A claim about arms of this domain."""
     return Claim(says, source, paper, domain or self.domain, a, relation, b, metric or self.metric,
-                 self.margin if relation == '~' else None)
+                 self.margin if relation == '~' else None, than)
 
 
 ENCODER_DECODER, VIT = ('model.encoder_moe', 'model.decoder_moe'), ('model.moe',)

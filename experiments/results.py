@@ -117,8 +117,8 @@ def read(directory: pathlib.Path) -> Results:
   if len(kinds['suite']) != 1:
     raise ConfigError(f'--results: {path} has {len(kinds["suite"])} lines of kind "suite" in place '
                       'of one. Make it again: python -m experiments.main --suite=NAME')
-  return Results(kinds['suite'][0], tuple(Claim(**claim) for claim in kinds['claim']),
-                 kinds['arm'])
+  claims = (Claim(**{**claim, 'than': tuple(claim.get('than', ()))}) for claim in kinds['claim'])
+  return Results(kinds['suite'][0], tuple(claims), kinds['arm'])
 
 
 def _record(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:

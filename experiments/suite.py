@@ -198,7 +198,8 @@ RELATIONS = ('<', '>', '~')
 class Claim:
   """What a source says about two arms, written down before any of them was trained.
 
-  The verdict is about the mean over pairs of (metric of arm `a` - metric of arm `b`).
+  The verdict is about the mean over pairs of (metric of arm `a` - metric of arm `b`), or, with
+  `than`, of how much that is above (metric of arm than[0] - metric of arm than[1]).
 
   Attributes:
     says: the claim in a sentence.
@@ -209,6 +210,7 @@ class Claim:
     relation: '<' or '>': the difference has that sign; '~': it is within +- margin.
     metric: 'split/name' of the results, as 'test/loss' or 'step0/step0_gap'.
     margin: of '~', in units of the metric.
+    than: names of two arms whose difference is taken off, as where a gap is to grow.
   """
   says: str
   source: str
@@ -219,11 +221,25 @@ class Claim:
   b: str
   metric: str = 'test/loss'
   margin: float | None = None
+  than: tuple[str, ...] = ()
 
   def __post_init__(self):
     check_choice('claim.relation', self.relation, RELATIONS)
     config_lib.check((self.margin is not None) == (self.relation == '~'), 'claim.margin',
                      self.margin, "a number with relation '~', else None", 'Set it, or leave it.')
+    config_lib.check(len(self.than) in (0, 2), 'claim.than', self.than, 'two arms, or none',
+                     'Name both.')
+
+  @property
+  def terms(self) -> dict[str, int]:
+    """{arm: +1 or -1}, what the difference is the sum of."""
+    return {self.a: 1, self.b: -1, **dict(zip(self.than, (-1, 1)))}
+
+  @property
+  def difference(self) -> str:
+    """'a − b'."""
+    text = f'{self.a} − {self.b}'
+    return f'({text}) − ({" − ".join(self.than)})' if self.than else text
 
 
 PLOTS = ('curves', 'points', 'sweep')
@@ -257,7 +273,7 @@ class Suite:
     check_choice('suite.plot', self.plot, PLOTS)
     names = {(arm.domain, arm.name) for arm in self.arms}
     for claim in self.claims:
-      for name in (claim.a, claim.b):
+      for name in claim.terms:
         if (claim.domain, name) not in names:
           raise ConfigError(f'suite {self.name}: claim {claim.says!r} names the arm {name!r}, '
                             f'which {claim.domain!r} does not have')

@@ -154,16 +154,43 @@ def table(headers: list[str], cells: list[list[str]], left: int = 1) -> list[str
 
 # Of a table of verdicts, apart from what identifies the claim.
 VERDICT_HEADERS = ['verdict', 'ours', '95 % interval', 'pairs', 'p']
+HELD_OUT = 'on the held-out family'
+HELD_OUT_LEGEND = ('`test (seen)` are glyphs that training never had, of font families it had; the '
+                   f'column "{HELD_OUT}" says the same of a family that it never had (`test`): '
+                   'the mean difference and its 95 % interval. No verdict depends on it.')
 
 
-def verdict_cells(verdict: Verdict) -> list[str]:
+def verdict_table(names: Sequence[str], rows: Sequence[tuple[Sequence[str], Verdict]]) -> list[str]:
+  """Lines of the table of some verdicts.
+
+  Args:
+    names: of the columns that identify a claim.
+    rows: (cells under these, verdict).
+  """
+  held_out = any(verdict.held_out for _, verdict in rows)
+  cells = [[*first, *_verdict_cells(verdict), *([_held_out(verdict)] if held_out else [])]
+           for first, verdict in rows]
+  lines = table([*names, *VERDICT_HEADERS, *([HELD_OUT] if held_out else [])], cells,
+                left=len(names) + 2)
+  return [*lines, *(['', *textwrap.wrap(HELD_OUT_LEGEND, 100)] if held_out else [])]
+
+
+def _held_out(verdict: Verdict) -> str:
+  found = verdict.held_out
+  if not found or not math.isfinite(found.mean):
+    return NONE
+  low, high = found.interval
+  return f'{found.mean:+.4f}' + (f' ({low:+.4f} to {high:+.4f})' if found.n > 1 else '')
+
+
+def _verdict_cells(verdict: Verdict) -> list[str]:
   """Cells under VERDICT_HEADERS; p is the adjusted one."""
   claim, found = verdict.claim, verdict.estimate
   low, high = found.interval
   bold = '' if verdict.outcome == verdict_lib.UNDECIDED else '**'
   return [
       f'{bold}{verdict.outcome}{bold}' + ''.join(f'; {note}' for note in verdict.notes),
-      f'{claim.a} − {claim.b}: {header(claim.metric)} '
+      f'{claim.difference}: {header(claim.metric)} '
       + (f'{found.mean:+.4f}' if math.isfinite(found.mean) else NONE),
       f'{low:+.4f} to {high:+.4f}' if math.isfinite(found.half) else NONE,
       str(found.n),
@@ -180,8 +207,7 @@ def says(verdict: Verdict) -> str:
 def _claims(verdicts: list[Verdict]) -> list[str]:
   if not verdicts:
     return []
-  return ['', *table(['claim', *VERDICT_HEADERS],
-                     [[says(v), *verdict_cells(v)] for v in verdicts], left=3)]
+  return ['', *verdict_table(['claim'], [([says(v)], v) for v in verdicts])]
 
 
 def versions(rows: list[lines_lib.Row]) -> str:

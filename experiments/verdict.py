@@ -1,9 +1,10 @@
 """Verdicts on a suite's claims, by a rule that was written before its runs.
 
 **What is tested.** A claim speaks of two arms a and b and a metric. In each (dense parent, seed)
-pair p that has both, d_p = metric of a - metric of b. The d_p are taken as independent draws from a
-normal distribution; reported are their mean, their standard deviation and the 95 % interval
-mean +- t(0.975, n - 1) sd / sqrt(n), which is not adjusted.
+pair p that has both, d_p = metric of a - metric of b; if it speaks of a gap that is larger than
+another, less the same of two other arms. The d_p are taken as independent draws from a normal
+distribution; reported are their mean, their standard deviation and the 95 % interval mean +-
+t(0.975, n - 1) sd / sqrt(n), which is not adjusted.
 
 **p-values.** Relations '<' and '>': the two-sided t-test of mean(d) = 0. Relation '~' with a margin
 m: if |mean(d)| <= m, the two one-sided t-tests (TOST, Schuirmann 1987) of mean(d) = -m and
@@ -20,7 +21,7 @@ the others easier.
 (lies within the margin), 'not reproduced' otherwise. Undecided at this scale in all other cases,
 and whatever the numbers say if there are fewer than 2 pairs, if the d_p are otherwise all the same
 (no spread to test against), or if a metric is not finite in any pair: a diverged run is never left
-out. Nothing is decided either before all pairs of the suite are trained, or it could be trained for
+out. Nothing is decided either before a claim has all pairs of the suite, or it could be trained for
 as long as it takes to be right.
 
 **By chance.** Holm keeps the chance that a suite has any wrong verdict at 5 %, however many claims
@@ -31,7 +32,7 @@ whose true difference lies outside the margin is called reproduced in at most 5 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scipy import special
 
@@ -118,7 +119,9 @@ class Verdict:
     p: of its own test; None if it cannot be tested.
     adjusted: by Holm within the suite.
     outcome: one of OUTCOMES.
-    notes: why it cannot be tested, and pairs that only one arm has.
+    notes: why it cannot be tested, and pairs that some of its arms have not.
+    held_out: where the claim is about `test_seen` and `test` was measured too, the same of `test`;
+      the verdict does not depend on it.
   """
   claim: Claim
   estimate: Estimate
@@ -126,6 +129,7 @@ class Verdict:
   adjusted: float
   outcome: str
   notes: tuple[str, ...] = ()
+  held_out: Estimate | None = None
 
 
 def decide(claims: Sequence[Claim], rows: Sequence[Row], planned: int = 0) -> list[Verdict]:
@@ -141,9 +145,9 @@ def decide(claims: Sequence[Claim], rows: Sequence[Row], planned: int = 0) -> li
   """
   tested = [_test(claim, rows) for claim in claims]
   adjusted = holm([1.0 if p is None else p for _, p, _ in tested])
-  early = len({row['pair'] for row in rows}) < planned
   return [Verdict(claim, found, p, q,
-                  UNDECIDED if early else _outcome(claim, found.mean, p, q), notes)
+                  UNDECIDED if found.n < planned else _outcome(claim, found.mean, p, q), notes,
+                  _held_out(claim, rows))
           for claim, (found, p, notes), q in zip(claims, tested, adjusted)]
 
 
@@ -162,23 +166,40 @@ def _outcome(claim: Claim, mean: float, p: float | None, adjusted: float) -> str
 
 def _test(claim: Claim, rows: Sequence[Row]) -> tuple[Estimate, float | None, tuple[str, ...]]:
   """Estimate, p (None with the reason among the notes) and notes."""
-  a, b = (_values(claim, name, rows) for name in (claim.a, claim.b))
-  pairs = sorted(a.keys() & b.keys())
-  differences = [a[pair] - b[pair] for pair in pairs]
-  notes = [f'pair {pair} only has {name}' for name, have, other in
-           ((claim.a, a, b), (claim.b, b, a)) for pair in sorted(have.keys() - other.keys())]
+  arms = {name: _values(claim, name, rows) for name in claim.terms}
+  pairs = sorted(set.intersection(*map(set, arms.values())))
+  differences = _differences(claim, arms, pairs)
+  notes = [f'pair {pair} has no {name}' for pair in sorted(set().union(*arms.values()))
+           for name, values in arms.items() if pair not in values]
   obstacles = [f'{claim.metric} of {name} is {values[pair]} in pair {pair}'
-               for name, values in ((claim.a, a), (claim.b, b)) for pair in pairs
+               for name, values in arms.items() for pair in pairs
                if not math.isfinite(values[pair])]
   if not obstacles and len(pairs) < 2:
-    obstacles = ['one pair' if pairs else 'no pair has both arms']
-  scale = max((abs(v) for pair in pairs for v in (a[pair], b[pair])), default=0.0)
+    obstacles = ['one pair' if pairs else 'no pair has all arms']
+  scale = max((abs(values[pair]) for values in arms.values() for pair in pairs), default=0.0)
   if not obstacles and claim.relation == '~' and not any(differences):
     return estimate(differences), 0.0, tuple(notes)
   if not obstacles and max(differences) - min(differences) <= ROUNDING * scale:
     obstacles = [f'the {len(pairs)} differences are all {differences[0]:+.4g}, without spread']
   found = estimate(differences)
   return found, None if obstacles else p_value(found, claim.margin), (*obstacles, *notes)
+
+
+def _held_out(claim: Claim, rows: Sequence[Row]) -> Estimate | None:
+  """See Verdict."""
+  split, _, name = claim.metric.partition('/')
+  there = [row for row in rows if row['domain'] == claim.domain and row['arm'] in claim.terms]
+  if split != 'test_seen' or any(lines.metric(row, f'test/{name}') is None for row in there):
+    return None
+  claim = dataclasses.replace(claim, metric=f'test/{name}')
+  arms = {name: _values(claim, name, rows) for name in claim.terms}
+  return estimate(_differences(claim, arms, sorted(set.intersection(*map(set, arms.values())))))
+
+
+def _differences(claim: Claim, arms: Mapping[str, Mapping[int, float]], pairs: Sequence[int]
+                 ) -> list[float]:
+  """Of each pair. arms: {name: {pair: metric}}."""
+  return [sum(sign * arms[name][pair] for name, sign in claim.terms.items()) for pair in pairs]
 
 
 def _values(claim: Claim, name: str, rows: Sequence[Row]) -> dict[int, float]:

@@ -142,12 +142,48 @@ def test_a_diverged_arm_is_said_and_not_left_out_whichever_side_it_is_on():
 def test_too_few_pairs_and_missing_pairs_are_said():
   found, = verdict.decide([claim()], rows('a', {0: 1.0, 1: 1.0}) + rows('b', {1: 2.0, 2: 2.5}))
   assert found.outcome == verdict.UNDECIDED and found.p is None and found.estimate.mean == -1
-  assert found.notes == ('one pair', 'pair 0 only has a', 'pair 2 only has b')
+  assert found.notes == ('one pair', 'pair 0 has no b', 'pair 2 has no a')
   found, = verdict.decide([claim()], rows('a', {0: 1.0}) + rows('b', {1: 2.0}))
-  assert found.notes[0] == 'no pair has both arms' and math.isnan(found.estimate.mean)
+  assert found.notes[0] == 'no pair has all arms' and math.isnan(found.estimate.mean)
   found, = verdict.decide([claim()], rows('a', [0.0, 0.1, 0.05, 0.0]) + rows('b', [1.0, 1.4, 1.1]))
   assert found.outcome == verdict.REPRODUCED and found.estimate.n == 3
-  assert found.notes == ('pair 3 only has a',)
+  assert found.notes == ('pair 3 has no b',)
+
+
+def test_a_gap_that_is_larger_than_another():
+  arms = (rows('up', [1.0, 1.1, 0.9]) + rows('dense', [1.2, 1.4, 1.2])
+          + rows('up before', [2.0, 2.1, 2.0]) + rows('dense before', [2.1, 2.2, 2.2]))
+  grows = Claim('the gap grows', 'someone', 'no figures', 'd', 'up', '<', 'dense',
+                than=('up before', 'dense before'))
+  found, = verdict.decide([grows], arms)
+  # Gaps of -0.2, -0.3, -0.3 against -0.1, -0.1, -0.2.
+  d = [-0.1, -0.2, -0.1]
+  assert found.estimate.mean == pytest.approx(sum(d) / 3)
+  assert found.p == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
+  assert grows.difference == '(up − dense) − (up before − dense before)'
+  without, = verdict.decide([grows], arms[:-1], planned=3)
+  assert without.estimate.n == 2 and without.outcome == verdict.UNDECIDED
+  assert without.notes == ('pair 2 has no dense before',)
+  with pytest.raises(ConfigError, match='claim.than.*two arms, or none'):
+    Claim('x', 'y', 'z', 'd', 'a', '<', 'b', than=('c',))
+
+
+def test_a_claim_that_lacks_a_pair_waits_though_others_have_it():
+  arms = rows('a', [0, 0.1, 0.05, 0]) + rows('b', [1, 1.4, 1.1]) + rows('c', [1, 1.4, 1.1, 1])
+  of_three, of_four = verdict.decide([claim(), claim(b='c')], arms, planned=4)
+  assert of_three.outcome == verdict.UNDECIDED and of_four.outcome == verdict.REPRODUCED
+
+
+def test_the_held_out_family_stands_beside_the_verdict_and_does_not_change_it():
+  def both(arm, seen, test):
+    return [{**row, 'final': {'test_seen': {'loss': s}, 'test': {'loss': t}}}
+            for row, s, t in zip(rows(arm, seen), seen, test)]
+  arms = both('a', [1.0, 1.1, 1.0], [5.0, 5.2, 5.1]) + both('b', [1.3, 1.5, 1.3], [4.9, 5.2, 5.0])
+  found, = verdict.decide([claim(metric='test_seen/loss')], arms)
+  assert found.outcome == verdict.REPRODUCED
+  assert found.held_out == verdict.estimate([5.0 - 4.9, 0.0, 5.1 - 5.0])
+  found, = verdict.decide([claim()], arms)
+  assert found.held_out is None
 
 
 @pytest.mark.parametrize('relation, margin', [('<', None), ('~', 1.0)])
