@@ -8,8 +8,9 @@ Needs the compiler for TPUs (pip install -e '.[tpu]') and no TPU. `paper` has th
 configs/paper, each on the slice that configs.paper.SLICES names; `ablations` what the paper varies,
 of the Base models; `weak` one upcycled run on slices of 4 to 512 chips with the same examples per
 chip. Results are lines of ahead.jsonl; a run that is there, with these settings and this version of
-JAX, is not compiled again: after a change of moejax itself, delete its line. What the estimate of
-the time assumes stands in moejax/ahead/report.py and chips.py.
+JAX, is not compiled again: after a change of moejax itself, delete its line. Programs are kept (see
+--programs); if only what is read from them has changed, --read_again takes seconds. What the
+estimate of the time assumes stands in moejax/ahead/report.py and chips.py.
 """
 
 import dataclasses
@@ -19,7 +20,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,12 +29,13 @@ from tqdm import tqdm
 
 from configs import paper
 from experiments import cli, results, scale_plot
-from moejax.ahead import chips
+from moejax.ahead import chips, report
 from moejax.config import ConfigError, fail
 from moejax.train import metrics, settings
 
 FOLDER = pathlib.Path(__file__).parent / 'results/scale'
 FILE, PAGE = 'ahead.jsonl', 'README.md'
+PROGRAMS = pathlib.Path('runs') / 'ahead'
 WEAK = {   # slice -> experts' axis; the rest of the chips split the data
     'v5p:2x2x1': 4, 'v5p:2x2x2': 8, 'v5p:2x2x4': 16, 'v5p:2x4x4': 32, 'v5p:4x4x4': 32,
     'v5p:4x4x8': 32, 'v5p:4x8x8': 32, 'v5p:8x8x8': 32}
@@ -117,19 +118,45 @@ def _ablation(config: str, what: str) -> Entry:
   return Entry('ablations', f'{config}, {what}', config, slice_name, changes)
 
 
-def compile_entry(entry: Entry) -> dict[str, Any]:
-  """Its line of FILE. Raises ConfigError with what the compiler said if it cannot be."""
-  with tempfile.TemporaryDirectory() as workdir:
-    done = subprocess.run([sys.executable, *entry.command(workdir)], capture_output=True, text=True,
-                          check=False)
-    if done.returncode:
-      raise ConfigError(f'{entry.name}: {done.stderr.strip().splitlines()[-1]}')
-    report = json.loads((pathlib.Path(workdir) / 'ahead.json').read_text())
+def compile_entry(entry: Entry, programs: pathlib.Path) -> dict[str, Any]:
+  """Its line of FILE; the program goes into programs / its key.
+
+  Raises:
+    ConfigError: it cannot be compiled, with what the compiler said.
+  """
+  folder = programs / entry.key
+  done = subprocess.run([sys.executable, *entry.command(str(folder))], capture_output=True,
+                        text=True, check=False)
+  if done.returncode:
+    said = done.stderr.strip().splitlines() or [f'ended with {done.returncode} and said nothing']
+    raise ConfigError(f'{entry.name}: {said[-1]}')
+  return _line(entry, json.loads((folder / report.FILE).read_text()))
+
+
+def _line(entry: Entry, found: dict[str, Any]) -> dict[str, Any]:
   return {'table': entry.table, 'name': entry.name, 'key': entry.key, 'config': entry.config,
-          'changes': dict(entry.changes), **report}
+          'changes': dict(entry.changes), **found}
 
 
-def run(chosen: Iterable[Entry], folder: pathlib.Path) -> int:
+def read_again(folder: pathlib.Path, programs: pathlib.Path) -> list[str]:
+  """Reads what is compiled once more; returns the names of those whose programs are not there."""
+  known = {entry.key: entry for entry in entries()}
+  lines, missing = metrics.read_lines(folder / FILE), []
+  for i, line in enumerate(lines):
+    place = programs / line['key']
+    if line['key'] in known and (place / report.PROGRAM).exists():
+      lines[i] = _line(known[line['key']], report.read_again(place))
+    else:
+      missing.append(line['name'])
+  _write(lines, folder)
+  return missing
+
+
+def _write(lines: Iterable[Mapping[str, Any]], folder: pathlib.Path) -> None:
+  results.write_text(folder / FILE, ''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def run(chosen: Iterable[Entry], folder: pathlib.Path, programs: pathlib.Path) -> int:
   """Compiles what is not there yet; returns how many could not be."""
   chosen, failed = list(chosen), 0
   there = {line['key'] for line in metrics.read_lines(folder / FILE)}
@@ -139,14 +166,14 @@ def run(chosen: Iterable[Entry], folder: pathlib.Path) -> int:
       if entry.key in there:
         continue
       try:
-        line = compile_entry(entry)
+        line = compile_entry(entry, programs)
       except ConfigError as error:
         tqdm.write(str(error), file=sys.stderr)
         failed += 1
         continue
       kept = [old for old in metrics.read_lines(folder / FILE)
               if (old['table'], old['name']) != (line['table'], line['name'])]
-      results.write_text(folder / FILE, ''.join(json.dumps(x) + '\n' for x in [*kept, line]))
+      _write([*kept, line], folder)
   return failed
 
 
@@ -216,16 +243,29 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--only', metavar='TEXT', default='', help='runs with this in their names')
   parser.add_argument('--table', choices=tuple(TABLES), help='one of the tables')
   parser.add_argument('--show', action='store_true', help='print what is compiled, and no more')
+  parser.add_argument('--read_again', action='store_true',
+                      help='read the kept programs once more, compile nothing')
   parser.add_argument('--results', metavar='DIR', type=pathlib.Path, default=FOLDER,
                       help=f'folder of {FILE} and {PAGE} (default: %(default)s)')
+  parser.add_argument('--programs', metavar='DIR', type=pathlib.Path, default=PROGRAMS,
+                      help='folder of the compiled programs (default: %(default)s)')
   args = parser.parse(argv, suite_required=False)
-  chosen = [entry for entry in entries()
-            if args.only in entry.name and args.table in (None, entry.table)]
+  there = [entry for entry in entries() if args.table in (None, entry.table)]
+  chosen = [entry for entry in there if args.only in entry.name]
   if not chosen:
-    fail('--only', args.only, ', '.join(dict.fromkeys(entry.name for entry in entries())),
+    fail('--only', args.only, ', '.join(dict.fromkeys(entry.name for entry in there)),
          'It is a part of such a name.')
-  code = cli.measure(lambda: 0 if args.show else run(chosen, args.results), page,
-                     args.results / FILE, None if args.show else args.results / PAGE)
+
+  def work() -> int:
+    if not args.read_again:
+      return 0 if args.show else run(chosen, args.results, args.programs)
+    missing = read_again(args.results, args.programs)
+    if missing:
+      print(f'Not read again, their programs are not in {args.programs}: {", ".join(missing)}',
+            file=sys.stderr)
+    return len(missing)
+
+  code = cli.measure(work, page, args.results / FILE, None if args.show else args.results / PAGE)
   if not args.show:
     draw(args.results)
   return code

@@ -13,11 +13,15 @@ from collections.abc import Iterator
 import numpy as np
 
 BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2,
-         's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'token': 0}
-COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
-# Opcodes that move and compute nothing by themselves.
+         's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'token': 0, 's2': 0.25,
+         'u2': 0.25, 'f4e2m1fn': 0.5, 'c64': 8, 'c128': 16}   # and all others of 8 bits: f8...
+# Opcodes that move and compute nothing by themselves; nor does what ends in -done.
 FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'while',
-        'call', 'conditional', 'partition-id', 'replica-id', 'opt-barrier'}
+        'call', 'call-start', 'async-start', 'async-update', 'conditional', 'partition-id',
+        'replica-id', 'opt-barrier'}
+# Custom calls that only tell the compiler something.
+HINTS = {'AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound', 'PrepareAsyncCallStart',
+         'PrepareAsyncCallDone'}
 
 _HEADER = re.compile(r'(?:(ENTRY) )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _LINE = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*)$')
@@ -33,7 +37,7 @@ class Array:
 
   @property
   def bytes(self) -> float:
-    return BYTES.get(self.dtype, 4) * math.prod(self.dims)
+    return _size(self.dtype) * math.prod(self.dims)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,12 @@ class Instruction:
     return match[1] if match else ''
 
   @property
+  def target(self) -> str:
+    """What a custom call calls, or ''."""
+    match = re.search(r'custom_call_target="([^"]*)"', self.text)
+    return match[1] if match else ''
+
+  @property
   def scope(self) -> str:
     """The path of jax.named_scope and functions it stems from."""
     match = re.search(r'op_name="([^"]*)"', self.text)
@@ -74,7 +84,8 @@ class Module:
     computations: {name: {name: Instruction}} in the order in which they run.
     entry: name of the first one.
     devices: that run it together.
-    unknown_loops: bodies of loops whose length the text does not tell; they count once.
+    unknown_loops: bodies of loops whose length the text does not tell; they count once. Found as
+      the module is run through.
   """
 
   def __init__(self, text: str):
@@ -105,13 +116,18 @@ class Module:
       yield instruction, times, computation
       if instruction.opcode == 'while':
         yield from self._run(instruction.attribute('body'), times * self._length(instruction))
-      elif instruction.opcode == 'call':
+      elif instruction.opcode in ('call', 'call-start'):   # the latter on a TPU's SparseCores
         yield from self._run(instruction.attribute('to_apply'), times)
       elif instruction.opcode == 'conditional':
-        for branch in re.findall(r'(?:true|false)_computation=%?([\w.\-]+)', instruction.text):
-          yield from self._run(branch, times)
+        yield from self._run(max(_branches(instruction.text), key=self._cost), times)
       elif instruction.opcode == 'async-start':
         yield from self._run(instruction.attribute('calls'), times)
+
+  def _cost(self, computation: str) -> tuple[float, float]:
+    """FLOPs and bytes of a computation."""
+    ran = list(self._run(computation, 1))
+    return (sum(n * self.flops(i, c) for i, n, c in ran),
+            sum(n * self.bytes(i, c) for i, n, c in ran))
 
   def _length(self, loop: Instruction) -> int:
     """How often the body of a while runs: jax.lax.scan counts from 0 to a constant."""
@@ -123,7 +139,8 @@ class Module:
               if i.opcode == 'constant' and i.text.split(')')[0].isdigit()]
     if len(compared) == 1 and len(limits) == 1:
       return limits[0]
-    self.unknown_loops.append(loop.attribute('body'))
+    if loop.attribute('body') not in self.unknown_loops:
+      self.unknown_loops.append(loop.attribute('body'))
     return 1
 
   def fused(self, instruction: Instruction) -> dict[str, Instruction]:
@@ -133,11 +150,15 @@ class Module:
     return self.computations.get(instruction.attribute('calls'), {})
 
   def flops(self, instruction: Instruction, computation: str) -> float:
-    """2 for each multiplication of a matmul or convolution, those within a fusion included."""
+    """2 for each multiplication of a matmul or convolution, those within a fusion included; of a
+    kernel what it declares."""
     inner = self.fused(instruction)
     if inner:
       name = instruction.attribute('calls')
       return sum(self.flops(i, name) for i in inner.values())
+    if instruction.opcode == 'custom-call':
+      declared = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text)
+      return int(declared[1]) if declared else 0
     if instruction.opcode not in ('dot', 'convolution'):
       return 0
     left, right = (self.computations[computation][name].arrays[0].dims
@@ -151,7 +172,8 @@ class Module:
 
   def bytes(self, instruction: Instruction, computation: str) -> float:
     """Read from and written to HBM: operands and result, or the parts of them that are touched."""
-    if instruction.opcode in FREE or instruction.opcode.endswith('-done'):
+    if (instruction.opcode in FREE or instruction.opcode.endswith('-done')
+        or instruction.target in HINTS):
       return 0
     around = self.computations[computation]
     operands = [around[name].arrays for name in instruction.operands if name in around]
@@ -161,9 +183,11 @@ class Module:
       return 2 * result
     if instruction.opcode == 'dynamic-update-slice':
       return 2 * far(operands[1])
-    if instruction.opcode in ('copy-start', 'slice-start'):
-      return far(instruction.arrays[:1]) if instruction.opcode == 'copy-start' else 2 * far(
-          instruction.arrays[1:2])
+    if instruction.opcode == 'copy-start':      # (to, from, context)
+      return far(instruction.arrays[:2])
+    if instruction.opcode == 'slice-start':     # ((from), to, context)
+      source, part = instruction.arrays[:2]
+      return (0 if source.near else part.bytes) + (0 if part.near else part.bytes)
     inner = self.fused(instruction)
     if not inner:
       return result + sum(map(far, operands))
@@ -196,7 +220,23 @@ def _until(text: str, end: str) -> str:
 def _arrays(shape: str) -> tuple[Array, ...]:
   return tuple(Array(dtype, tuple(int(d.strip('<=')) for d in dims.split(',') if d),
                      'S(1)' in layout)
-               for dtype, dims, layout in _ARRAY.findall(shape) if dtype in BYTES)
+               for dtype, dims, layout in _ARRAY.findall(shape))
+
+
+def _size(dtype: str) -> float:
+  """Bytes of an element. Raises ValueError for a type that is not known."""
+  size = 1 if dtype.startswith('f8') else BYTES.get(dtype)
+  if size is None:
+    raise ValueError(f'cannot tell the size of an array of {dtype!r}; it belongs into '
+                     'moejax/ahead/hlo.py: BYTES')
+  return size
+
+
+def _branches(text: str) -> list[str]:
+  """The computations of a conditional, of which one runs."""
+  if listed := re.search(r'branch_computations=\{([^}]*)\}', text):
+    return [name.strip(' %') for name in listed[1].split(',')]
+  return re.findall(r'(?:true|false)_computation=%?([\w.\-]+)', text)
 
 
 def _touched(inner: dict[str, Instruction], sizes: list[float], result: float
@@ -248,129 +288,3 @@ def _convolution_flops(text: str, left: tuple, right: tuple, out: tuple) -> floa
     inside = (position >= 0) & (position <= (size - 1) * dilation) & (position % dilation == 0)
     total *= int(inside.sum())
   return total
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-  """Communication of one kind.
-
-  Attributes:
-    kind: one of COLLECTIVES.
-    bytes: of the whole buffer on one device: what comes out of an all-gather, what goes into a
-      reduce-scatter, either elsewhere.
-    groups: (groups, devices) numbers of the devices that take part together; of a
-      collective-permute, (pairs, 2) from whom to whom.
-    times: how often it runs in a step.
-    scope: where it stems from.
-  """
-  kind: str
-  bytes: float
-  groups: np.ndarray = dataclasses.field(compare=False)
-  times: int
-  scope: str
-
-  @property
-  def devices(self) -> int:
-    """How many take part together."""
-    return self.groups.shape[1]
-
-  @property
-  def sent(self) -> float:
-    """Bytes that one device has to send in all: (n-1)/n of the buffer, twice for an all-reduce."""
-    share = 1.0 if self.kind == 'collective-permute' else (self.devices - 1) / self.devices
-    return self.bytes * share * self.times * (2 if self.kind == 'all-reduce' else 1)
-
-
-def collectives(module: Module) -> list[Collective]:
-  """All communication of a step between more than one device."""
-  found = []
-  for instruction, times, computation in module.run():
-    inside = module.fused(instruction)
-    around = inside or module.computations[computation]
-    for talks in communication(module, instruction):
-      kind, groups = _kind(talks), groups_of(talks.text, module.devices)
-      devices = groups.shape[1]
-      size = sum(a.bytes for name in talks.operands if name in around for a in around[name].arrays)
-      if kind == 'all-gather':
-        size *= devices
-      if inside and 'all-reduce-scatter' in instruction.attribute('calls'):
-        kind = 'reduce-scatter'
-      if devices > 1:
-        found.append(Collective(kind, size, groups, times, talks.scope or instruction.scope))
-  return found
-
-
-def communication(module: Module, instruction: Instruction) -> list[Instruction]:
-  """The collectives that an operation is, or begins.
-
-  A TPU fuses collectives into operations: an all-reduce with the slice that each device keeps of
-  it, which is a reduce-scatter; and, in three parts, one that goes on while something else is
-  computed. Of those parts the first counts.
-  """
-  inside = module.fused(instruction)
-  if not inside:
-    return [instruction] if _kind(instruction) else []
-  if (instruction.name.startswith('async-collective-done')
-      or instruction.attribute('calls').startswith('async_collective_fusion')):
-    return []
-  return [talks for talks in inside.values() if _kind(talks)]
-
-
-def _kind(instruction: Instruction) -> str:
-  """Which collective this is, or starts; '' if none."""
-  kind = instruction.opcode.removesuffix('-start')
-  return kind if kind in COLLECTIVES else ''
-
-
-def groups_of(text: str, devices: int) -> np.ndarray:
-  """Who takes part together: 'replica_groups=...' in any of its notations, or pairs.
-
-  Args:
-    text: of a collective.
-    devices: that run the program.
-
-  Returns:
-    int (groups, devices of a group); of 'source_target_pairs' (pairs, 2).
-
-  Raises:
-    ValueError: a notation that is none of them.
-  """
-  if pairs := re.search(r'source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}', text):
-    return np.array(_listed(pairs[1]))
-  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\) )?\s*\{([^}]*)\}",
-                       text):
-    return _mesh_groups(*mesh.groups())
-  if iota := re.search(r'replica_groups=\[(\d+),(\d+)\]<=(\S+?)(?:, |\s|$)', text):
-    return _iota(f'[{iota[3].split("[")[1]}').reshape(int(iota[1]), int(iota[2]))
-  if listed := re.search(r'replica_groups=\{((?:\{[\d,]*\},?)+)\}', text):
-    return np.array(_listed(listed[1]))
-  if 'replica_groups={}' in text:
-    return np.arange(devices)[None]
-  raise ValueError(f'cannot tell who takes part in a collective: {text[:200]}')
-
-
-def _listed(text: str) -> list[list[int]]:
-  """'{0,1},{2,3}' -> [[0, 1], [2, 3]]."""
-  return [list(map(int, group.split(','))) for group in re.findall(r'\{([\d,]+)\}', text)]
-
-
-def _iota(text: str) -> np.ndarray:
-  """'[4,8]T(1,0)' -> the numbers 0 to 31 as (4, 8), transposed."""
-  dims, order = re.fullmatch(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text).groups()
-  numbers = np.arange(math.prod(map(int, dims.split(',')))).reshape(list(map(int, dims.split(','))))
-  return numbers.transpose(list(map(int, order.split(',')))) if order else numbers
-
-
-def _mesh_groups(axes: str, order: str | None, taken: str) -> np.ndarray:
-  """Groups over axes of a mesh, or parts of axes: 'a':(2)4 is the middle one of 2 x 4 x rest."""
-  sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
-  parts = {name: (int(before or 1), int(size or sizes[name])) for name, before, size in re.findall(
-      r"'(\w+)'(?::\((\d+)\)(\d+))?", taken)}
-  dims, inside = [], []
-  for name, size in sizes.items():
-    before, part = parts.get(name, (size, 1))
-    inside.append(len(dims) + 1)
-    dims += [before, part, size // before // part]
-  numbers = (_iota(order) if order else np.arange(math.prod(dims))).reshape(dims)
-  return np.moveaxis(numbers, inside, range(-len(inside), 0)).reshape(
-      -1, math.prod(part for _, part in parts.values()))

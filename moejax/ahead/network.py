@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from moejax.ahead.chips import Chip
-from moejax.ahead.hlo import Collective
+from moejax.ahead.collectives import Collective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ adds all of it up, `overlapped` hides the shorter of computation and communicati
 Real programs lie above `overlapped`: no operation reaches its roof.
 """
 
-import collections
 import dataclasses
 import gzip
 import json
@@ -21,14 +20,16 @@ import jax
 import jax.numpy as jnp
 
 from moejax import flops
-from moejax.ahead import chips, hlo, network
+from moejax.ahead import chips, collectives, hlo, network
 from moejax.ahead.network import Network
-from moejax.config import ConfigError, check
+from moejax.config import ConfigError, check, fail
+from moejax.sharding import MeshConfig
 from moejax.train import forecast, parallel
 from moejax.train.assemble import Step
 from moejax.train.plan import Plan
 from moejax.train.settings import RunConfig
 
+FILE, PROGRAM = 'ahead.json', 'program.hlo.gz'
 LARGEST = 5   # buffers that the report lists
 
 
@@ -40,19 +41,30 @@ def run(config: RunConfig, slice_name: str, path: str | None = None) -> int:
     The exit code, 0.
 
   Raises:
-    ConfigError: no such slice, or no compiler for it; the mesh or the batch does not fit; or the
-      program needs more memory than a chip has.
+    ConfigError: the folder cannot be written; no such slice, or no compiler for it; the mesh or
+      the batch does not fit; or the program needs more memory than a chip has.
   """
+  folder = pathlib.Path(path) if path else None
+  if folder:
+    _writable(folder)
   found, program = compile_for(config, slice_name)
   print(to_text(found))
-  if path:
-    folder = pathlib.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'ahead.json').write_text(json.dumps(found, indent=2) + '\n')
-    with gzip.open(folder / 'program.hlo.gz', 'wt') as file:
+  if folder:
+    (folder / FILE).write_text(json.dumps(found, indent=2) + '\n')
+    with gzip.open(folder / PROGRAM, 'wt') as file:
       file.write(program)
     print(f'Written to {folder}')
   return 0
+
+
+def _writable(folder: pathlib.Path) -> None:
+  """Makes the folder; better now than after minutes of compiling."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).touch()
+  except OSError as error:
+    fail('--workdir', str(folder), 'a folder that can be written',
+         f'{type(error).__name__}: {error.strerror}. Choose another.')
 
 
 def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str]:
@@ -75,8 +87,6 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
     raise ConfigError(f'--compile_for: {slice_name}: the compiler failed: {message}') from error
   seconds = {'trace': traced - started, 'compile': time.monotonic() - traced}
   program = compiled.as_text()
-  module = hlo.Module(program)
-  links = network.of(chip, devices.mesh.devices.flat)
   text = config.data.text
   lengths = {} if config.model.family == 'vit' else {
       'encoder_length': text.encoder_length, 'decoder_length': text.decoder_length}
@@ -88,15 +98,33 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
       'execution': dataclasses.asdict(config.execution), 'microbatches': config.microbatches,
       'batch_size': config.data.batch_size,
       'parameters': total, 'parameters_active_per_token': active,
-      'memory': _memory(compiled, chip), 'largest': _largest(module),
+      'memory': _memory(compiled, chip), **_reading(program, chip, devices, work),
+      'seconds': {name: round(value, 1) for name, value in seconds.items()},
+      'versions': {'jax': jax.__version__},
+  }, program
+
+
+def read_again(folder: pathlib.Path) -> dict[str, Any]:
+  """What `compile_for` said of a program that `run` wrote into a folder, with what is read from its
+  text read once more, by this version of moejax."""
+  found = json.loads((folder / FILE).read_text())
+  chip, _ = chips.parse(found['slice'])
+  devices = parallel.make('mesh', MeshConfig(**found['mesh']),
+                          chips.topology(found['slice']).devices)
+  with gzip.open(folder / PROGRAM, 'rt') as file:
+    return {**found, **_reading(file.read(), chip, devices, found['flops']['model'])}
+
+
+def _reading(program: str, chip: chips.Chip, devices, work: float) -> dict[str, Any]:
+  """The part of the report that is read from the program's text."""
+  module, links = hlo.Module(program), network.of(chip, devices.mesh.devices.flat)
+  return {
+      'largest': _largest(module),
       'flops': {'model': work, 'executed': sum(
           n * module.flops(i, c) for i, n, c in module.run())},
       'collectives': _collectives(module, links),
       'roofline': _roofline(module, chip, links, work),
-      'loops_of_unknown_length': len(module.unknown_loops),
-      'seconds': {name: round(value, 1) for name, value in seconds.items()},
-      'versions': {'jax': jax.__version__},
-  }, program
+      'loops_of_unknown_length': len(module.unknown_loops)}
 
 
 def step_of(config: RunConfig, devices) -> Step:
@@ -149,9 +177,9 @@ def _origin(scope: str) -> str:
 
 def _collectives(module: hlo.Module, links: Network) -> list[dict[str, Any]]:
   """One line per kind and number of devices."""
-  found: dict[tuple, list] = collections.defaultdict(list)
-  for collective in hlo.collectives(module):
-    found[collective.kind, collective.devices].append(collective)
+  found: dict[tuple, list] = {}
+  for collective in collectives.of(module):
+    found.setdefault((collective.kind, collective.devices), []).append(collective)
   return [{'kind': kind, 'devices': devices, 'times': sum(c.times for c in group),
            'sent_bytes': sum(c.sent for c in group),
            'seconds': sum(map(links.seconds, group))}
@@ -163,7 +191,7 @@ def _roofline(module: hlo.Module, chip: chips.Chip, links: Network, work: float
   """Seconds of a step by what bounds them, and the MFU that `work` FLOPs of a model would have."""
   compute = memory = 0.0
   for instruction, times, computation in module.run():
-    if hlo.communication(module, instruction):
+    if collectives.communication(module, instruction):
       continue
     by_flops = module.flops(instruction, computation) / chip.flops
     by_bytes = module.bytes(instruction, computation) / chip.bandwidth
@@ -171,7 +199,7 @@ def _roofline(module: hlo.Module, chip: chips.Chip, links: Network, work: float
       compute += times * by_flops
     else:
       memory += times * by_bytes
-  talk = math.fsum(map(links.seconds, hlo.collectives(module)))
+  talk = math.fsum(map(links.seconds, collectives.of(module)))
   serial, overlapped = compute + memory + talk, max(compute + memory, talk)
   return {'compute_bound': compute, 'memory_bound': memory, 'network': talk, 'serial': serial,
           'overlapped': overlapped, 'mfu_serial': work / (serial * chip.flops),
@@ -208,5 +236,6 @@ def to_text(found: dict[str, Any]) -> str:
       f'compiled in  {found["seconds"]["compile"]:.0f} s, after {found["seconds"]["trace"]:.0f} s '
       'of tracing']
   if found['loops_of_unknown_length']:
-    lines.append(f'{found["loops_of_unknown_length"]} loops of unknown length were counted once')
+    lines.append(f'{found["loops_of_unknown_length"]} loops of unknown length were counted once: '
+                 'the step will take longer')
   return '\n'.join(lines)

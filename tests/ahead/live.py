@@ -5,8 +5,11 @@ checks what the report says of them against what is known without it.
 """
 
 import importlib
+import json
+import pathlib
 import re
 import sys
+import tempfile
 
 import jax
 
@@ -21,20 +24,25 @@ SLACK = 1.1   # slots are rounded, and a TPU pads them
 
 
 def found(name: str, **mesh) -> tuple[dict, settings.RunConfig]:
-  """The report on a run over four chips."""
+  """The report on a run over four chips; AssertionError unless it is the same, read again."""
   config = importlib.import_module(f'configs.{name}').get_config()
   config.parallel = 'mesh'
   config.execution.scan = True
   config.data.update(batch_size=64, eval_batch_size=64)   # whole routing groups on each chip
   config.mesh.update(mesh)
   run = settings.resolve(config)
-  return report.compile_for(run, SLICE)[0], run
+  with tempfile.TemporaryDirectory() as folder:
+    report.run(run, SLICE, folder)
+    path = pathlib.Path(folder)
+    said = json.loads((path / report.FILE).read_text())
+    assert json.loads(json.dumps(report.read_again(path))) == said
+  return said, run
 
 
 def check(name: str, tokens: int) -> None:
   """Raises AssertionError with the numbers where the report is not what it must be."""
   said, run = found(name, data=1, expert=CHIPS)
-  print(f'{name}\n{report.to_text(said)}\n')
+  print(f'That was {name}.\n')
   assert said['chips'] == CHIPS and said['mesh']['expert'] == CHIPS
   assert 0 < said['memory']['total'] < said['memory']['available']
   assert not said['loops_of_unknown_length']

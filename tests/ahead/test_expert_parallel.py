@@ -10,7 +10,7 @@ import functools
 import pytest
 
 from moejax import models, trees
-from moejax.ahead import hlo, report
+from moejax.ahead import collectives, hlo, report
 from moejax.data import DataConfig
 from moejax.data.settings import TextConfig
 from moejax.models import t5
@@ -40,7 +40,7 @@ def config(B, mesh, remat='none'):
 def communication(B, remat='none', **mesh):
   run = config(B, mesh, remat)
   step = report.step_of(run, parallel.make('mesh', run.mesh))
-  return hlo.collectives(hlo.Module(step.lower().compile().as_text()))
+  return collectives.of(hlo.Module(step.lower().compile().as_text()))
 
 
 MESHES = [dict(data=1, expert=8), dict(data=2, expert=4)]
@@ -82,7 +82,7 @@ def test_nor_in_a_dense_model_whose_parameters_are_split(execution):
     run = dataclasses.replace(run, execution=execution, model=t5.config(
         'tiny', d_model=D, d_ff=F, encoder_layers=4, decoder_layers=4))
     step = report.step_of(run, parallel.make('mesh', run.mesh))
-    found = hlo.collectives(hlo.Module(step.lower().compile().as_text()))
+    found = collectives.of(hlo.Module(step.lower().compile().as_text()))
     return sum(c.sent for c in found if c.kind != 'collective-permute')
   assert moved(64) == pytest.approx(moved(16), rel=0.01)
 

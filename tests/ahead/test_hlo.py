@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moejax.ahead import hlo
+from moejax.ahead import collectives, hlo
 
 # As a TPU's compiler writes: tiled layouts, S(1) for VMEM, matmuls as convolutions, loops whose
 # length stands in their condition, and groups of devices by mesh axes.
 TPU = (pathlib.Path(__file__).parent / 'tpu.hlo').read_text()
+# Copies ahead of time, kernels, a conditional, work for the SparseCores.
+ASYNC = (pathlib.Path(__file__).parent / 'async.hlo').read_text()
 
 
 @pytest.fixture
@@ -36,18 +38,18 @@ def test_bytes_are_those_that_are_touched_in_hbm(tpu):
 
 
 def test_communication_by_mesh_axes(tpu):
-  found, *_ = hlo.collectives(tpu)
+  found, *_ = collectives.of(tpu)
   assert (found.kind, found.devices, found.times) == ('all-reduce', 8, 12)
   assert found.bytes == 128 * 32 * 4 and found.scope == 'jit(step)/encoder/mlp/psum'
   assert found.sent == 12 * 2 * 7 / 8 * 128 * 32 * 4
 
 
 def test_fused_communication_counts_once_and_what_is_computed_meanwhile_as_computed(tpu):
-  _, scattered, gathered = hlo.collectives(tpu)
+  _, scattered, gathered = collectives.of(tpu)
   assert (scattered.kind, scattered.devices, scattered.bytes) == ('reduce-scatter', 4, 64 * 32 * 2)
   assert scattered.scope == 'jit(step)/transpose(encoder)/psum_scatter'
   assert (gathered.kind, gathered.devices, gathered.bytes) == ('all-gather', 4, 64 * 32 * 2)
-  talking = {i.name for i, _, _ in tpu.run() if hlo.communication(tpu, i)}
+  talking = {i.name for i, _, _ in tpu.run() if collectives.communication(tpu, i)}
   assert talking == {'all-reduce.1', 'scattered', 'async-collective-start.9'}
 
 
@@ -67,12 +69,12 @@ def test_fused_communication_counts_once_and_what_is_computed_meanwhile_as_compu
     ('replica_groups={}, to_apply=%add', [[*range(8)]]),
 ])
 def test_groups_in_every_notation(text, groups):
-  assert hlo.groups_of(text, 8).tolist() == groups
+  assert collectives.groups_of(text, 8).tolist() == groups
 
 
 def test_a_notation_that_is_not_known_is_no_group_of_one():
   with pytest.raises(ValueError, match='who takes part'):
-    hlo.groups_of('replica_groups=circle(8), dimensions={0}', 8)
+    collectives.groups_of('replica_groups=circle(8), dimensions={0}', 8)
 
 
 @pytest.mark.parametrize('header, devices', [
@@ -137,6 +139,47 @@ def test_collectives_of_programs_that_run_here(kind, fn, size):
   def run(x):   # (2, 6) on each of four devices
     return jax.lax.fori_loop(0, 3, lambda i, y: y + jnp.sin(fn(x + y)).sum(), 0.0)[None]
 
-  [found] = hlo.collectives(compiled(run, jnp.arange(48.).reshape(8, 6)))
+  [found] = collectives.of(compiled(run, jnp.arange(48.).reshape(8, 6)))
   assert (found.kind, found.bytes, found.times) == (kind, size, 3)
   assert found.devices == (2 if kind == 'collective-permute' else 4)
+
+
+def test_what_comes_from_hbm_ahead_of_time_is_read_and_what_only_tells_the_compiler_is_not():
+  module = hlo.Module(ASYNC)
+  found = {i.name: module.bytes(i, c) for i, _, c in module.run()}
+  whole, part = 64 * 32 * 2, 16 * 32 * 2
+  assert found['fetched'] == found['stored'] == whole and found['moved'] == 2 * whole
+  assert found['part'] == found['kept'] == part
+  assert found['near'] == found['joined'] == found['aside'] == 0
+  assert found['negate.3'] == 2 * 64 * 4               # on the SparseCore, from the same HBM
+
+
+def test_a_kernel_has_the_flops_it_declares_and_a_conditional_those_of_its_costliest_branch():
+  module = hlo.Module(ASYNC)
+  flops = {i.name: module.flops(i, c) for i, _, c in module.run()}
+  assert flops['kernel'] == 262144 and flops['dot.2'] == 2 * 8 * 16 * 16
+  assert 'p.1' not in flops
+
+
+@pytest.mark.parametrize('branch', [
+    lambda n, x: jax.lax.cond(n > 0, lambda x: x @ x, lambda x: x, x),
+    lambda n, x: jax.lax.switch(n, [lambda x: x, lambda x: x + 1, lambda x: x @ x], x)])
+def test_branches_of_a_program_that_runs_here(branch):
+  module = compiled(branch, jnp.int32(1), jnp.ones((16, 16)))
+  assert sum(n * module.flops(i, c) for i, n, c in module.run()) == 2 * 16 ** 3
+
+
+def test_a_loop_of_unknown_length_is_one_however_often_it_is_read():
+  module = hlo.Module(TPU.replace('constant(12)', 'parameter(1)'))
+  for _ in range(3):
+    list(module.run())
+  assert module.unknown_loops == ['body']
+
+
+def test_an_element_of_unknown_size_is_no_element_of_none():
+  module = hlo.Module(ASYNC.replace('f32[64]', 'f8e5m2[64]'))
+  found = {i.name: module.bytes(i, c) for i, _, c in module.run()}
+  assert found['negate.3'] == 2 * 64
+  module = hlo.Module(ASYNC.replace('f32[64]', 'q7[64]'))
+  with pytest.raises(ValueError, match="size of an array of 'q7'"):
+    [module.bytes(i, c) for i, _, c in module.run()]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax.ahead import chips, network
-from moejax.ahead.hlo import Collective
+from moejax.ahead.collectives import Collective
 
 SIZE = 1e9
 

@@ -1,6 +1,7 @@
 """The table of what is compiled for TPUs, with reports made by hand in place of the compiler."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -31,7 +32,7 @@ def compiled(monkeypatch):
   """Names that were compiled; 'vit_l16' cannot be."""
   names = []
 
-  def compile_entry(entry):
+  def compile_entry(entry, programs):
     names.append(entry.name)
     if entry.name == 'vit_l16':
       raise ConfigError('vit_l16: does not fit')
@@ -53,10 +54,10 @@ def test_ctrl_c_keeps_what_is_compiled(compiled, tmp_path, monkeypatch, capsys):
   flags = [f'--results={tmp_path}', '--only=vit_b32']
   before = scale.compile_entry
 
-  def stopped(entry):
+  def stopped(entry, programs):
     if entry.name.endswith('upcycled'):
       raise KeyboardInterrupt
-    return before(entry)
+    return before(entry, programs)
   monkeypatch.setattr(scale, 'compile_entry', stopped)
   assert scale.main(flags) == 130 and 'the same command goes on' in capsys.readouterr().err
   monkeypatch.setattr(scale, 'compile_entry', before)
@@ -122,25 +123,46 @@ def test_every_entry_says_how_it_is_compiled_and_has_a_key_of_its_own():
 def test_a_name_that_is_none_is_refused():
   with pytest.raises(ConfigError, match="--only: got 'vit_x'.*t5_base"):
     scale.main(['--only=vit_x'])
+  with pytest.raises(ConfigError, match="--only: got 't5_xl', allowed: 4 chips, 8 chips"):
+    scale.main(['--table=weak', '--only=t5_xl'])
 
 
-def test_the_compilers_own_words_are_shown(monkeypatch):
-  class Done:
-    returncode, stderr = 1, 'noise\nmoejax: --compile_for: no such slice\n'
-  monkeypatch.setattr(scale.subprocess, 'run', lambda *args, **kwargs: Done)
-  with pytest.raises(ConfigError, match='t5_base: moejax: --compile_for: no such slice'):
-    scale.compile_entry(scale.entries()[0])
+@pytest.mark.parametrize('code, said, shown', [
+    (1, 'noise\nmoejax: --compile_for: no such slice\n', 'moejax: --compile_for: no such slice'),
+    (-9, '', 'ended with -9 and said nothing')])   # as where memory was short
+def test_the_compilers_own_words_are_shown(monkeypatch, tmp_path, code, said, shown):
+  monkeypatch.setattr(scale.subprocess, 'run', lambda *args, **kwargs: type(
+      'Done', (), {'returncode': code, 'stderr': said}))
+  with pytest.raises(ConfigError, match=f't5_base: {shown}'):
+    scale.compile_entry(scale.entries()[0], tmp_path)
 
 
-def test_its_report_becomes_a_line(monkeypatch):
+def test_its_report_becomes_a_line(monkeypatch, tmp_path):
   def run(command, **kwargs):
     workdir = next(w for w in command if w.startswith('--workdir=')).removeprefix('--workdir=')
+    pathlib.Path(workdir).mkdir()
     with open(f'{workdir}/ahead.json', 'w') as file:
       json.dump({'slice': 'v5e:4x8', 'chips': 32}, file)
     return type('Done', (), {'returncode': 0})
   monkeypatch.setattr(scale.subprocess, 'run', run)
-  line = scale.compile_entry(entry := scale.entries()[0])
+  line = scale.compile_entry(entry := scale.entries()[0], tmp_path)
   assert (line['name'], line['chips'], line['key']) == ('t5_base', 32, entry.key)
+
+
+def test_programs_that_are_kept_are_read_again(compiled, tmp_path, monkeypatch, capsys):
+  flags = [f'--results={tmp_path}', f'--programs={tmp_path}']
+  scale.main([*flags, '--only=vit_b32'])
+  sparse = next(e for e in scale.entries() if e.name == 'vit_b32_upcycled')
+  (tmp_path / sparse.key).mkdir()
+  (tmp_path / sparse.key / 'program.hlo.gz').touch()
+  monkeypatch.setattr(scale.report, 'read_again', lambda folder: {
+      **report(sparse, 0.4), 'read': folder.name})
+  assert scale.main([*flags, '--read_again']) == 1
+  assert capsys.readouterr().err == (
+      f'Not read again, their programs are not in {tmp_path}: vit_b32\n')
+  dense, again = metrics.read_lines(tmp_path / scale.FILE)
+  assert again['read'] == sparse.key and again['roofline']['mfu_serial'] == 0.4
+  assert dense['roofline']['mfu_serial'] == 0.5 and len(compiled) == 2
 
 
 def test_the_page_shows_plots_that_are_there(compiled, tmp_path, monkeypatch):
