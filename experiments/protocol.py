@@ -10,9 +10,11 @@ in everything random: initial weights, order of the data, routers' initial weigh
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from configs.paper import EXPERT_AXIS
 from experiments.suite import SCALES, Arm, Claim, Run
 from experiments.surgeries import Surgery
 from moejax.config import check_choice
@@ -40,6 +42,7 @@ class Regime:
     arg: of the config files.
     experts: E, where a suite does not vary it.
     depth: blocks of a stack.
+    expert_axis: config.mesh.expert of the upcycled config, or 1.
   """
   domain: str
   config: str
@@ -56,6 +59,7 @@ class Regime:
   arg: str = ''
   experts: int = 8
   depth: int = 2
+  expert_axis: int = 1
 
   @property
   def family(self) -> str:
@@ -113,7 +117,8 @@ def _scaled(regime: Regime, scale: str, *, trunk: int, extra: int, **paper) -> R
   if scale == 'paper':
     return dataclasses.replace(
         regime, trunk=trunk, extra=extra, evaluations=20, core=1, other=1, metric='test/loss',
-        early=(trunk // 4, trunk // 2), changes={}, experts=32, depth=12, **paper)
+        early=(trunk // 4, trunk // 2), changes={}, experts=32, depth=12,
+        expert_axis=EXPERT_AXIS[paper['config'].removeprefix('paper/')], **paper)
   return regime
 
 
@@ -271,6 +276,8 @@ def moe_changes(regime: Regime, moe: Mapping[str, Any] | None = None,
     moe: of all stacks; capacity_factor is that of evaluation too.
     encoder: of T5's encoder, or of the ViT.
     decoder: of T5's decoder; a ViT has none and ignores them.
+
+  Where the config spreads experts over devices, these are as few as all numbers of experts need.
   """
   stacks = dict(zip(('encoder', 'decoder'), regime.stacks))
   changes = {}
@@ -280,4 +287,14 @@ def moe_changes(regime: Regime, moe: Mapping[str, Any] | None = None,
         changes[f'{stacks[stack]}.{key}'] = value
         if key == 'capacity_factor':
           changes[f'{stacks[stack]}.eval_capacity_factor'] = value
-  return changes
+  axis = _expert_axis(regime, [{**(moe or {}), **(own or {})} for own in (encoder, decoder)])
+  return changes if axis == regime.expert_axis else {**changes, 'mesh.expert': axis}
+
+
+def _expert_axis(regime: Regime, stacks: Sequence[Mapping[str, Any]]) -> int:
+  """The largest config.mesh.expert, up to the config's, over which each stack's experts divide."""
+  if any(changes.get('dispatch') == 'grouped' for changes in stacks):
+    return 1   # dropless dispatch has all experts on each device
+  counts = [n for changes in stacks for n in (
+      changes.get('experts_per_layer') or [changes.get('num_experts', regime.experts)])]
+  return math.gcd(regime.expert_axis, *counts)

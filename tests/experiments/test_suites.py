@@ -2,16 +2,22 @@
 
 import functools
 import itertools
+import math
 
 import pytest
 
+from configs import paper
 from experiments import protocol, suites
 from experiments import suite as suite_lib
 from experiments.surgeries import Surgery
+from moejax import models
+from moejax.ahead import chips
 from moejax.config import ConfigError
+from moejax.train import plan
 
 NAMES = [name for name in suite_lib.names() if name != 'quickstart']
 SCALES = suite_lib.SCALES
+STACKS = {'t5': ('encoder', 'decoder'), 'vit': ('',)}
 load = functools.cache(suite_lib.load)
 
 
@@ -49,6 +55,37 @@ def test_a_dense_control_stands_in_every_domain(name):
     arms = [arm for arm in suite.arms if arm.domain == domain]
     if not all(isinstance(arm.run, Surgery) for arm in arms):   # these measure the gap to it
       assert any('dense' in arm.name for arm in arms)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_paper_scale_fits_its_slices(name):
+  """As `sharding` and `dispatch.grouped` ask for; the runs themselves are traced in test_paper."""
+  for run in load(name, 'paper').runs():
+    config, slice_name = run.settings, paper.SLICES[run.config.split('/')[1].removesuffix(
+        '_upcycled')]
+    count = chips.parse(slice_name)[1]
+    assert config.mesh.data == -1 and not count % math.prod(
+        (config.mesh.fsdp, config.mesh.expert, config.mesh.model))
+    for stack in STACKS[config.model.family]:
+      moe = getattr(config.model, f'{stack}_moe'.lstrip('_'))
+      experts = config.model.sparse_layers(*([stack] if stack else [])).values()
+      assert all(E % config.mesh.expert == 0 for E in experts), run.label
+      assert not experts or moe.dispatch != 'grouped' or config.mesh.expert == 1, run.label
+    model = models.build(config.model, config.execution)
+    rows = model.rows_per_group(config.data.text.encoder_length, config.data.text.decoder_length)
+    plan.check_batches(config, rows, count // config.mesh.model)
+
+
+def test_experts_lie_on_as_many_devices_as_divide_them():
+  t5, vit = protocol.text('paper'), protocol.vision('paper')
+  assert (t5.expert_axis, vit.expert_axis) == (16, 8)
+  axis = lambda regime, **how: protocol.moe_changes(regime, **how).get('mesh.expert')
+  assert axis(t5, moe={'num_experts': 8}) == 8 and axis(vit, moe={'num_experts': 8}) is None
+  assert axis(t5) is None and axis(t5, moe={'num_experts': 128}) is None
+  assert axis(vit, moe={'experts_per_layer': (2, 4, 12, 14)}) == 2
+  assert axis(t5, encoder={'num_experts': 8}, decoder={'num_experts': 4}) == 4
+  assert axis(vit, encoder={'dispatch': 'grouped'}) == 1
+  assert axis(protocol.vision('mini'), moe={'num_experts': 3}) is None
 
 
 def test_arms_of_a_pair_share_parent_seed_and_batches_and_pairs_share_none():
