@@ -5,13 +5,14 @@ A row is a line of kind 'arm' in results.jsonl. Everything that is reported goes
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from experiments.suite import Claim
 from moejax.config import ConfigError
 
 Row = dict[str, Any]
+CLAIMED = 4.0   # see `span`
 
 
 def metric(row: Row, path: str) -> float | None:
@@ -135,27 +136,29 @@ def shown(group: list[Line], paths: list[str], claims: Iterable[Claim] = ()) -> 
           if path in paths and any(line.values(path) for line in group)]
 
 
-def span(group: list[Line], drawn: dict[str, list[float]], ends: dict[str, list[float]]
-         ) -> tuple[float, float]:
+def span(group: list[Line], drawn: dict[str, list[float]], ends: dict[str, list[float]],
+         claimed: Collection[str] = ()) -> tuple[float, float]:
   """Limits of an axis that shows every value of the lines that branch from a trunk or are swept.
 
-  Of any other line it shows the end, if that is no further from those values than they spread; a
-  line that is left out (started from nothing, mostly) would flatten all others, and is told in
-  words instead.
+  Of any other line it shows the end, if that is no further from those values than they spread, or
+  CLAIMED times that if a claim is about it; a line that is left out (started from nothing, mostly)
+  would flatten all others, and is told in words instead.
 
   Args:
     group: the lines of a domain.
     drawn: {line's name: what is drawn of it}.
     ends: {line's name: its last value and the interval around it, if any}; the value stands last.
+    claimed: names of lines that claims are about.
   """
   finite = lambda values: [v for v in values if math.isfinite(v)]
   branches = [v for line in group if line.first['start_step'] > 0 or line.first['x'] is not None
               for v in finite(drawn[line.name] + ends[line.name])]
   branches = branches or [v for values in ends.values() for v in finite(values)] or [0.0]
   low, high = min(branches), max(branches)
-  reach = high - low
-  near = [v for values in ends.values() if low - reach <= values[-1] <= high + reach
-          for v in finite(values)]
+  near = []
+  for name, values in ends.items():
+    reach = (high - low) * (CLAIMED if name in claimed else 1)
+    near += finite(values) if low - reach <= values[-1] <= high + reach else []
   low, high = min([low, *near]), max([high, *near])
   margin = 0.06 * (high - low) or 0.1
   return low - margin, high + margin

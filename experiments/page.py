@@ -83,15 +83,13 @@ def _facts(suites: list[Results]) -> list[str]:
   for row in rows:
     data.setdefault(row['config']['data']['source'], set()).add(row['fingerprint'][:16])
   cpu = [run['cpu_seconds'] for run in runs.values() if run.get('cpu_seconds')]
-  by_default = ' (core-hours, since a run has one core unless `--jobs` says otherwise)'
   return [
+      *([f'- CPU time of the processes of {len(cpu)} of the {len(runs)} runs (the others did not '
+         'record it), compilation, evaluation and data included, start-up not: '
+         f'{math.fsum(cpu) / 3600:.2f} core-hours'] if cpu else []),
       *(f'- Train steps of {len(seconds)} runs on {devices} each, without compilation and '
-        f'evaluation: {math.fsum(seconds) / 3600:.2f} hours'
-        + (by_default if devices == '1 x cpu' else '')
-        for devices, seconds in sorted(spent.items())),
-      *([f'- CPU time of the processes of {len(cpu)} of these runs (the others did not record it), '
-         'compilation, evaluation and data included, start-up not: '
-         f'{math.fsum(cpu) / 3600:.2f} hours'] if cpu else []),
+        f'evaluation: {math.fsum(seconds) / 3600:.2f} hours by the clock, in which other work ran '
+        'too' for devices, seconds in sorted(spent.items())),
       *(f'- Data {source}: fingerprint {", ".join(sorted(prints))}'
         for source, prints in sorted(data.items())),
       f'- Versions: {tables.versions(rows)}']

@@ -24,6 +24,7 @@ from experiments.verdict import Estimate, estimate
 COLORS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#777777')
 MARKERS = ('o', 's', '^', 'v', 'D', 'P', 'X', 'h', '*')
 DASHES = (':', '-', '--', '-.', (0, (5, 1, 1, 1, 1, 1)))
+STARTS = 6.0      # times what is drawn otherwise: a start further above is told in words
 PANEL = 5.2       # inches: two of them are as wide as a README shows at full size
 STYLE = {'font.size': 11, 'axes.titlesize': 12, 'axes.grid': True, 'grid.alpha': 0.3,
          'axes.axisbelow': True, 'lines.linewidth': 1.7, 'lines.markersize': 5.5}
@@ -131,12 +132,10 @@ def _curves(panel: Axes, group: list[Line], styles: dict, _: Results) -> None:
   offsets = lines_lib.offsets(group, 'validation/loss')
   curves = {line.name: curve(line, offsets) for line in group}
   means = {name: [estimate(losses) for _, losses in points] for name, points in curves.items()}
-  low, high = lines_lib.span(
-      group, {name: [loss for _, losses in points for loss in losses]
-              for name, points in curves.items()},
-      {name: _ends(found[-1]) for name, found in means.items()})
+  low, high = _height(group, curves, {name: _ends(found[-1]) for name, found in means.items()})
   lane = 0.012 * max(points[-1][0] for points in curves.values())
-  outside = []
+  outside = [f'{line.name} starts at {means[line.name][0].mean:.4g}' for line in group
+             if line.first['start_step'] and means[line.name][0].mean > high]
   for place, line in enumerate(group):
     style, end = styles[line.name], means[line.name][-1]
     x = [at for at, _ in curves[line.name]]
@@ -155,6 +154,18 @@ def _curves(panel: Axes, group: list[Line], styles: dict, _: Results) -> None:
   panel.set_ylabel(_aligned_label(group, 'validation/loss'))
 
 
+def _height(group: list[Line], curves: Mapping[str, list[tuple[float, list[float]]]],
+            ends: dict[str, list[float]]) -> tuple[float, float]:
+  """Limits of an axis of curves; a start so high that it would flatten the rest is left out."""
+  drawn = lambda points: [loss for _, losses in points for loss in losses]
+  later = {name: drawn(points[1:] or points) for name, points in curves.items()}
+  low, high = lines_lib.span(group, later, ends)
+  starts = {name: drawn(points[:1]) for name, points in curves.items()}
+  return lines_lib.span(group, {
+      name: later[name] + [v for v in starts[name] if v <= high + STARTS * (high - low)]
+      for name in curves}, ends)
+
+
 def _ends(e: Estimate) -> list[float]:
   """What an axis must reach for a mean and its interval; the mean last."""
   return [*(e.interval if e.n > 1 else ()), e.mean]
@@ -168,8 +179,9 @@ def _elsewhere(value: float, low: float, high: float) -> str:
 
 
 def _say(panel: Axes, notes: list[str]) -> None:
-  panel.text(0.98, 0.97, '\n'.join(notes), transform=panel.transAxes, ha='right', va='top',
-             fontsize='small')
+  if notes:
+    panel.text(0.98, 0.97, '\n'.join(notes), transform=panel.transAxes, ha='right', va='top',
+               fontsize='small', bbox={'color': 'white', 'alpha': 0.8, 'pad': 1.5})
 
 
 def _points(panel: Axes, group: list[Line], styles: dict, found: Results) -> None:
@@ -178,7 +190,9 @@ def _points(panel: Axes, group: list[Line], styles: dict, found: Results) -> Non
   group = [line for line in group if line.values(path)]
   values = _aligned(group, path)
   means = {name: estimate(drawn) for name, drawn in values.items()}
-  low, high = lines_lib.span(group, values, {name: _ends(e) for name, e in means.items()})
+  low, high = lines_lib.span(group, values, {name: _ends(e) for name, e in means.items()},
+                             {name for claim in found.claims if claim.domain == group[0].domain
+                              for name in claim.terms})
   for place, line in enumerate(group):
     e, style = means[line.name], styles[line.name]
     if line.first['reference'] and math.isfinite(e.mean):

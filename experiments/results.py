@@ -3,7 +3,7 @@
 Everything a report says comes from this file. It has one JSON object a line, told apart by 'kind':
 
   suite   first, once: its name, scale, title, command, metrics and plot, how many pairs there are
-          to be, and the runs it trained, their parents too, each {'key', 'devices', 'seconds' of
+          to be, how many lines of the other kinds follow, and the runs it trained, their parents too, each {'key', 'devices', 'seconds' of
           its train steps, 'cpu_seconds' of its processes}
   claim   one per claim: the fields of suite.Claim
   arm     one per arm and pair, see `_record`
@@ -87,7 +87,8 @@ def _pairs(suite: Suite) -> int:
 
 def write(found: Results, directory: pathlib.Path) -> None:
   """Writes results.jsonl. Raises ConfigError if it cannot."""
-  lines = [{'kind': 'suite', **found.suite},
+  counts = {'claims': len(found.claims), 'arms': len(found.rows)}
+  lines = [{'kind': 'suite', **found.suite, **counts},
            *({'kind': 'claim', **dataclasses.asdict(claim)} for claim in found.claims),
            *({'kind': 'arm', **row} for row in found.rows)]
   write_text(directory / FILE, ''.join(json.dumps(line) + '\n' for line in lines))
@@ -117,8 +118,14 @@ def read(directory: pathlib.Path) -> Results:
   if len(kinds['suite']) != 1:
     raise ConfigError(f'--results: {path} has {len(kinds["suite"])} lines of kind "suite" in place '
                       'of one. Make it again: python -m experiments.main --suite=NAME')
+  about = kinds['suite'][0]
+  for kind in ('claim', 'arm'):
+    if len(kinds[kind]) != about.pop(f'{kind}s', None):
+      raise ConfigError(f'--results: {path} is not whole: it has {len(kinds[kind])} lines of kind '
+                        f'{kind!r}, and not as many as its first line says. Make it again: '
+                        f'{about["suite_command"]}')
   claims = (Claim(**{**claim, 'than': tuple(claim.get('than', ()))}) for claim in kinds['claim'])
-  return Results(kinds['suite'][0], tuple(claims), kinds['arm'])
+  return Results(about, tuple(claims), kinds['arm'])
 
 
 def _record(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
@@ -163,7 +170,7 @@ def _trained(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
       'start_step': start, 'end_step': facts['end_step'],
       'flops_per_step': facts['train_flops_per_step'],
       'seconds': _lineage_seconds(run, folder, start),
-      'step0': _step0(workdir),
+      'step0': _step0(_first(run, folder, start)),
       'history': [{'step': line['step'], 'loss': line['validation/loss'],
                    'accuracy': line['validation/accuracy']}
                   for line in lines if 'validation/loss' in line],
@@ -197,6 +204,13 @@ def _seconds(path: pathlib.Path, after: int, until: int) -> float:
   """Seconds of the train steps in (after, until], without compilation and evaluation."""
   return round(sum(line['seconds'] for line in metrics.read_lines(path / 'timing.jsonl')
                    if after < line['step'] <= until), 3)
+
+
+def _first(run: Run, folder: pathlib.Path, start: int) -> Workdir:
+  """Of the run, or that parent of it, which began the extra steps."""
+  while run.parent and Workdir(folder / run.name).read('run.json')['first_step'] > start:
+    run = run.parent
+  return Workdir(folder / run.name)
 
 
 def _step0(workdir: Workdir) -> dict[str, float] | None:

@@ -21,6 +21,7 @@ NAMES = {'accuracy': 'acc.', 'step0_gap': 'gap'}
 LEGEND = ('Extra steps and FLOPs are those after the trunk (all of them, if an arm began from '
           'nothing); 100 % is the dense pretraining up to there. Loss is the task\'s '
           'cross-entropy, without auxiliary losses.')
+TUNED = 'Here they are those of the fine-tuning alone.'
 GAP = "The step-0 gap is validation loss before the first extra step minus the parent's."
 WALL = 'Wall time is that of the extra train steps, without compilation and evaluation.'
 TIME = ("Extra time is the extra steps' in % of the dense pretraining's, from step times measured "
@@ -220,7 +221,7 @@ def _legend(found: Results, domains: dict[str, list[Line]]) -> list[str]:
   groups = domains.values()
   delta = sorted({lines_lib.shown(group, found.suite['metrics'], found.claims)[0]
                    for group in groups if any(line.delta for line in group)})
-  more = []
+  more = [TUNED] if any(row['start_step'] > row['base_steps'] for row in found.rows) else []
   if delta:
     names = ' or '.join(map(header, delta)).replace('val.', 'validation')
     more.append(f'Δ is {names} minus that of the line marked *.')

@@ -12,7 +12,7 @@ the cost per step is the same whatever E). Refuted if an even allocation has the
 from experiments import protocol
 from experiments.suite import Suite
 
-SOURCE = 'Lo et al. 2024 (2406.18219), section 6'
+SOURCE = 'Lo et al. 2024 (2406.18219)'
 ARMS = {'even: 16 16 16 16': (16, 16, 16, 16), 'deep: 4 12 20 28': (4, 12, 20, 28),
         'deep, last few: 8 16 32 8': (8, 16, 32, 8), 'shallow: 28 20 12 4': (28, 20, 12, 4)}
 
@@ -21,7 +21,8 @@ def get_suite(scale: str) -> Suite:
   regime, arms = protocol.vision(scale), []
   even, deep, last, shallow = ARMS
   for pair in regime.pairs():
-    arms.append(pair.arm('dense, equal FLOPs', pair.paying(pair.upcycled())))
+    arms.append(pair.arm(f'dense, FLOPs of {regime.depth // 2} sparse blocks',
+                         pair.paying(pair.upcycled())))
     for name, counts in ARMS.items():
       moe = {'layers': 'last_4', 'experts_per_layer': counts}
       arms.append(pair.arm(name, pair.upcycled(moe=moe), reference=name == even))

@@ -30,7 +30,7 @@ def get_suite(scale: str) -> Suite:
                  pair.arm(f'upcycled, {start}', up, reference=start == 'continue')]
     claims += [regime.claim(
         f'upcycled beats dense at equal extra FLOPs, rate: {start}',
-        'Komatsuzaki et al. 2023, 3' if start == 'continue' else 'He et al. 2024, section 5',
+        'Komatsuzaki et al. 2023, 3' if start == 'continue' else 'He et al. 2024',
         'no figures here', f'upcycled, {start}', '<', f'dense, equal FLOPs, {start}')
                for start in starts]
     claims.append(regime.claim('restarting the rate helps the upcycled model',

@@ -8,7 +8,8 @@ sunk cost: per added epoch upcycling wins (52.80 after 7 more, from scratch 51.2
 A ladder of budgets, in % of a short dense parent's steps (a sixth of the others' pretraining, so
 that budgets past 100 % are affordable): one uncooled run each for upcycled, scratch and dense, from
 which every budget branches with a cooldown of its own. Sunk cost counted, scratch at 120 % stands
-against upcycled at 20 %: the same steps in all.
+against upcycled at 20 %: the same steps in all, as the paper's epochs are, and more FLOPs (the
+table has both).
 
 Refuted if scratch is ahead at 60 %, or upcycled still is at 180 %.
 """

@@ -79,6 +79,29 @@ def test_the_score_of_the_commonest_answer_stands_below_the_table():
   assert 'commonest' not in other
 
 
+def test_a_held_out_family_stands_beside_the_verdicts_where_it_was_measured():
+  rows = made_up.three_pairs()
+  for row in rows:
+    row['final']['test_seen'] = {'loss': row['final']['validation']['loss']}
+    row['final']['test']['loss'] = 5.0 + (row['arm'] == 'dense') * (0.1 * row['pair'] - 0.3)
+  found = made_up.results(rows, made_up.claim(metric='test_seen/loss'), made_up.claim())
+  seen, other = (line.split(' | ') for line in tables.to_markdown(found).splitlines()
+                 if line.startswith('| sparse beats dense'))
+  # Sparse minus dense is 0.3, 0.2, 0.1 there.
+  assert seen[-1].strip(' |') == '+0.2000 (-0.0484 to +0.4484)'
+  assert other[-1].strip(' |') == tables.NONE
+  assert 'No verdict depends on it.' in tables.to_markdown(found)
+  assert 'held-out' not in tables.to_markdown(made_up.results(rows, made_up.claim()))
+
+
+def test_extra_steps_of_a_fine_tuning_are_called_its_own():
+  tuned = made_up.row('tuned', start=1200, end=1300)
+  assert tables.TUNED in (text := ' '.join(tables.to_markdown(made_up.results([tuned])).split()))
+  assert tables.TUNED not in text.replace(tables.TUNED, '', 1)
+  assert tables.TUNED not in ' '.join(tables.to_markdown(
+      made_up.results(made_up.one_pair())).split())
+
+
 def test_the_page_has_the_suites_in_the_order_they_are_run(tmp_path):
   for name in ('zebra', 'balancing', 'initial_drop', 'finetuning', 'aardvark'):
     results.write(made_up.results(made_up.one_pair()), tmp_path / name)
@@ -199,6 +222,28 @@ def test_an_axis_shows_whole_branches_and_ends_that_do_not_flatten_them():
   assert span(4.0, dense=(2.0, math.nan)) == pytest.approx((1.25 - 0.06, 2.25 + 0.06))
   nothing = {line.name: [math.nan] for line in group}
   assert lines.span(group, nothing, nothing) == (-0.1, 0.1)
+
+
+def test_an_arm_that_a_claim_is_about_is_shown_further_away():
+  group = lines.by_domain(made_up.one_pair(), [])['d']
+  ends = {'dense': [1.5], 'sparse': [1.25], 'scratch': [2.4]}   # 0.9 above, 3.6 times the span
+  assert lines.span(group, ends, ends) == pytest.approx((1.235, 1.515))
+  low, high = lines.span(group, ends, ends, {'scratch'})
+  assert low < 1.25 and 2.4 < high < 2.5
+  ends['scratch'] = [2.6]
+  assert lines.span(group, ends, ends, {'scratch'}) == pytest.approx((1.235, 1.515))
+
+
+def test_a_start_that_would_flatten_the_curves_is_told_in_words(tmp_path, monkeypatch):
+  shown = {}
+  monkeypatch.setattr(plots, '_say', lambda panel, notes: shown.update(
+      notes=notes, high=panel.get_ylim()[1] if panel.lines else None))
+  rows = made_up.one_pair()[:2]   # dense from 2.0 to 1.5, sparse from 2.25 to 1.25
+  plots.plot(made_up.results(rows), tmp_path / 'a.png')
+  assert shown['notes'] == [] and shown['high'] > 2.25
+  rows[1]['history'][0]['loss'] = 30.0
+  plots.plot(made_up.results(rows), tmp_path / 'b.png')
+  assert shown['notes'] == ['sparse starts at 30'] and shown['high'] < 3
 
 
 def test_data_that_differ_in_a_domain_are_refused_and_may_differ_between_domains():
@@ -338,8 +383,8 @@ def test_cpu_time_is_that_of_the_runs_that_recorded_it():
   found = made_up.results(made_up.one_pair())
   assert 'CPU time' not in page.to_markdown({'s': found})
   found.suite['runs'][0]['cpu_seconds'], found.suite['runs'][1]['cpu_seconds'] = 5400.0, None
-  assert 'CPU time of the processes of 1 of these runs' in (text := page.to_markdown({'s': found}))
-  assert 'start-up not: 1.50 hours' in text
+  assert 'CPU time of the processes of 1 of the 3 runs' in (text := page.to_markdown({'s': found}))
+  assert 'start-up not: 1.50 core-hours' in text
 
 
 def test_report_says_when_there_is_nothing_to_report(tmp_path):

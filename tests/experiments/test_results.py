@@ -94,16 +94,20 @@ def test_a_rung_counts_the_steps_of_the_continuation_it_cools(tmp_path):
   long = child(parent, steps=30)
   rung = child(long, steps=10)
   trained(tmp_path, parent, 0, 20, 30)
-  trained(tmp_path, long, 20, 50, 50)
-  trained(tmp_path, rung, 40, 40, 50)
+  trained(tmp_path, long, 20, 50, 50, gap=0.25)
+  trained(tmp_path, rung, 40, 40, 50, gap=0.0)
   suite = Suite('s', 'mini', (
       Arm('d', 'rung', rung, parent, start_step=15, base_step=10),
-      Arm('d', 'later', rung, parent, start_step=30), Arm('d', 'alone', rung, parent)))
-  rung, later, alone = results.collect(suite, tmp_path).rows
+      Arm('d', 'later', rung, parent, start_step=30), Arm('d', 'alone', rung, parent),
+      Arm('d', 'whole', rung, parent, start_step=20)))
+  rung, later, alone, whole = results.collect(suite, tmp_path).rows
   # 5 steps of the parent, 20 of the continuation up to 40 and not its 10 beyond, 10 of its own.
   assert (rung['start_step'], rung['seconds']) == (15, 17.5)
   assert (later['start_step'], later['seconds']) == (30, 10.0)
   assert (alone['start_step'], alone['seconds']) == (40, 5.0)
+  # Surgery was what the continuation began with.
+  assert whole['step0'] == later['step0'] == {'step0_gap': 0.25}
+  assert alone['step0'] == {'step0_gap': 0.0} and rung['step0'] is None
   assert (rung['base_steps'], rung['base_flops'], rung['base_seconds']) == (10, 30, 5.0)
   assert (later['base_steps'], later['base_seconds']) == (20, 10.0)
 
@@ -171,7 +175,7 @@ def test_what_is_written_is_read_back_and_written_the_same(tmp_path):
   lines = [json.loads(line) for line in (tmp_path / results.FILE).read_text().splitlines()]
   assert [line['kind'] for line in lines] == ['suite', 'claim', 'claim'] + 6 * ['arm']
   assert set(lines[1]) == {'kind', 'says', 'source', 'paper', 'domain', 'a', 'relation', 'b',
-                           'metric', 'margin'}
+                           'metric', 'margin', 'than'}
   before = (tmp_path / results.FILE).read_bytes()
   results.write(again, tmp_path)
   assert (tmp_path / results.FILE).read_bytes() == before
@@ -193,6 +197,14 @@ def test_no_results_and_half_of_them_are_refused(tmp_path):
   path = tmp_path / results.FILE
   path.write_text(path.read_text().split('\n', 1)[1])
   with pytest.raises(ConfigError, match='0 lines of kind "suite" in place of one'):
+    results.read(tmp_path)
+  results.write(made_up.results(made_up.three_pairs(), made_up.claim()), tmp_path)
+  whole = path.read_text().splitlines(keepends=True)
+  path.write_text(''.join(whole)[:-10])   # as where a copy was cut off
+  with pytest.raises(ConfigError, match="not whole: it has 5 lines of kind 'arm'.*experiments.main"):
+    results.read(tmp_path)
+  path.write_text(''.join([whole[0], *whole[2:]]))
+  with pytest.raises(ConfigError, match="not whole: it has 0 lines of kind 'claim'"):
     results.read(tmp_path)
 
 
