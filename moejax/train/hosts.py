@@ -64,11 +64,13 @@ def _watchdog(launch: Launch) -> Watchdog:
   process, listener = jax.process_index(), None
   told = np.zeros(6, np.int32)
   if process == 0:
-    listener = socket.create_server(('', 0))
+    both = socket.has_dualstack_ipv6()   # IPv4 and IPv6
+    listener = socket.create_server(('', 0), dualstack_ipv6=both,
+                                    family=socket.AF_INET6 if both else socket.AF_INET)
     told[:4] = [int(part) for part in _own_address().split('.')]
     told[4:] = listener.getsockname()[1], random.SystemRandom().randrange(2**31)
   *address, port, token = map(int, multihost_utils.broadcast_one_to_all(told))
-  host = launch.coordinator.rpartition(':')[0] or '.'.join(map(str, address))
+  host = launch.coordinator.rpartition(':')[0].strip('[]') or '.'.join(map(str, address))
   return Watchdog(process, jax.process_count(), listener, (host, port), token,
                   launch.lost_seconds, launch.stall_seconds)
 
@@ -108,8 +110,8 @@ class Hosts:
   def stop(self, signal: int | None) -> int | None:
     """The signal to stop for after this step, or None: the same answer in all processes.
 
-    Call it once a step. With several processes it is what any of them was told AHEAD steps ago,
-    so that nobody waits for this step to end.
+    Call it once a dispatch, which is one step or several. With several processes it is what any of
+    them was told AHEAD calls ago, so that nobody waits for this one's steps to end.
 
     Args:
       signal: what this process was told, or None.

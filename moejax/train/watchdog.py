@@ -92,12 +92,14 @@ class Watchdog:
 
   def leave(self, failed: str = '') -> None:
     """The last word of this process: it is done, or what it failed of, which ends the others."""
-    if self._over.is_set():   # another thread is about to end this process, and to say why
-      time.sleep(GRACE)
-      return
     if self._listener and not failed:
       self._wait_for_all()
-    self._over.set()
+    with self._lock:
+      trouble = self._over.is_set()
+      self._over.set()
+    if trouble:   # another thread is about to end this process, and to say why
+      time.sleep(GRACE + 2 * EVERY)
+      return
     if not self._listener:
       with contextlib.suppress(OSError):
         _send(self._to_zero, self._sign() | ({'failed': failed} if failed else {'done': True}))
@@ -121,7 +123,7 @@ class Watchdog:
       self._over.set()
     if self._listener:   # ends last: JAX aborts the others as soon as process 0 is gone
       self._tell_all({'trouble': what, 'code': code, 'grace': grace})
-      time.sleep(EVERY)
+      time.sleep(grace + EVERY)
     self.end(what, code)
 
   # Process 0.

@@ -166,6 +166,16 @@ def test_a_config_of_its_own_is_refused_in_all(config, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def test_an_error_in_one_ends_all_with_its_words_and_none_by_an_abort():
+  port = free_port()
+  running = [spawn('tests.train.failing', 1, port, 3, i) for i in range(3)]
+  said = [process.communicate(timeout=120)[1] for process in running]
+  assert [process.returncode for process in running] == [1, 1, 1], said   # 134 would be JAX's
+  assert 'moejax: config.data: no such file' in said[1]
+  words = f'process 1 ({socket.gethostname()}) stopped: ConfigError: config.data: no such file'
+  assert words in said[0] and words in said[2]
+
+
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
   """What two processes of tests.train.together found."""

@@ -25,13 +25,17 @@ class Group:
   """Watchdogs of n processes, and what each of them found wrong."""
 
   def __init__(self, n, lost=30.0, stall=30.0, processes=None):
-    self.found = {}
+    self.found, self.ended = {}, {}
     listener = socket.create_server(('', 0))
     self.address = ('localhost', listener.getsockname()[1])
     self.dogs = [Watchdog(i, processes or n, listener if i == 0 else None, self.address, TOKEN,
-                          lost, stall, lambda *what, i=i: self.found.setdefault(i, what))
+                          lost, stall, lambda *what, i=i: self.end(i, what))
                  for i in range(n)]
     self.wait(lambda: len(self.dogs[0]._peers) == n - 1)
+
+  def end(self, process, what):
+    self.ended.setdefault(process, time.monotonic())
+    self.found.setdefault(process, what)
 
   @staticmethod
   def wait(condition, seconds=10):
@@ -47,6 +51,8 @@ class Group:
     assert set(self.found) == set(who)
     (what, found), = set(self.found.values())
     assert found == code
+    # JAX aborts the others when process 0 is gone, so they must be.
+    assert 0 not in who or all(self.ended[0] > self.ended[n] for n in who if n)
     return what.removesuffix(f'. {AGAIN}')
 
 
@@ -96,7 +102,7 @@ def test_process_0_dies():
   assert group.all_find(1, 2) == 'process 0 is gone: its connection closed'
 
 
-def test_a_frozen_host_is_noticed_after_lost_seconds(monkeypatch):
+def test_a_frozen_host_is_noticed_after_lost_seconds():
   group = Group(3, lost=0.5)
   began = time.monotonic()
   group.dogs[2]._over.set()             # silent, with its socket open
@@ -105,10 +111,6 @@ def test_a_frozen_host_is_noticed_after_lost_seconds(monkeypatch):
 
 
 def test_process_0_freezes():
-  group = Group(2, lost=0.5)
-  monkey = group.dogs[0]
-  monkey._over.set()
-  monkey._follow = monkey._heard = lambda *_: None
   with socket.create_server(('', 0)) as silent:   # accepts, and never answers
     found = []
     Watchdog(1, 2, None, silent.getsockname(), TOKEN, 0.3, 30.0, lambda *what: found.extend(what))
@@ -144,6 +146,17 @@ def test_why_a_process_failed_reaches_the_others(who):
   others = {0, 1, 2} - {who}
   assert group.all_find(*others, code=watchdog.FAILED) == (
       f'process {who} ({HOST}) stopped: ConfigError: no such file')
+
+
+def test_process_0_that_is_done_does_not_leave_amid_trouble():
+  group = Group(3)
+  zero = threading.Thread(target=group.dogs[0].leave)
+  zero.start()                              # it waits for the others
+  group.dogs[1].leave('ValueError: nan')
+  group.wait(lambda: 0 in group.found)
+  assert zero.is_alive()                    # else it would be gone, with 0, before it is ended
+  assert group.found[0][1] == watchdog.FAILED
+  zero.join(10)
 
 
 def test_who_fails_of_the_same_says_so_itself():
