@@ -75,6 +75,11 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(f'experiments: {error}')
 
 
+def smoke_folder(name: str) -> pathlib.Path:
+  """Where a tiny scale writes by default, so that it replaces nothing that was measured."""
+  return pathlib.Path('runs') / f'smoke_{name}'
+
+
 def measure(run: Callable[[], int], page: Callable[[list[dict]], str], file: pathlib.Path,
             written: pathlib.Path | None) -> int:
   """Measures what is not there yet, and shows all of it; the exit code.

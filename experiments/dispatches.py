@@ -2,7 +2,8 @@
 
   python -m experiments.dispatches                     the mini models, dense and upcycled
   python -m experiments.dispatches --models=vit        those with that in their names
-  python -m experiments.dispatches --scale=smoke       tiny ones, to see that it works
+  python -m experiments.dispatches --scale=smoke       tiny ones, to see that it works; into
+                                                       runs/smoke_dispatches
   python -m experiments.dispatches --show              the table of what is measured, and no more
 
 Of each model the train steps with 1, 5, 25 and 50 steps per dispatch (config.steps_per_dispatch)
@@ -118,7 +119,7 @@ def run(names: list[str], scale_name: str, folder: pathlib.Path) -> int:
       line = {**measure(name, scale, bar.update),
               'command': f'python -m experiments.dispatches --scale={scale_name}'}
       kept = [x for x in metrics.read_lines(folder / FILE)
-              if (x['model'], x['device']) != (name, line['device'])]
+              if any(x[k] != line[k] for k in ('model', 'device', 'command'))]
       results.write_text(folder / FILE, ''.join(json.dumps(x) + '\n' for x in [*kept, line]))
   return 0
 
@@ -130,12 +131,13 @@ LEGEND = ('Milliseconds of a train step, median of the rounds, by how many steps
 
 def page(lines: list[dict[str, Any]]) -> str:
   """Markdown, a table per device."""
-  out = ['# Steps per dispatch', '']
+  out, order = ['# Steps per dispatch', ''], {name: i for i, name in enumerate(MODELS)}
   for device in sorted({x['device'] for x in lines}):
     rows = [x for x in lines if x['device'] == device]
     per = sorted({p for x in rows for p in x['seconds']}, key=int)
     out += [f'## {device}', '', '| model | ' + ' | '.join(per) + ' |', '|---|' + '---:|' * len(per),
-            *(_row(x, per) for x in sorted(rows, key=lambda x: list(MODELS).index(x['model']))), '',
+            *(_row(x, per) for x in sorted(
+                rows, key=lambda x: order.get(x['model'], len(order)))), '',
             f'JAX {", ".join(sorted({x["versions"]["jax"] for x in rows}))}; '
             + ', '.join(f'`{c}`' for c in sorted({x['command'] for x in rows})) + '.', '']
   return '\n'.join(out + textwrap.wrap(LEGEND, 100)) + '\n'
@@ -159,14 +161,16 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--scale', choices=tuple(SCALES), default='mini',
                       help='how large (default: %(default)s)')
   parser.add_argument('--show', action='store_true', help='print what is measured, and no more')
-  parser.add_argument('--results', metavar='DIR', type=pathlib.Path, default=FOLDER,
-                      help=f'folder of {FILE} and {PAGE} (default: %(default)s)')
+  parser.add_argument('--results', metavar='DIR', type=pathlib.Path,
+                      help=f'folder of {FILE} and {PAGE} (default: {FOLDER}; of --scale=smoke '
+                      f'{cli.smoke_folder("dispatches")})')
   args = parser.parse(argv, suite_required=False)
   names = [name for name in MODELS if args.models in name]
   if not names:
     fail('--models', args.models, ', '.join(MODELS), 'It is a part of a name.')
-  return cli.measure(lambda: 0 if args.show else run(names, args.scale, args.results), page,
-                     args.results / FILE, None if args.show else args.results / PAGE)
+  folder = args.results or (FOLDER if args.scale == 'mini' else cli.smoke_folder('dispatches'))
+  return cli.measure(lambda: 0 if args.show else run(names, args.scale, folder), page,
+                     folder / FILE, None if args.show else folder / PAGE)
 
 
 if __name__ == '__main__':

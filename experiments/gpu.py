@@ -3,7 +3,8 @@
   python -m experiments.gpu                        all cells; an hour or more. It resumes
   python -m experiments.gpu --models=vit_b16       t5_base, t5_large, vit_b16, vit_l16
   python -m experiments.gpu --only=top_2,dropless  the cells with that in their names, in this order
-  python -m experiments.gpu --scale=smoke          tiny ones on any device, to see that it works
+  python -m experiments.gpu --scale=smoke          tiny ones on any device, to see that it works;
+                                                   into runs/smoke_gpu
   python -m experiments.gpu --show                 the table of what is measured, and no more
 
 A cell is the real train step of a run of configs/paper (moejax.train.assemble.Step) in bfloat16,
@@ -113,7 +114,8 @@ class Cell:
 
   def key(self, scale: Scale, device: str) -> str:
     """Of the settings, the device and the version of JAX; moejax's own code does not count."""
-    text = settings.to_json(self.config(scale, scale.batches[self.model])) + repr(scale) + device
+    text = settings.to_json(self.config(scale, scale.batches[self.model])) + repr(scale)
+    text += device + jax.__version__
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -237,7 +239,7 @@ def run(chosen: Iterable[Cell], scale_name: str, folder: pathlib.Path) -> int:
         continue
       line = {'key': key, 'command': f'python -m experiments.gpu --scale={scale_name}', **line}
       kept = [old for old in metrics.read_lines(folder / FILE)
-              if (old['name'], old['device']) != (line['name'], line['device'])]
+              if any(old[k] != line[k] for k in ('name', 'device', 'command'))]
       results.write_text(folder / FILE, ''.join(json.dumps(x) + '\n' for x in [*kept, line]))
   return failed
 
@@ -274,10 +276,12 @@ LEGEND = (
 
 def page(lines: list[dict[str, Any]]) -> str:
   """Markdown, a table per device, cells in their order."""
-  order = [cell.name for scale in SCALES.values() for cell in cells(scale)]
+  names = dict.fromkeys(cell.name for scale in SCALES.values() for cell in cells(scale))
+  order = {name: i for i, name in enumerate(names)}
   out = ['# On a GPU', '']
   for device in sorted({line['device'] for line in lines}):
-    rows = sorted((x for x in lines if x['device'] == device), key=lambda x: order.index(x['name']))
+    rows = sorted((x for x in lines if x['device'] == device),
+                  key=lambda x: order.get(x['name'], len(order)))
     dense = {(x['model'], x['attention']): x['seconds'] / x['batch_size']
              for x in rows if x['routing'] == 'dense'}
     out += [f'## {device}', '', '| ' + ' | '.join(COLUMNS) + ' |',
@@ -328,23 +332,32 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--scale', choices=tuple(SCALES), default='gpu',
                       help='how large (default: %(default)s)')
   parser.add_argument('--show', action='store_true', help='print what is measured, and no more')
-  parser.add_argument('--results', metavar='DIR', type=pathlib.Path, default=FOLDER,
-                      help=f'folder of {FILE} and {PAGE} (default: %(default)s)')
+  parser.add_argument('--results', metavar='DIR', type=pathlib.Path,
+                      help=f'folder of {FILE} and {PAGE} (default: {FOLDER}; of --scale=smoke '
+                      f'{cli.smoke_folder("gpu")})')
   parser.add_argument('--cell', help='measure this one here and print its line (used by itself)')
   parser.add_argument('--device', action='store_true', help='print the device (used by itself)')
   args = parser.parse(argv, suite_required=False)
   if args.device or args.cell:
     return _as_child(args)
-  models = args.models.split(',')
-  for model in models:
-    check_choice('--models', model, MODELS)
-  known = cells(SCALES[args.scale])
-  chosen = dict.fromkeys(cell for text in args.only.split(',') for cell in known
-                         if cell.model in models and text in cell.name)
-  if not chosen:
-    fail('--only', args.only, ', '.join(cell.name for cell in known), 'They are parts of names.')
-  return cli.measure(lambda: 0 if args.show else run(chosen, args.scale, args.results), page,
-                     args.results / FILE, None if args.show else args.results / PAGE)
+  chosen, folder = _chosen(args), args.results or (
+      FOLDER if args.scale == 'gpu' else cli.smoke_folder('gpu'))
+  return cli.measure(lambda: 0 if args.show else run(chosen, args.scale, folder), page,
+                     folder / FILE, None if args.show else folder / PAGE)
+
+
+def _chosen(args) -> list[Cell]:
+  """The cells of --models and --only. Raises ConfigError if one of these names none."""
+  scale, models = SCALES[args.scale], args.models.split(',')
+  if args.models != ','.join(MODELS):   # the default is all that the scale has
+    for model in models:
+      check_choice('--models', model, list(scale.batches))
+  known = [cell for cell in cells(scale) if cell.model in models]
+  found = {text: [cell for cell in known if text in cell.name] for text in args.only.split(',')}
+  for text, named in found.items():
+    if not named:
+      fail('--only', text, ', '.join(cell.name for cell in known), 'It is a part of a name.')
+  return list(dict.fromkeys(cell for named in found.values() for cell in named))
 
 
 def _as_child(args) -> int:
@@ -352,7 +365,9 @@ def _as_child(args) -> int:
   if args.device:
     print(device_name(jax.local_devices()[0]))
     return 0
-  cell = {cell.name: cell for cell in cells(SCALES[args.scale])}[args.cell]
+  known = {cell.name: cell for cell in cells(SCALES[args.scale])}
+  check_choice('--cell', args.cell, known)
+  cell = known[args.cell]
   print(json.dumps(measure(cell, SCALES[args.scale])))
   return 0
 

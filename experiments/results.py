@@ -3,8 +3,8 @@
 Everything a report says comes from this file. It has one JSON object a line, told apart by 'kind':
 
   suite   first, once: its name, scale, title, command, metrics and plot, how many pairs there are
-          to be, how many lines of the other kinds follow, and the runs it trained, their parents too, each {'key', 'devices', 'seconds' of
-          its train steps, 'cpu_seconds' of its processes}
+          to be, how many lines of the other kinds follow, and the runs it trained, their parents
+          too, each {'key', 'devices', 'seconds' of its train steps, 'cpu_seconds' of its processes}
   claim   one per claim: the fields of suite.Claim
   arm     one per arm and pair, see `_record`
 

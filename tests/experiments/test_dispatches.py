@@ -31,6 +31,20 @@ def test_what_is_measured_again_replaces_its_line(tmp_path, monkeypatch):
       tmp_path / dispatches.FILE)) == [('t5_stdlib_upcycled', 2), ('vit_glyphs_upcycled', 3)]
 
 
+def test_a_tiny_scale_replaces_nothing_that_was_measured(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(dispatches, 'FOLDER', tmp_path)
+  monkeypatch.setattr(dispatches, 'measure', lambda name, scale, tick=None: {
+      'model': name, 'device': 'gpu: A', 'versions': {'jax': '1'}, 'rounds': scale.rounds,
+      'seconds': {'1': [1, 2e-3, 3]}, 'ratios': {'1': [1, 1, 1]}})
+  models = '--models=vit_glyphs_upcycled'
+  for flags in ([models], [models, '--scale=smoke'],
+                [models, '--scale=smoke', f'--results={tmp_path}']):
+    assert dispatches.main(flags) == 0
+  rounds = lambda folder: [x['rounds'] for x in metrics.read_lines(folder / dispatches.FILE)]
+  assert rounds(tmp_path) == [11, 2] and rounds(tmp_path / 'runs/smoke_dispatches') == [2]
+
+
 def test_every_number_of_steps_is_of_the_same_run():
   for name in dispatches.MODELS:
     for per in dispatches.STEPS:

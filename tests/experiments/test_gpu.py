@@ -84,6 +84,9 @@ def test_a_synthetic_batch_is_one_that_the_data_could_make():
   np.testing.assert_array_equal(batch['index'], np.arange(16))
 
 
+DENSE = gpu.Cell('vit_b16', 'dense', 0, 'plain')
+
+
 def line(cell, device=H100, **changes):
   return {'key': cell.key(SMOKE, device), 'command': 'c', 'name': cell.name, 'model': cell.model,
           'routing': cell.routing, 'experts': cell.experts, 'attention': cell.attention,
@@ -144,6 +147,40 @@ def test_what_is_there_is_not_measured_again_and_what_fails_is_told(children, tm
   assert gpu.main([*flags, '--only=dense']) == 0 and children[6:] == ['t5_base-dense']
   assert len(metrics.read_lines(tmp_path / gpu.FILE)) == 5   # one per cell and device
   assert '## gpu: another' in (tmp_path / gpu.PAGE).read_text()
+
+
+def test_a_tiny_scale_replaces_nothing_that_was_measured(children, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  real = line(DENSE, command='c --scale=gpu')
+  monkeypatch.setattr(gpu, 'FOLDER', tmp_path)
+  (tmp_path / gpu.FILE).write_text(json.dumps(real) + '\n')
+  assert gpu.main(['--scale=smoke', '--models=vit_b16', '--only=dense']) == 0
+  assert metrics.read_lines(tmp_path / gpu.FILE) == [real] and not (tmp_path / gpu.PAGE).exists()
+  assert len(metrics.read_lines(tmp_path / 'runs/smoke_gpu' / gpu.FILE)) == 2
+  gpu.main(['--scale=smoke', '--models=vit_b16', '--only=dense', f'--results={tmp_path}'])
+  assert metrics.read_lines(tmp_path / gpu.FILE)[0] == real
+
+
+def test_another_version_of_jax_is_measured_again(children, tmp_path, monkeypatch):
+  flags = ['--scale=smoke', '--models=t5_base', '--only=dense', f'--results={tmp_path}']
+  assert gpu.main(flags) == gpu.main(flags) == 0 and len(children) == 1
+  monkeypatch.setattr(gpu.jax, '__version__', '99.9')
+  assert gpu.main(flags) == 0 and len(children) == 2
+
+
+def test_a_line_of_a_cell_that_is_no_more_is_shown_last():
+  rows = gpu.page([line(DENSE, name='gone'), line(DENSE)]).splitlines()
+  assert [row.split('|')[1].strip() for row in rows if row.startswith('| ')][1:] == [
+      'vit_b16-dense', 'gone']
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--scale=smoke', '--models=t5_large'], "--models: got 't5_large', allowed: t5_base, vit_b16"),
+    (['--scale=smoke', '--only=top_2,dorpless'], "--only: got 'dorpless', allowed: t5_base-dense"),
+    (['--cell=nope'], "--cell: got 'nope', allowed: t5_base-dense")])
+def test_flags_that_name_nothing_are_refused(flags, said, tmp_path):
+  with pytest.raises(ConfigError, match=said):
+    gpu.main([*flags, f'--results={tmp_path}'])
 
 
 def test_without_a_gpu_it_says_so(children, tmp_path):

@@ -201,7 +201,7 @@ def test_no_results_and_half_of_them_are_refused(tmp_path):
   results.write(made_up.results(made_up.three_pairs(), made_up.claim()), tmp_path)
   whole = path.read_text().splitlines(keepends=True)
   path.write_text(''.join(whole)[:-10])   # as where a copy was cut off
-  with pytest.raises(ConfigError, match="not whole: it has 5 lines of kind 'arm'.*experiments.main"):
+  with pytest.raises(ConfigError, match="not whole: it has 5 lines of kind 'arm'.*main"):
     results.read(tmp_path)
   path.write_text(''.join([whole[0], *whole[2:]]))
   with pytest.raises(ConfigError, match="not whole: it has 0 lines of kind 'claim'"):
