@@ -4,7 +4,7 @@ Four axes, any of which may be 1. Examples are split over data x fsdp x expert; 
 (gathered where used), expert (stacked experts, tokens travel to them) and model (tensor parallel):
 
   data    replicas                      fsdp    replicas that also split parameters
-  expert  experts live here             model   heads and hidden units live here
+  expert  experts live here             model   heads (whole ones) and hidden units live here
 
 RULES is the one table that splits parameters; optimizer slots follow their parameter, and so do
 activations: the compiler splits heads, hidden units and logits over `model` as the kernels that

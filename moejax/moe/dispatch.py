@@ -109,7 +109,8 @@ def grouped(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict, ap
   buffer = jnp.where(rows.valid[:, None], buffer, 0)
   out = apply(weights, buffer, rows=rows)
   weight = routing.weight.reshape(-1)[rows.order].astype(out.dtype)
-  out = jnp.where(rows.valid[:, None], out * weight[:, None], 0)    # (P, D)
+  keep = lambda rows_: jnp.where(rows.valid[:, None], rows_, 0)
+  out = keep(keep(out) * weight[:, None])   # (P, D); twice: 0 times what is no number is none
   y = jnp.zeros((G * S, D), wide).at[token].add(out.astype(wide))
   return y.astype(x.dtype).reshape(G, S, D)
 

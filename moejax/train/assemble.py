@@ -11,7 +11,7 @@ from moejax import evaluate, flops, models
 from moejax.train import initialize
 from moejax.train.groups import check_stacked
 from moejax.train.layout import Layout
-from moejax.train.plan import Plan, check_batches
+from moejax.train.plan import Plan, check_batches, check_heads
 from moejax.train.schedule import schedule
 from moejax.train.settings import RunConfig
 from moejax.train.step import TrainState, dispatch, make_train_step
@@ -42,12 +42,16 @@ class Step:
     batch: as fn takes it.
     fn: (state, batch) -> (state, objective); the batches of several steps are put together by
       step.join.
+
+  Raises:
+    ConfigError: model and devices do not fit together.
   """
 
   def __init__(self, config: RunConfig, plan: Plan, model, devices, rows: int,
                batch: Mapping[str, jax.ShapeDtypeStruct]):
     self.config, self.plan, self.model, self.devices = config, plan, model, devices
     self.rows, self.examples = rows, batch
+    check_heads(config, devices.mesh)
     learning_rate = schedule(config.schedule, config.optimizer.learning_rate,
                              start_step=plan.first, end_step=plan.end)
     make = functools.partial(

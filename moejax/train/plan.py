@@ -6,6 +6,8 @@ import math
 import pathlib
 from typing import Any
 
+from jax.sharding import Mesh
+
 from moejax import flops, trees
 from moejax.config import check, fail
 from moejax.train import initialize
@@ -129,6 +131,13 @@ def check_batches(config: RunConfig, rows: int, shards: int) -> None:
           f'a multiple of {whole} = {rows} examples per routing group x {shards} devices'
           + (f' x {parts} microbatches' if parts > 1 else ''),
           f'Nearest: {max(1, round(size / whole)) * whole}.')
+
+
+def check_heads(config: RunConfig, mesh: Mesh) -> None:
+  """Checks that each device of the axis `model` has whole heads. Raises ConfigError."""
+  parts, heads = mesh.shape.get('model', 1), config.model.num_heads
+  check(heads % parts == 0, 'config.mesh.model', parts, f'a divisor of the {heads} heads',
+        'Change config.mesh.model or num_heads.')
 
 
 def _check_at_least(key: str, given: int, needed: int) -> None:

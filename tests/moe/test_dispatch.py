@@ -296,6 +296,24 @@ def test_a_choice_that_is_not_valid_may_hold_anything():
   np.testing.assert_allclose(gw['shift'], [1.0, 0.5], rtol=1e-6)
 
 
+def test_what_experts_make_of_padding_has_no_effect_and_no_gradient():
+  tokens = routing.TokenRouting(jnp.asarray([[[1, 0], [0, 1]]], jnp.int32),
+                                jnp.asarray([[[1/4, 1/2], [1/3, 1/2]]]),
+                                jnp.asarray([[[True, False], [False, True]]]))
+  x = jnp.asarray([[[3.0, 4.0], [5.0, 6.0]]])
+
+  def total(weight, x, weights, dirty):
+    def apply(weights, buffer, rows):
+      out = scale(weights, buffer, rows=rows)
+      return jnp.where(rows.valid[:, None], out, jnp.nan) if dirty else out
+    return jnp.sum(dispatch.grouped(tokens._replace(weight=weight), x, weights, apply) ** 2)
+
+  clean, dirty = (jax.value_and_grad(total, argnums=(0, 1, 2))(tokens.weight, x, SCALES, dirty)
+                  for dirty in (False, True))
+  jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+  assert np.isfinite(dirty[0]) and dirty[1][0][0, 0, 0] != 0
+
+
 def test_padding_of_a_block_reads_nothing():
   """Expert 1 would overflow on token 0, which is expert 0's, and 0 * inf is not 0."""
   tokens = routing.TokenRouting(jnp.asarray([[[0], [1]]], jnp.int32), jnp.ones((1, 2, 1)),

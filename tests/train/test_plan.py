@@ -12,6 +12,7 @@ from moejax.checkpoints import native
 from moejax.config import ConfigError
 from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
+from moejax.sharding import MeshConfig, make_mesh
 from moejax.train import loop, plan, settings
 from moejax.train.initialize import InitConfig
 from moejax.train.optimizer import OptimizerConfig
@@ -114,6 +115,14 @@ def test_a_parent_that_is_not_there(tmp_path):
   config = settings.RunConfig(init=InitConfig('continue', parent=str(tmp_path / 'none')))
   with pytest.raises(ConfigError, match=r'config\.init\.parent: .*config\.json in it'):
     plan.first_step(config, tmp_path / 'child')
+
+
+def test_devices_have_whole_heads():
+  config = run(vit.config('tiny'), mesh=MeshConfig(data=2, model=4))
+  assert config.model.num_heads == 2
+  with pytest.raises(ConfigError, match="config.mesh.model: got 4, allowed: a divisor of the 2 h"):
+    plan.check_heads(config, make_mesh(config.mesh))
+  plan.check_heads(config, make_mesh(MeshConfig(data=4, model=2)))
 
 
 def test_rows_per_group_of_what_fits():
