@@ -61,7 +61,8 @@ def parts(config, B: int, encoder_length: int = 0, decoder_length: int = 0
   """All there are in a forward pass; their FLOPs add up to flops.forward_flops.
 
   Args:
-    config: T5Config or ViTConfig, without shared experts, and routed by a router's matmul.
+    config: T5Config or ViTConfig, without shared experts, and routed by one matmul without learned
+      noise. Of dropless dispatch each expert's rows are the mean, rounded down.
     B: examples.
     encoder_length, decoder_length: tokens of an example, for T5.
   """

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import paper
+from configs import paper, t5_stdlib, vit_glyphs
 from moejax import config as config_lib
 from moejax import data, models, stacking, trees
-from moejax.ahead import chips
+from moejax.ahead import chips, report
 from moejax.config import ConfigError
 from moejax.sharding import MeshConfig
 from moejax.surgery import rules
@@ -90,18 +90,13 @@ def test_another_argument_is_refused(name):
     get_config(name, 'runlocl')
 
 
-def batch_shapes(run):
-  """Shapes and dtypes of a global training batch, as moejax.data makes them."""
-  B = run.data.batch_size
-  shape = lambda dtype, *dims: jax.ShapeDtypeStruct((B, *dims), dtype)
-  if run.model.family == 'vit':
-    size = run.data.image.size
-    return {'image': shape(np.float32, size, size, run.data.image.channels),
-            'label': shape(np.int32), 'weight': shape(np.float32), 'index': shape(np.int32)}
-  encoder, decoder = run.data.text.encoder_length, run.data.text.decoder_length
-  return {'encoder_input': shape(np.int32, encoder), 'decoder_input': shape(np.int32, decoder),
-          'target': shape(np.int32, decoder), 'weight': shape(np.float32, decoder),
-          'index': shape(np.int32)}
+@pytest.mark.parametrize('config', [vit_glyphs, t5_stdlib])
+def test_the_shapes_of_a_batch_are_those_that_the_data_has(config):
+  run = settings.resolve(config.get_config('runlocal'))
+  batch = dataset_of(run.data).train_batch(0)
+  shapes = report.batch_shapes(run)
+  assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+      k: (v.shape, v.dtype) for k, v in shapes.items()}
 
 
 def count(shapes):
@@ -193,7 +188,7 @@ def test_the_train_step_at_the_real_batch_size(name, word):
                                      end_step=run.steps),
       task=run.task, microbatches=run.microbatches, rows_per_group=rows, reduce=devices.reduce)
   with jax.set_mesh(devices.mesh):
-    after, objective = jax.eval_shape(step, shapes, batch_shapes(run))
+    after, objective = jax.eval_shape(step, shapes, report.batch_shapes(run))
   assert objective.shape == ()
   for part in ('params', 'opt_state'):
     given, found = trees.flatten(getattr(shapes, part)), trees.flatten(getattr(after, part))
