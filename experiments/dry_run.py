@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from experiments import jobs as jobs_lib
-from experiments import runner
+from experiments import page, results, runner
 from experiments.jobs import Job
 from experiments.shards import Shard
 from moejax.train import metrics
@@ -18,7 +20,8 @@ def table(groups: Mapping[str, Sequence[Job]], folder: pathlib.Path, slots: int,
   """A line per suite; of all together, shared jobs once; and of this shard's own.
 
   Core-hours are those of train steps, without compilation and evaluation: a worker keeps its share
-  of the cores busy. They are known for jobs of config files of which `folder` has a finished run.
+  of the cores busy. They are known for jobs of config files of which `folder` has a finished run,
+  or else the committed results have one, on another machine.
 
   Args:
     groups: {suite: its jobs}.
@@ -27,9 +30,10 @@ def table(groups: Mapping[str, Sequence[Job]], folder: pathlib.Path, slots: int,
     shard: this machine's.
   """
   jobs, keys = jobs_lib.merge(groups)
-  seconds = seconds_per_flop(folder)
+  measured, elsewhere = seconds_per_flop(folder), committed(page.FOLDER)
   finished = {key: job.finished(folder) for key, job in jobs.items()}
   share = len(runner.share(runner.cores(), slots, 0))
+  seconds = {name: value / share for name, value in elsewhere.items()} | measured
 
   def line(name: str, chosen: Iterable[str]) -> list[str]:
     chosen = [jobs[key] for key in jobs if key in set(chosen)]
@@ -47,9 +51,12 @@ def table(groups: Mapping[str, Sequence[Job]], folder: pathlib.Path, slots: int,
   if shard:
     lines.append(line(f'shard {shard}', shard.own(list(jobs.values()))))
   widths = [max(map(len, column)) for column in zip(*lines)]
-  return '\n'.join('  '.join([row[0].ljust(widths[0]),
-                              *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
-                   for row in lines)
+  out = ['  '.join([row[0].ljust(widths[0]),
+                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in lines]
+  ahead = {family(job.name) for key, job in jobs.items() if not finished[key]}
+  if names := sorted((ahead & set(elsewhere)) - set(measured)):
+    out.append(f'Times of {", ".join(names)}: of the committed results, on another machine.')
+  return '\n'.join(out)
 
 
 def _hours(hours: float, known: int, ahead: int) -> str:
@@ -61,6 +68,18 @@ def _hours(hours: float, known: int, ahead: int) -> str:
 def family(name: str) -> str:
   """What jobs that take about the same time per FLOP have in common: the config file."""
   return name.rsplit('-', 2)[0]
+
+
+def committed(folder: pathlib.Path) -> dict[str, float]:
+  """{family: seconds of one core per FLOP}, the median over arms in a folder of suites' results."""
+  found: dict[str, list[float]] = {}
+  for file in sorted(folder.glob(f'*/{results.FILE}')):
+    for row in results.read(file.parent).rows:
+      flops = (row['end_step'] - row['start_step']) * row['flops_per_step'] if (
+          row['devices'] == '1 x cpu') else 0
+      if flops and (config := re.search(r'--config=configs/(\w+)\.py', row['command'])):
+        found.setdefault(config[1], []).append(row['seconds'] / flops)
+  return {name: statistics.median(values) for name, values in found.items()}
 
 
 def seconds_per_flop(folder: pathlib.Path) -> dict[str, float]:

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from experiments import cli, dry_run, main, runner
+from experiments import cli, dry_run, main, page, results, runner
 from experiments.shards import Shard
 from moejax.config import ConfigError
-from tests.experiments import tiny
+from tests.experiments import made_up, tiny
 from tests.experiments.fakes import Fake
 
 
@@ -69,6 +69,7 @@ def finished(folder, family, *, seconds, steps, flops):
 
 
 def test_a_dry_run_adds_up_by_hand(tmp_path, monkeypatch):
+  monkeypatch.setattr(dry_run.page, 'FOLDER', tmp_path / 'none')
   monkeypatch.setattr(runner, 'cores', lambda: [0, 1, 2, 3])   # two workers have two cores each
   finished(tmp_path, 'known', seconds=36.0, steps=2, flops=50)   # 0.36 s per FLOP
   parent = Fake('known-p-f', cost=20_000, work=100)
@@ -86,7 +87,28 @@ def test_a_dry_run_adds_up_by_hand(tmp_path, monkeypatch):
   assert rows['shard 2/2'] == ['1', '0', '1', '7.00e+00', '7.00e+00', 'unknown']
 
 
-def test_a_pair_is_its_runs_alone_and_suites_without_it_are_left_out(tmp_path, capsys):
+def test_a_dry_run_of_a_fresh_clone_goes_by_the_committed_times(tmp_path, monkeypatch):
+  monkeypatch.setattr(runner, 'cores', lambda: [0, 1, 2, 3])
+  rows = made_up.three_pairs()                # 1 s for 300 x 10 FLOPs (dense), 200 x 15 (sparse)
+  for row in rows:
+    row['command'] = f'python -m moejax.main --config=configs/{row["arm"]}.py --steps=1'
+  results.write(made_up.results(rows), tmp_path / 'results' / 's')
+  monkeypatch.setattr(dry_run.page, 'FOLDER', tmp_path / 'results')
+  finished(tmp_path / 'runs', 'sparse', seconds=7200.0, steps=1, flops=1)
+  jobs = {'a': [Fake('dense-p-f', cost=1_080_000)], 'b': [Fake('sparse-p-f', cost=1)],
+          'c': [Fake('tiny-p-f', cost=1)]}
+  *_, a, b, c, _, said = dry_run.table(jobs, tmp_path / 'runs', 2).splitlines()
+  # 1,080,000 / 3,000 s of one core; what is measured here counts for more; two hours on two cores.
+  assert (a.split()[-1], b.split()[-1], c.split()[-1]) == ('0.10', '4.00', 'unknown')
+  assert said == 'Times of dense: of the committed results, on another machine.'
+  monkeypatch.undo()
+  whole = dry_run.committed(page.FOLDER)
+  assert {'t5_stdlib', 'vit_glyphs_upcycled'} <= set(whole) and all(v > 0 for v in whole.values())
+
+
+def test_a_pair_is_its_runs_alone_and_suites_without_it_are_left_out(tmp_path, capsys,
+                                                                      monkeypatch):
+  monkeypatch.setattr(dry_run.page, 'FOLDER', tmp_path / 'none')
   flags = ['--suite=chains,alone', f'--runs={tmp_path}', '--dry_run', '--jobs=1']
   assert main.main([*flags, '--pairs=1']) == 0
   out, err = capsys.readouterr()
@@ -97,7 +119,8 @@ def test_a_pair_is_its_runs_alone_and_suites_without_it_are_left_out(tmp_path, c
       ['chains', '3'], ['alone', '1']]
 
 
-def test_a_dry_run_starts_and_writes_nothing(tmp_path, capsys):
+def test_a_dry_run_starts_and_writes_nothing(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(dry_run.page, 'FOLDER', tmp_path / 'none')
   folder = tmp_path / 'runs'
   assert main.main(['--suite=chains,alone', f'--runs={folder}', '--dry_run', '--jobs=1']) == 0
   out = capsys.readouterr().out.splitlines()
