@@ -24,7 +24,7 @@ def load(name: str) -> Suite:
   suite = suite_lib.load(name, 'smoke')
   last = suite.arms[-1].domain
   claims = [c for c in suite.claims if name in BOTH or c.domain == last]
-  named = {(c.domain, arm) for c in claims for arm in (c.a, c.b)}
+  named = {(c.domain, arm) for c in claims for arm in c.terms}
   arms = [arm for arm in suite.arms if (arm.domain, arm.name) in named]
   return dataclasses.replace(suite, arms=tuple(arms), claims=tuple(claims))
 
