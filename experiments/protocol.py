@@ -219,6 +219,14 @@ class Pair:
     return Run(f'{parent.label}, {config}', config, {**changes, 'seed': self.number, **model},
                parent, ','.join(words))
 
+  def frozen(self, config: str, parent: Run) -> Run:
+    """The end of `parent` as config file `config` probes it: a fine-tuning of one step, in which
+    only the new head is trained."""
+    run = self.finetuned(config, parent, 1)
+    return dataclasses.replace(run, label=f'{run.label}, frozen', changes={
+        **run.changes, 'log_every': 1, 'optimizer.freeze': 'all_but_head',
+        'schedule.warmup_steps': 0})
+
   def surgery(self, *, init: Mapping[str, Any] | None = None, **how) -> Surgery:
     """What `upcycled` starts from, measured and not trained."""
     run = self.upcycled(init=init, **how)

@@ -8,9 +8,10 @@ Each pair's dense model at equal extra FLOPs and its upcycled model, both cooled
 alike: T5 on a mixture of three tasks about Python code (stdlib_tasks, held-out files), scored by
 exact match of greedy outputs, and on spelling to phonemes (cmudict), by phoneme error rate; ViT on
 digits and on glyph classes the parent never saw, with a new head, and by a few-shot probe of the
-frozen features. Loss stands beside the score of the code tasks, which a model of this size does not
-lift above always giving the commonest answer. At scale `paper`: SuperGLUE, and the 10-shot probe of
-ImageNet. Rates, dropout and lengths are the fine-tuning configs', chosen on validation splits.
+frozen features, of these classes and of digits. Loss stands beside the score of the code tasks,
+which a model of this size does not lift above always giving the commonest answer. At scale `paper`:
+SuperGLUE, and the 10-shot probe of ImageNet. Rates, dropout and lengths are the fine-tuning
+configs', chosen on validation splits.
 
 Refuted if the dense model scores higher on the test splits.
 """
@@ -30,6 +31,7 @@ VISION_TASKS = {
     'vit_glyphs_new': ('new classes', 'test_seen/accuracy', '>'),
 }
 PROBE = 'probe/5shot_accuracy', 'ViT, 5-shot probe of new classes'   # metric, domain
+FROZEN = {'vit_digits': 'ViT, few-shot probe of digits'}   # no claim: added after the verdicts
 PAPER = {'paper/t5_base_superglue': ('SuperGLUE', 'test/mean_over_tasks', '>')}
 PAPER_PROBE = 'probe/10shot_accuracy', 'ViT, 10-shot probe of ImageNet'
 
@@ -55,6 +57,13 @@ def get_suite(scale: str) -> Suite:
         claims.append(regime.claim(
             f'... and in loss ({title})', FIG3, 'not measured', 'upcycled', '<',
             'dense, equal FLOPs', metric='test/loss', domain=domain))
+  for config, domain in FROZEN.items() if scale != 'paper' else ():
+    for pair in vision.pairs(core=True):
+      up = pair.upcycled()
+      for name, parent in (('dense parent, cooled', pair.parent),
+                           ('dense, equal FLOPs', pair.paying(up)), ('upcycled', up)):
+        arms.append(pair.arm(name, pair.frozen(config, parent), domain=domain,
+                             reference=name == 'dense, equal FLOPs'))
   for pair in vision.pairs(core=True):
     up = pair.upcycled()
     arms += [pair.arm(name, run, domain=probed, reference=name == 'dense, equal FLOPs')
@@ -65,7 +74,7 @@ def get_suite(scale: str) -> Suite:
       'upcycled', '>', 'dense, equal FLOPs', metric=probe, domain=probed))
   scores = [metric for _, metric, _ in (*text_tasks.values(), *vision_tasks.values())]
   # Where classes are new, claims are about the families that were trained on.
-  metrics = dict.fromkeys([*sorted(scores, key='test/accuracy'.__eq__), probe,
+  metrics = dict.fromkeys([probe, *sorted(scores, key='test/accuracy'.__eq__),
                            'test/word_error_rate', 'test/accuracy', 'test/loss'])
   return Suite('finetuning', scale, tuple(arms), tuple(claims), metrics=tuple(metrics),
                plot='points')
