@@ -319,14 +319,17 @@ def test_padding_of_a_block_reads_nothing():
   tokens = routing.TokenRouting(jnp.asarray([[[0], [1]]], jnp.int32), jnp.ones((1, 2, 1)),
                                 jnp.ones((1, 2, 1), bool))
 
-  def total(weight):
-    y = dispatch.grouped(tokens._replace(weight=weight), jnp.asarray([[[3e37], [1.0]]]), SCALES,
-                         scale)
+  def total(weight, weights):
+    y = dispatch.grouped(tokens._replace(weight=weight), jnp.asarray([[[8.0], [0.5]]]), weights,
+                         lambda *args, **how: jnp.exp(scale(*args, **how)))
     return jnp.sum(y), y
 
-  (_, y), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(tokens.weight)
-  np.testing.assert_allclose(y[0], [[3e38], [101]], rtol=1e-6)
-  np.testing.assert_allclose(gradient[0], [[3e38], [101]], rtol=1e-6)
+  (_, y), (gradient, of_experts) = jax.jit(jax.value_and_grad(
+      total, argnums=(0, 1), has_aux=True))(tokens.weight, SCALES)
+  a, b = np.exp(8.0 * 10), np.exp(0.5 * 100 + 1)     # and exp(801) is inf
+  np.testing.assert_allclose(y[0], [[a], [b]], rtol=1e-4)
+  np.testing.assert_allclose(gradient[0], [[a], [b]], rtol=1e-4)
+  np.testing.assert_allclose(of_experts['scale'], [8 * a, b / 2], rtol=1e-4)
 
 
 def test_grouped_refuses_experts_on_several_devices():
