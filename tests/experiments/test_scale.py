@@ -18,7 +18,7 @@ def report(entry, mfu=0.5):
       'mesh': {'data': 2, 'fsdp': 1, 'expert': 4, 'model': 1}, 'parameters': 2_000_000_000,
       'parameters_active_per_token': 250_000_000,
       'memory': {'total': 8 * chips.GIB, 'available': 15.75 * chips.GIB},
-      'flops': {'model': 100.0, 'executed': 133.0},
+      'reading': scale.report.READING, 'flops': {'model': 100.0, 'executed': 133.0},
       'collectives': [{'kind': 'all-to-all', 'sent_bytes': chips.GIB},
                       {'kind': 'all-reduce', 'sent_bytes': 2 * chips.GIB},
                       {'kind': 'all-gather', 'sent_bytes': chips.GIB}],
@@ -107,6 +107,17 @@ def test_the_page_has_the_numbers(compiled, tmp_path, capsys):
   assert scale.main([f'--results={tmp_path}', '--show']) == 0
   assert capsys.readouterr().out.strip() == text.strip()
   assert len(compiled) == 2
+
+
+def test_lines_of_an_earlier_reading_are_marked_and_not_compared(compiled, tmp_path):
+  assert scale.main([f'--results={tmp_path}', '--table=paper', '--only=vit_b32']) == 0
+  lines = metrics.read_lines(tmp_path / scale.FILE)
+  assert '†' not in scale.page(lines)
+  lines[0].pop('reading')
+  cells = [[c.strip() for c in line.split('|')] for line in scale.page(lines).splitlines()
+           if line.startswith('| vit')]
+  assert cells[0][1] == 'vit_b32 †' and cells[1][1] == 'vit_b32_upcycled' and not cells[1][13]
+  assert '†: read by an earlier version' in scale.page(lines)
 
 
 def test_every_entry_says_how_it_is_compiled_and_has_a_key_of_its_own():
