@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import textwrap
 
 from experiments import results, suites, tables, verdict
 from experiments.results import Results
@@ -35,6 +36,8 @@ def to_markdown(suites: dict[str, Results], notes: str = '') -> str:
   out = ['# Results', '',
          'Made by `python -m experiments.report` from the `results.jsonl` of each suite.', '',
          *_verdicts(suites, decided), '', *_facts(list(suites.values())), '']
+  if any(v.held_out for verdicts in decided.values() for v in verdicts):
+    out += [*textwrap.wrap(tables.HELD_OUT_LEGEND, 100, break_on_hyphens=False), '']
   for name, found in suites.items():
     out += [*_section(name, found, decided[name]), '']
   if notes:

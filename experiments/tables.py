@@ -21,7 +21,7 @@ NAMES = {'accuracy': 'acc.', 'step0_gap': 'gap'}
 LEGEND = ('Extra steps and FLOPs are those after the trunk (all of them, if an arm began from '
           'nothing); 100 % is the dense pretraining up to there. Loss is the task\'s '
           'cross-entropy, without auxiliary losses.')
-TUNED = 'Here they are those of the fine-tuning alone.'
+TUNED = 'Of a fine-tuned model they are those of the fine-tuning alone.'
 GAP = "The step-0 gap is validation loss before the first extra step minus the parent's."
 WALL = 'Wall time is that of the extra train steps, without compilation and evaluation.'
 TIME = ("Extra time is the extra steps' in % of the dense pretraining's, from step times measured "
@@ -171,9 +171,8 @@ def verdict_table(names: Sequence[str], rows: Sequence[tuple[Sequence[str], Verd
   held_out = any(verdict.held_out for _, verdict in rows)
   cells = [[*first, *_verdict_cells(verdict), *([_held_out(verdict)] if held_out else [])]
            for first, verdict in rows]
-  lines = table([*names, *VERDICT_HEADERS, *([HELD_OUT] if held_out else [])], cells,
-                left=len(names) + 2)
-  return [*lines, *(['', *textwrap.wrap(HELD_OUT_LEGEND, 100)] if held_out else [])]
+  return table([*names, *VERDICT_HEADERS, *([HELD_OUT] if held_out else [])], cells,
+               left=len(names) + 2)
 
 
 def _held_out(verdict: Verdict) -> str:
@@ -232,7 +231,9 @@ def _legend(found: Results, domains: dict[str, list[Line]]) -> list[str]:
   if found.claims:
     more.append('p is adjusted by Holm over all claims of the suite; the rule of the verdicts is '
                 'in experiments/verdict.py.')
-  return textwrap.wrap(' '.join([LEGEND, *more]), 100)
+  if any(verdict.held_out for verdict in verdict_lib.of(found)):
+    more.append(HELD_OUT_LEGEND)
+  return textwrap.wrap(' '.join([LEGEND, *more]), 100, break_on_hyphens=False)
 
 
 def to_csv(found: Results) -> str:
