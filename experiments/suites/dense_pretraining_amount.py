@@ -27,7 +27,8 @@ def get_suite(scale: str) -> Suite:
         up = pair.upcycled(**how)
         for series, run in (('dense, equal FLOPs', pair.paying(up, **how)), ('upcycled', up)):
           arms.append(pair.arm(f'{series}, from {start:,}', run, series=series, x=start,
-                               start_step=start, base_step=regime.trunk))
+                               start_step=start, base_step=regime.trunk,
+                               reference=start == regime.trunk and series.startswith('dense')))
     for start in starts:
       claims.append(regime.claim(
           f'upcycled at step {start:,} beats dense continuation at equal extra FLOPs', FIG6,

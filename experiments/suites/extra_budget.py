@@ -32,7 +32,8 @@ def get_suite(scale: str) -> Suite:
         up = pair.upcycled(steps)
         for series, run in (('dense, equal FLOPs', pair.paying(up)), ('upcycled', up)):
           arms.append(pair.arm(f'{series}, {percent[factor]}', run, series=series,
-                               x=100 * steps / regime.trunk))
+                               x=100 * steps / regime.trunk,
+                               reference=factor == 1 and series.startswith('dense')))
     less, more = ((f'upcycled, {percent[factor]}', f'dense, equal FLOPs, {percent[factor]}')
                   for factor in FACTORS)
     claims += [
