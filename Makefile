@@ -41,7 +41,7 @@ quickstart: .venv/stamp
 
 test: .venv/stamp
 	.venv/bin/ruff check
-	.venv/bin/python -m pytest -n 2 --durations=20
+	.venv/bin/python -m pytest -n 2 --dist=worksteal --durations=20
 
 parity: .venv-parity/stamp
 	.venv-parity/bin/python -m tests.parity.make_golden --check

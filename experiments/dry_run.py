@@ -3,7 +3,6 @@
 import json
 import pathlib
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from experiments import jobs as jobs_lib
@@ -71,15 +70,17 @@ def family(name: str) -> str:
 
 
 def committed(folder: pathlib.Path) -> dict[str, float]:
-  """{family: seconds of one core per FLOP}, the median over arms in a folder of suites' results."""
-  found: dict[str, list[float]] = {}
+  """{family: seconds of one core per FLOP}, over all arms in a folder of suites' results."""
+  seconds: dict[str, float] = {}
+  spent: dict[str, float] = {}
   for file in sorted(folder.glob(f'*/{results.FILE}')):
     for row in results.read(file.parent).rows:
-      flops = (row['end_step'] - row['start_step']) * row['flops_per_step'] if (
-          row['devices'] == '1 x cpu') else 0
-      if flops and (config := re.search(r'--config=configs/(\w+)\.py', row['command'])):
-        found.setdefault(config[1], []).append(row['seconds'] / flops)
-  return {name: statistics.median(values) for name, values in found.items()}
+      config = re.search(r'--config=configs/(\w+)\.py', row['command'])
+      if config and row['devices'] == '1 x cpu':
+        steps = row['end_step'] - row['start_step']
+        seconds[config[1]] = seconds.get(config[1], 0) + row['seconds']
+        spent[config[1]] = spent.get(config[1], 0) + steps * row['flops_per_step']
+  return {name: seconds[name] / spent[name] for name in seconds if spent[name]}
 
 
 def seconds_per_flop(folder: pathlib.Path) -> dict[str, float]:
