@@ -52,6 +52,7 @@ ABLATIONS = {
     'C = 1': {'capacity_factor': 1.0}, 'C = 3': {'capacity_factor': 3.0},
     '8 experts': {'num_experts': 8}, '128 experts': {'num_experts': 128},
     'every layer': {'layers': 'every_1'}, 'top-1': 'switch', 'top-2': 'vmoe'}
+MICROBATCHES = {('t5_base_upcycled', '128 experts'): {'microbatches': 4}}   # where 2 would not fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,7 @@ def _ablation(config: str, what: str) -> Entry:
   if isinstance(varied, str):
     return Entry('ablations', f'{config}, {what}', f'{config}:{varied}', slice_name)
   changes = {f'{stack}.{key}': value for stack in STACKS[config] for key, value in varied.items()}
+  changes |= MICROBATCHES.get((config, what), {})
   if varied.get('num_experts', 32) < 32:
     changes['mesh.expert'] = varied['num_experts']
   return Entry('ablations', f'{config}, {what}', config, slice_name, changes)
