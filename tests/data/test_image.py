@@ -75,7 +75,8 @@ def test_contrast_and_noise_are_on_top_of_the_warp_and_nothing_else_is():
   rng = np.random.default_rng(0)
   batch = {'image': rng.integers(0, 256, (3, 24, 24, 1), dtype=np.uint8),
            'affine': rng.normal(0, 0.1, (3, 5)).astype(np.float32), 'label': np.zeros(3, np.int32),
-           'contrast': np.array([1.0, 0.5, 2.0]), 'noise': np.full((3, 24, 24, 1), 0.25, np.float32)}
+           'contrast': np.array([1.0, 0.5, 2.0]),
+           'noise': np.full((3, 24, 24, 1), 0.25, np.float32)}
   processor = image.ImageProcessor(ImageConfig(size=24, augment='mild'), 1, True)
   plain = image.affine_warp(batch['image'], batch['affine'], 24)
   expected = np.clip(plain * np.array([1.0, 0.5, 2.0])[:, None, None, None] + 0.25, 0, 1)
