@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -34,7 +35,8 @@ from moejax.config import ConfigError, fail
 from moejax.train import metrics, settings
 
 FOLDER = pathlib.Path(__file__).parent / 'results/scale'
-FILE, PAGE = 'ahead.jsonl', 'README.md'
+FILE, PAGE, CRASH = 'ahead.jsonl', 'README.md', 'crash.log'
+CRASHES, TRIES = (signal.SIGSEGV, signal.SIGABRT), 3   # of the compiler, which it does at random
 PROGRAMS = pathlib.Path('runs') / 'ahead'
 WEAK = {   # slice -> experts' axis; the rest of the chips split the data
     'v5p:2x2x1': 4, 'v5p:2x2x2': 8, 'v5p:2x2x4': 16, 'v5p:2x4x4': 32, 'v5p:4x4x4': 32,
@@ -127,12 +129,24 @@ def compile_entry(entry: Entry, programs: pathlib.Path) -> dict[str, Any]:
     ConfigError: it cannot be compiled, with what the compiler said.
   """
   folder = programs / entry.key
-  done = subprocess.run([sys.executable, *entry.command(str(folder))], capture_output=True,
-                        text=True, check=False)
+  for _ in range(TRIES):
+    done = subprocess.run([sys.executable, *entry.command(str(folder))], capture_output=True,
+                          text=True, check=False)
+    if -done.returncode not in CRASHES:
+      break
   if done.returncode:
-    said = done.stderr.strip().splitlines() or [f'ended with {done.returncode} and said nothing']
-    raise ConfigError(f'{entry.name}: {said[-1]}')
+    raise ConfigError(f'{entry.name}: {_why(done, folder)}')
   return _line(entry, json.loads((folder / report.FILE).read_text()))
+
+
+def _why(done: subprocess.CompletedProcess[str], folder: pathlib.Path) -> str:
+  if -done.returncode in CRASHES:
+    folder.mkdir(parents=True, exist_ok=True)
+    results.write_text(folder / CRASH, done.stderr)
+    name = signal.Signals(-done.returncode).name
+    return f'the compiler crashed {TRIES} times ({name}); what it said is in {folder / CRASH}'
+  said = done.stderr.strip().splitlines() or [f'ended with {done.returncode} and said nothing']
+  return said[-1]
 
 
 def _line(entry: Entry, found: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 
 import pytest
 
@@ -146,6 +147,17 @@ def test_the_compilers_own_words_are_shown(monkeypatch, tmp_path, code, said, sh
       'Done', (), {'returncode': code, 'stderr': said}))
   with pytest.raises(ConfigError, match=f't5_base: {shown}'):
     scale.compile_entry(scale.entries()[0], tmp_path)
+
+
+def test_a_compiler_that_crashes_is_started_again(monkeypatch, tmp_path):
+  codes = [-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGSEGV, 1]
+  monkeypatch.setattr(scale.subprocess, 'run', lambda *args, **kwargs: type(
+      'Done', (), {'returncode': codes.pop(0), 'stderr': 'Fatal Python error\nnoise\n'}))
+  entry = scale.entries()[0]
+  said = tmp_path / entry.key / scale.CRASH
+  with pytest.raises(ConfigError, match=rf'compiler crashed 3 times \(SIGSEGV\).*{said}'):
+    scale.compile_entry(entry, tmp_path)
+  assert said.read_text() == 'Fatal Python error\nnoise\n' and codes == [1]
 
 
 def test_its_report_becomes_a_line(monkeypatch, tmp_path):
