@@ -143,7 +143,8 @@ def test_a_dense_run_and_the_run_upcycled_from_it(dense, sparse, tuned, fewer, l
   assert (run['first_step'], run['trunk_step'], run['end_step']) == (2, 4, 6)
 
   taught = [] if tuned == 'vit_digits' else [
-      f'--config.task.teacher={child}', '--config.task.distill_weight=0.5']
+      f'--config.task.teacher={child}', '--config.task.distill_weight=0.5',
+      '--config.decode.beams=2']
   lines = train(tuned, tmp_path / 'tuned', f'--config.init.parent={child}', *fewer, *taught,
                 arg='upcycled,runlocal')
   assert set(lines_of(lines, 'validation')) == {6, 8, 10}          # from the child's end, cooled
@@ -158,4 +159,6 @@ def test_a_dense_run_and_the_run_upcycled_from_it(dense, sparse, tuned, fewer, l
     last = lines_of(lines, 'test')[10]
     assert 0 <= last['test/exact_match'] <= 1 and 0 <= last['test/swap/exact_match'] <= 1
     assert 0 < last['test/commonest/mean_over_tasks'] < 1
+    memory = json.loads((tmp_path / 'tuned' / 'run.json').read_text())['memory']
+    assert memory['decoding'] > 0   # compiled before the first step, and used after the last
     assert last['test/loss'] > 0 and lines_of(lines, 'train')[8]['train/teacher_kl'] >= 0

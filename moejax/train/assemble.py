@@ -22,7 +22,7 @@ SMALL, MOST = 1e12, 25
 
 
 class Step:
-  """A train step, not compiled yet, and the evaluation that goes with it.
+  """A train step, not compiled yet, and the evaluation and decoding that go with it.
 
   Args:
     config, plan: the run.
@@ -30,9 +30,10 @@ class Step:
     devices: of train.parallel.
     rows: examples per routing group.
     batch: shapes of a global train batch.
+    decodes: whether outputs are decoded and scored at the end.
 
   Attributes:
-    config, plan, model, devices, rows: as given.
+    config, plan, model, devices, rows, decodes: as given.
     examples: the shapes of a global batch.
     layout: between single and stacked blocks.
     shapes: the state, as the step takes it, with shardings.
@@ -48,9 +49,9 @@ class Step:
   """
 
   def __init__(self, config: RunConfig, plan: Plan, model, devices, rows: int,
-               batch: Mapping[str, jax.ShapeDtypeStruct]):
+               batch: Mapping[str, jax.ShapeDtypeStruct], decodes: bool = False):
     self.config, self.plan, self.model, self.devices = config, plan, model, devices
-    self.rows, self.examples = rows, batch
+    self.rows, self.examples, self.decodes = rows, batch, decodes
     check_heads(config, devices.mesh)
     learning_rate = schedule(config.schedule, config.optimizer.learning_rate,
                              start_step=plan.first, end_step=plan.end)
@@ -71,7 +72,7 @@ class Step:
 
   @classmethod
   def of(cls, config: RunConfig, plan: Plan, devices,
-         batch: Mapping[str, jax.ShapeDtypeStruct]) -> 'Step':
+         batch: Mapping[str, jax.ShapeDtypeStruct], decodes: bool = False) -> 'Step':
     """The step of a run of which no data is at hand.
 
     batch: its examples are config.data.batch_size, however many are given.
@@ -84,7 +85,7 @@ class Step:
     rows = model.rows_per_group(*lengths)
     check_stacked(config.optimizer, model.held)
     check_batches(config, rows, devices.shards)
-    return cls(config, plan, model, devices, rows, of_size(batch, config.data.batch_size))
+    return cls(config, plan, model, devices, rows, of_size(batch, config.data.batch_size), decodes)
 
   def lower(self) -> jax.stages.Lowered:
     """To be compiled for the devices, which need not be there."""
@@ -94,12 +95,23 @@ class Step:
   def evaluate(self) -> Callable:
     """evaluate.make_eval_step's function of params and data.eval_batch_size examples, compiled
     before its arguments are there if the devices can do that."""
-    fn = evaluate.make_eval_step(self.model.apply, self.devices.reduce)
+    return self._compiled(evaluate.make_eval_step(self.model.apply, self.devices.reduce),
+                          self.shapes.params)
+
+  @functools.cached_property
+  def decode(self) -> Callable:
+    """evaluate.make_decode_step's function of the parameters of single blocks and as many examples,
+    compiled likewise."""
+    return self._compiled(
+        evaluate.make_decode_step(self.model, self.config.decode, self.devices.gather),
+        self.single.params)
+
+  def _compiled(self, fn: Callable, params: dict) -> Callable:
     if not self.devices.ahead:
       return self.devices.compile(fn)
     batch = {k: v for k, v in self.examples.items() if k != 'teacher_logits'}
     batch = self.devices.placed(of_size(batch, self.config.data.eval_batch_size))
-    return self.devices.lower_eval(fn, self.shapes.params, batch).compile()
+    return self.devices.lower_eval(fn, params, batch).compile()
 
   def first_state(self, parent: initialize.Parent | None
                   ) -> tuple[TrainState, initialize.Receipt | None]:

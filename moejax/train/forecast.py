@@ -36,6 +36,8 @@ class Forecast:
     saving: a checkpoint's copy of scanned blocks, as single ones, beside the state.
     evaluation: what an evaluation asks for beside the state. 0 if its batch is no larger than a
       train step's: it then makes nothing that the step does not make.
+    decoding: what decoding asks for beside the state, a copy of scanned blocks as single ones
+      included. 0 if there is none, or one that makes nothing that the step does not make.
     available: what there is; None if nobody knows.
     compiled: False: gradients and activations are not counted, as the state alone is too much, or
       the step cannot be compiled ahead.
@@ -46,14 +48,15 @@ class Forecast:
   activations: int = 0
   saving: int = 0
   evaluation: int = 0
+  decoding: int = 0
   available: int | None = None
   compiled: bool = False
 
   @property
   def needed(self) -> int:
-    """At the worst moment: in the step, saving or evaluating. Decoding is not forecast."""
+    """At the worst moment: in the step, saving, evaluating or decoding."""
     return self.params + self.optimizer + max(self.gradients + self.activations, self.saving,
-                                              self.evaluation)
+                                              self.evaluation, self.decoding)
 
   @property
   def fits(self) -> bool:
@@ -72,8 +75,8 @@ class Forecast:
     total = self.params + self.optimizer + self.gradients + self.activations
     text = f'{", ".join(parts)} = {size(total, self.needed)}'
     if self.needed > total:
-      when = 'saving' if self.saving > self.evaluation else 'evaluating'
-      text += f', {number(self.needed)} while {when}'
+      moments = {'saving': self.saving, 'evaluating': self.evaluation, 'decoding': self.decoding}
+      text += f', {number(self.needed)} while {max(moments, key=moments.get)}'
     if self.available is not None:
       unit = f' {_unit(self.needed)[0]}'
       text = text.removesuffix(unit) if size(self.available).endswith(unit) else text
@@ -130,9 +133,11 @@ def measure(step: Step, available: int | None, lowered: jax.stages.Lowered | Non
       activations=held + temporary - found.params - found.optimizer - gradients)
   if compiled is None and available is None:   # less than that, is all that the compiler said
     found = dataclasses.replace(found, available=found.needed - 1)
+  too_much = (available or 0) - found.params - found.optimizer + 1
   if found.fits and evaluates_more(step.config):
-    too_much = (available or 0) - found.params - found.optimizer + 1
     found = dataclasses.replace(found, evaluation=_evaluation(step, too_much))
+  if found.fits and decodes_more(step):
+    found = dataclasses.replace(found, decoding=_decoding(step, too_much))
   return compiled, found
 
 
@@ -141,15 +146,36 @@ def evaluates_more(config: RunConfig) -> bool:
   return config.data.eval_batch_size * config.microbatches > config.data.batch_size
 
 
+def decodes_more(step: Step) -> bool:
+  """Whether decoding may keep what the train step does not: hypotheses of more rows, keys and
+  values that the step computes again, single blocks beside the scanned ones."""
+  config = step.config
+  rows = config.data.eval_batch_size * config.decode.beams * config.microbatches
+  return step.decodes and (rows > config.data.batch_size or config.execution.scan
+                           or config.execution.remat != 'none')
+
+
 def _evaluation(step: Step, too_much: int) -> int:
   """Bytes beside the parameters. too_much: what to say if the compiler finds too little memory."""
+  return _beside(lambda: step.evaluate, step.shapes.params, too_much)
+
+
+def _decoding(step: Step, too_much: int) -> int:
+  """Likewise."""
+  copied = per_device(leaf for path, leaf in trees.flatten(step.shapes.params).items()
+                      if stacking.is_stacked(path))
+  return copied + _beside(lambda: step.decode, step.single.params, too_much - copied)
+
+
+def _beside(program: Callable[[], jax.stages.Compiled], params: dict, too_much: int) -> int:
+  """Bytes that a program of params and a batch asks for beside its params."""
   try:
-    held, temporary, code = sizes(step.evaluate)
+    held, temporary, code = sizes(program())
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     return _asked_for(str(error), too_much)
-  return held - per_device(step.shapes.params) + temporary + code
+  return held - per_device(params) + temporary + code
 
 
 def _of_state(step: Step, available: int | None) -> Forecast:

@@ -119,12 +119,13 @@ class Program:
           config.data, source=config.probe.source, eval_examples=0, eval_repeats=1,
           image=dataclasses.replace(config.data.image, classes=0, augment='none',
                                     skip_classes=config.probe.skip_classes)))
-    self.final = Final(config, self.model, self.devices, self.dataset, probe_data)
     batch = of_size(self.dataset.train_batch(0), config.data.batch_size)
     if self.teacher:
       batch |= {'teacher_logits': jax.eval_shape(
           models.build(config.model).apply, self.model.shapes, batch)[0]}
-    self.step = Step(config, plan, self.model, self.devices, rows, batch)
+    self.step = Step(config, plan, self.model, self.devices, rows, batch,
+                     decodes=bool(self.dataset.metric))
+    self.final = Final(self.step, self.dataset, probe_data)
     self.layout, self.shapes, self.single = self.step.layout, self.step.shapes, self.step.single
 
   def compile(self) -> None:
@@ -208,7 +209,7 @@ class Program:
         values = metrics.summarize(evaluate.total(self.step.evaluate, params, batches))
         values |= {k: v for k, v in window.items() if k.endswith('/router_grad_norm')}
         if last and self.dataset.metric:
-          values |= self.final.decoded(self.layout.unstack(params), split)
+          values |= self.final.decoded(params, split)
         log.report(step, split, values)
         results[split] = values
       if last and (probed := self.final.probed(params)):

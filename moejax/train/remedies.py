@@ -63,7 +63,7 @@ def changed(step: Step, changes: Mapping[str, Any]) -> Step:
   values |= {key.replace('.', '/'): value for key, value in changes.items()}
   config = settings.from_dict(trees.unflatten(values))
   devices = parallel.make(config.parallel, config.mesh, list(step.devices.mesh.devices.flat))
-  return Step.of(config, step.plan, devices, step.examples)
+  return Step.of(config, step.plan, devices, step.examples, step.decodes)
 
 
 def candidates(step: Step, found: 'Forecast') -> Iterator[Remedy]:
@@ -74,11 +74,14 @@ def candidates(step: Step, found: 'Forecast') -> Iterator[Remedy]:
   two passes again, as it does on CPU.
   """
   config, platform = step.config, step.devices.mesh.devices.flat[0].platform
-  if found.evaluation > found.gradients + found.activations:
-    parts = _parts(step, found, config.data.eval_batch_size, found.evaluation, 0)
+  asked = max(found.evaluation, found.decoding)
+  if asked > found.gradients + found.activations:
+    parts = _parts(step, found, config.data.eval_batch_size, asked, 0)
     if parts > 1:
       yield Remedy({'data.eval_batch_size': config.data.eval_batch_size // parts},
                    'smaller matmuls while evaluating')
+    if asked == found.decoding and config.decode.beams > 1:
+      yield Remedy({'decode.beams': 1}, 'greedy decoding')
   if config.model.dtype == 'float32' and platform != 'cpu':
     yield Remedy({'model.dtype': 'bfloat16'}, 'coarser rounding, and faster')
   scan = {'execution.scan': True} if not config.execution.scan and _can_scan(config) else {}
