@@ -14,7 +14,7 @@ from moejax.config import check
 
 
 def make_eval_step(apply: Callable, reduce: Callable = lambda x: x) -> Callable:
-  """(params, batch) -> sums: `tasks.loss_sums`, and router telemetry under 'layers'.
+  """(params, batch) -> sums: `tasks.loss_sums`, and what MoELayer returns under 'layers'.
 
   Args:
     apply: Model.apply.

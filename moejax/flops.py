@@ -17,6 +17,7 @@ S tokens per group, C slots per expert and group.
 import re
 
 from moejax import trees
+from moejax.config import check
 from moejax.moe.routing import capacity
 
 
@@ -55,6 +56,9 @@ def forward_flops(config, batch_size: int, encoder_length: int = 0, decoder_leng
     encoder_length, decoder_length: tokens of an example, padding included, for T5; ViT has its own.
     train: capacity factor of training or of evaluation.
     dispatch: whether one-hot matmuls that only move tokens count.
+
+  Raises:
+    ConfigError: a T5 without lengths.
   """
   B = batch_size
   if config.family == 'vit':
@@ -63,6 +67,8 @@ def forward_flops(config, batch_size: int, encoder_length: int = 0, decoder_leng
     return (_matmul(B * patches, P * P * config.channels, config.d_model)
             + _stack(config, 'encoder', B, L, None, train, dispatch)
             + _matmul(B, config.d_model, config.num_classes))
+  for key, length in (('encoder_length', encoder_length), ('decoder_length', decoder_length)):
+    check(length >= 1, key, length, 'the tokens of an example', 'T5 has no length of its own.')
   return (_stack(config, 'encoder', B, encoder_length, None, train, dispatch)
           + _stack(config, 'decoder', B, decoder_length, encoder_length, train, dispatch)
           + _matmul(B * decoder_length, config.d_model, config.vocab_size))

@@ -141,12 +141,15 @@ def few_shot(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray
     (population) standard deviation.
 
   Raises:
-    ConfigError: a class has fewer than `shots` examples.
+    ConfigError: a class has fewer than `shots` examples, or is only in the test.
   """
   classes, counts = np.unique(labels, return_counts=True)
   check(counts.min() >= shots, 'probe.shots', shots,
         f'at most {counts.min()}, the examples of class {classes[counts.argmin()]}',
         'Ask for fewer shots.')
+  absent = np.setdiff1d(test_labels, classes)
+  check(not len(absent), 'probe.examples', f'none of class {absent[0] if len(absent) else ""}',
+        'examples of every class that is tested', 'Draw from more, or set probe.drop_rare.')
   accuracies = []
   for draw in range(draws):
     rng = np.random.default_rng([seed, draw])

@@ -161,6 +161,19 @@ def by_example(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(GROUP_AXES))
 
 
+def whole_rows(table: jax.Array) -> jax.Array:
+  """table (V, D) of an embedding, gathered over fsdp as other parameters are where they are used.
+
+  Said because the compiler otherwise, where gradients are added up in a loop over microbatches,
+  sends the gradients of all tokens to the parts of the table's gradient.
+  """
+  shape = axis_sizes()
+  if shape['fsdp'] == 1:
+    return table
+  rows = 'model' if shape['model'] > 1 and not table.shape[0] % shape['model'] else None
+  return jax.lax.with_sharding_constraint(table, P(rows))
+
+
 def over_groups(fn: Callable) -> Callable:
   """Runs fn on each device's own routing groups, and its experts wherever they live.
 

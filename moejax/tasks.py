@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import check
+from moejax.models.layers import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ def soft_targets(logits: jax.Array, teacher_logits: jax.Array, temperature: floa
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return x.astype(at_least_float32(x.dtype))
 
 
 def _chosen(logits: jax.Array, target: jax.Array) -> jax.Array:

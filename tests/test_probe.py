@@ -107,7 +107,7 @@ def test_a_draw_takes_shots_of_each_class(monkeypatch):
     outputs[:, len(seen) % 3] = 1   # says 4, then 9, then 3
     return outputs
   monkeypatch.setattr(probe, 'ridge', fake)
-  test = np.zeros((4, 1)), np.array([4, 4, 9, 7])
+  test = np.zeros((4, 1)), np.array([4, 4, 9, 9])
   mean, std = probe.few_shot(features, labels, *test, shots=2, draws=3, seed=1)
   assert (mean, std) == pytest.approx((0.25, np.std([0.5, 0.25, 0])))
   assert all(np.bincount(labels[list(s)], minlength=10)[[3, 4, 9]].tolist() == [2, 2, 2]
@@ -120,6 +120,8 @@ def test_a_draw_takes_shots_of_each_class(monkeypatch):
   assert seen[:3] == seen[6:9] != seen[9:]
   with pytest.raises(ConfigError, match='probe.shots: got 6, allowed: at most 5.*class 3'):
     probe.few_shot(features, labels, *test, shots=6)
+  with pytest.raises(ConfigError, match='probe.examples: got .none of class 7.'):
+    probe.few_shot(features, labels, np.zeros((4, 1)), np.array([4, 4, 9, 7]), shots=2)
 
 
 def batches(x, labels, size):

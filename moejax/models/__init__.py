@@ -65,13 +65,16 @@ def build(config: Config, execution: Execution = UNROLLED) -> Model:
   `execution` says.
 
   Raises:
-    ConfigError: fused attention in a model that it cannot compute.
+    ConfigError: fused attention in a model that it cannot compute; float64 where JAX has none.
   """
+  check(config.dtype != 'float64' or jax.config.jax_enable_x64, 'config.model.dtype', 'float64',
+        'float32 or bfloat16', 'JAX computes in float32 unless JAX_ENABLE_X64=1 is set.')
   if execution.attention == 'fused':
     check(config.family == 'vit', 'config.execution.attention', 'fused', "'plain' for T5",
           "cuDNN's kernel would take its bias and masks as one array of the logits' size.")
-    check(config.dtype != 'float32' or jax.default_backend() != 'gpu', 'config.execution.attention',
-          'fused', "'plain' in float32", 'Or set config.model.dtype=bfloat16.')
+    check(config.dtype == 'bfloat16' or jax.default_backend() != 'gpu',
+          'config.execution.attention', 'fused', f"'plain' in {config.dtype}",
+          'Or set config.model.dtype=bfloat16.')
   module = {'t5': T5, 'vit': ViT}[config.family]
 
   def split(key, execution=UNROLLED):
@@ -130,7 +133,8 @@ def rows_per_group(config: Config, encoder_length: int = 0, decoder_length: int 
     The least number of examples that fills whole groups in every stack; 1 for a dense model.
 
   Raises:
-    ConfigError: a group_size that is not a multiple of its stack's tokens per example.
+    ConfigError: a group_size that is not a multiple of its stack's tokens per example, or no length
+      of a stack that has groups.
   """
   if config.family == 'vit':
     stacks = {'moe': (config.moe, config.sparse_layers(), config.num_tokens)}

@@ -142,7 +142,7 @@ class Embed(nnx.Module):
     self.embedding = param(init, (size, d_model), rngs)
 
   def __call__(self, ids: jax.Array, dtype) -> jax.Array:
-    found = jnp.take(self.embedding[...], ids, axis=0, mode='fill')
+    found = jnp.take(sharding.whole_rows(self.embedding[...]), ids, axis=0, mode='fill')
     return sharding.by_example(found.astype(dtype))
 
 

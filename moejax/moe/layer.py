@@ -103,9 +103,8 @@ class MoELayer(nnx.Module):
     Returns:
       y (B, L, D) in x's dtype, 0 for a token in no expert (but for the shared ones); and aux, a
       dict of float32 sums over groups: `balance.telemetry`; for token choice 'asked' (E,), the
-      assignments before any drop; for each loss of the config its value times real tokens under
-      its name in `losses` and, times its weight, under the name + '_loss'. Divide by 'tokens' for
-      means.
+      assignments before any drop; for each of `losses` its value times real tokens under its name
+      and, if it has a weight, times that under the name + '_loss'. Divide by 'tokens' for means.
 
     Raises:
       ConfigError: B is not a multiple of the group's sequences.
@@ -164,7 +163,9 @@ class MoELayer(nnx.Module):
       wanted = chosen = routing.expert_choice(logits, mask, C, renormalize=config.renormalize)
       aux = balance.telemetry(chosen, probs, mask)
     for name, (weight, value) in self.losses(groups, probs, wanted).items():
-      aux |= {name: jax.lax.stop_gradient(value), f'{name}_loss': weight * value}
+      aux[name] = jax.lax.stop_gradient(value)
+      if weight:   # else the layer is none of those that the mean is over
+        aux[f'{name}_loss'] = weight * value
     return chosen, aux
 
   def _choose(self, groups: dict) -> routing.TokenRouting:

@@ -4,10 +4,9 @@ import dataclasses
 import re
 
 from moejax.config import check, check_choice, fail
-from moejax.moe import dispatch
+from moejax.moe import dispatch, routing
 
 ROUTERS = ('expert_choice', 'top_k', 'top_p', 'norm')
-SCORES = ('softmax', 'softmax_of_chosen', 'sigmoid')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +92,9 @@ class MoEConfig:
   dropout_rate: float = -1.0
 
   def __post_init__(self):
-    for key, choices in (('router', ROUTERS), ('dispatch', dispatch.BY_NAME), ('score', SCORES),
-                         ('order', ('choice', 'token')), ('balance_counts', ('all', 'first'))):
+    for key, choices in (('router', ROUTERS), ('dispatch', dispatch.BY_NAME),
+                         ('score', routing.SCORES), ('order', ('choice', 'token')),
+                         ('balance_counts', ('all', 'first'))):
       check_choice(f'moe.{key}', getattr(self, key), choices)
     for key in ('num_experts', 'granularity', 'min_capacity', 'k'):
       check(getattr(self, key) >= 1, f'moe.{key}', getattr(self, key), '>= 1', 'Use 1 or more.')
@@ -202,6 +202,8 @@ class MoEConfig:
     """Sequences of `length` tokens in a routing group; ConfigError unless a whole number."""
     if not self.group_size:
       return 1
+    check(length >= 1, f'{key}.group_size', self.group_size, '0 without a length',
+          'Say how many tokens an example has.')
     check(self.group_size % length == 0, f'{key}.group_size', self.group_size,
           f'a multiple of the {length} tokens of one sequence or image',
           f'Nearest: {max(1, round(self.group_size / length)) * length}.')

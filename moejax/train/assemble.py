@@ -132,10 +132,13 @@ def steps_per_dispatch(config: RunConfig, plan: Plan, devices, batch: Mapping) -
   """config.steps_per_dispatch, or what it is if that is 0.
 
   More than 1 where a step is short for the device: on a GPU or TPU, and of at most SMALL FLOPs per
-  device. Then it is the largest number up to MOST that fits the plan.
+  device; not with a teacher, whose logits would be there for all of them at once. Then it is the
+  largest number up to MOST that fits the plan.
   """
   if config.steps_per_dispatch:
     return config.steps_per_dispatch
+  if config.task.teacher:
+    return 1
   text = config.model.family == 't5'
   lengths = {f'{half}_length': batch[f'{half}_input'].shape[1]
              for half in ('encoder', 'decoder')} if text else {}

@@ -1,6 +1,7 @@
 """What is measured once, at the end of a run: decoded outputs and a few-shot probe."""
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,17 +23,17 @@ class Final:
     self.step, self.devices = step, step.devices
     self.dataset, self.probe_data = dataset, probe_data
 
-  def decoded(self, params: dict, split: str) -> dict[str, float]:
+  def decoded(self, params: dict, split: str, watched: Callable = iter) -> dict[str, float]:
     """Scores of what the model writes for a split; {} for data that is not scored so.
 
     'commonest/SCORE' is that of always giving a task's commonest answer in training, to the same
-    examples. params: stacked as the train step takes them.
+    examples. params: stacked as the train step takes them; watched: sees batches go by.
     """
     if not self.dataset.metric:
       return {}
     references, tasks = [], []
     def batches():
-      for batch in self.dataset.eval_batches(split):
+      for batch in watched(self.dataset.eval_batches(split)):
         known = all_rows(self.devices, {k: batch[k] for k in ('example', 'task', 'weight')})
         rows = zip(self.dataset.references(split, known), known['task'])
         kept = [(answers, int(task)) for answers, task in rows if answers]
@@ -51,15 +52,16 @@ class Final:
   def _trained_on(self):
     return self.dataset.answers('train')
 
-  def probed(self, params: dict) -> dict[str, float]:
-    """Few-shot accuracy of the model's features; {} without a probe."""
+  def probed(self, params: dict, watched: Callable = iter) -> dict[str, float]:
+    """Few-shot accuracy of the model's features; {} without a probe. Raises ConfigError: see
+    probe.run."""
     if self.probe_data is None:
       return {}
     step = self.devices.compile(
         lambda params, batch: self.devices.gather(self.step.model.features(params, batch)))
     features = lambda params, batch: np.asarray(step(params, self.devices.put(batch['own'])))
     def batches(split):
-      for batch in self.probe_data.eval_batches(split):
+      for batch in watched(self.probe_data.eval_batches(split)):
         known = all_rows(self.devices, {k: batch[k] for k in ('label', 'weight')})
         yield {**known, 'own': batch}
     return probe.run(self.step.config.probe, features, params, batches('train'), batches('test'),

@@ -34,12 +34,15 @@ class Layout:
     return stacking.stack(tree, self.held, lambda path, leaves: _join(shardings[path])(leaves))
 
   def unstack(self, tree: dict) -> dict:
-    """Stacked arrays -> those of single blocks, beside the ones given."""
+    """Stacked arrays -> those of single blocks, beside the ones given, on the devices where these
+    are: what a step of pmap returns is on this process's alone."""
     parts = stacking.unstack(tree, lambda path, leaf: [
         jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)] * leaf.shape[0])
     shardings = trees.flatten(self.devices.shardings(parts))
-    return stacking.unstack(tree, lambda path, leaf: _split(
-        tuple(shardings[member] for member in stacking.members(path)))(leaf))
+    def split(path, leaf):
+      wanted = tuple(shardings[member] for member in stacking.members(path))
+      return _split(wanted if wanted[0].device_set == leaf.sharding.device_set else None)(leaf)
+    return stacking.unstack(tree, split)
 
 
 @functools.cache
@@ -49,4 +52,4 @@ def _join(sharding):
 
 @functools.cache
 def _split(shardings):
-  return jax.jit(list, out_shardings=list(shardings))
+  return jax.jit(list, out_shardings=list(shardings)) if shardings else jax.jit(list)

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 
 from moejax import data, evaluate, models
 from moejax.checkpoints import native
+from moejax.config import ConfigError
 from moejax.train import forecast, initialize, memory, metrics, parallel, settings
 from moejax.train.assemble import Step, of_size
 from moejax.train.final import Final
 from moejax.train.hosts import Hosts
 from moejax.train.layout import Layout
-from moejax.train.pathology import Watch
-from moejax.train.plan import Plan, check_fit, facts, first_step
+from moejax.train.pathology import Watch, check_finite
+from moejax.train.plan import Plan, check_fit, check_probe, facts, first_step
 from moejax.train.progress import Log, stop_signals
 from moejax.train.step import TrainState, join
 from moejax.train.teacher import Teacher
@@ -51,7 +52,7 @@ def run(config: settings.RunConfig, path: str, hosts: Hosts | None = None) -> in
     hosts.same('config', settings.to_json(config), 'Start the same command on all hosts.')
     finished = native.finished_steps(workdir.path / native.SUBDIR)
     hosts.same('workdir', f'{workdir.path.exists()} {finished}', SHARED)
-    plan = Plan.make(config, first_step(config, workdir.path))
+    plan = Plan.make(config, first_step(config, workdir.path), max(finished, default=0))
     if plan.end not in finished:
       return _train(config, plan, workdir, hosts)
     if workdir.read('status.json')['phase'] != 'finished':   # killed just before it could say so
@@ -65,7 +66,7 @@ def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Host
   """A run that is not finished; the exit code."""
   path = workdir.path
   program = Program(config, plan)
-  hosts.same('data', program.dataset.fingerprint, 'Install the same versions on all hosts.')
+  hosts.same('data', program.fingerprint, 'Install the same versions on all hosts.')
   hosts.moved('compiling')
   program.compile()
   workdir.claim(config)
@@ -84,6 +85,7 @@ def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Host
       log.tick(done, marker)
       if plan.log_due(done):
         window = log.train(done, state.window)
+        check_finite(window, done, writer.latest_step())
         for line in watch.lines(done, window):
           log.say(line)
         state = dataclasses.replace(state, window=jax.tree.map(jnp.zeros_like, state.window))
@@ -97,10 +99,10 @@ def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Host
         break
     with log.pause('saving', done):
       writer.close()
-    outcome = 'stopped' if stop else 'finished'
+    outcome = 'finished' if done == plan.end else 'stopped'
     log.phase(outcome, done)
     log.say(f'{path}: {outcome} at step {done} of {plan.end}. ' + metrics.last_evaluation(path))
-  return 128 + stop if stop else 0
+  return 0 if outcome == 'finished' else 128 + stop
 
 
 class Program:
@@ -113,20 +115,26 @@ class Program:
     self.model = models.build(config.model, config.execution)
     rows = check_fit(config, self.dataset, self.model, self.devices.shards)
     self.teacher = Teacher(config, self.devices) if config.task.teacher else None
-    probe_data = None
+    self.probe_data = None
     if config.probe.source:
-      probe_data = self._data(dataclasses.replace(
+      self.probe_data = self._data(dataclasses.replace(
           config.data, source=config.probe.source, eval_examples=0, eval_repeats=1,
           image=dataclasses.replace(config.data.image, classes=0, augment='none',
                                     skip_classes=config.probe.skip_classes)))
+      check_probe(config, self.probe_data)
     batch = of_size(self.dataset.train_batch(0), config.data.batch_size)
     if self.teacher:
       batch |= {'teacher_logits': jax.eval_shape(
           models.build(config.model).apply, self.model.shapes, batch)[0]}
     self.step = Step(config, plan, self.model, self.devices, rows, batch,
                      decodes=bool(self.dataset.metric))
-    self.final = Final(self.step, self.dataset, probe_data)
+    self.final = Final(self.step, self.dataset, self.probe_data)
     self.layout, self.shapes, self.single = self.step.layout, self.step.shapes, self.step.single
+
+  @property
+  def fingerprint(self) -> str:
+    """Of all data that the run reads."""
+    return ' '.join(d.fingerprint for d in (self.dataset, self.probe_data) if d)
 
   def compile(self) -> None:
     """Makes train_step, (state, batch) -> (state, objective), and `memory`, the Forecast of what it
@@ -138,7 +146,7 @@ class Program:
 
   def about(self) -> dict:
     """Content of run.json, once compiled."""
-    return provenance(**facts(self.config, self.plan, self.model, self.dataset),
+    return provenance(**facts(self.config, self.plan, self.model, self.dataset, self.probe_data),
                       memory=self.memory.as_dict())
 
   def _data(self, config: data.DataConfig) -> data.Dataset:
@@ -184,7 +192,9 @@ class Program:
     lost = {k: v for k, v in child.items() if k.endswith(('/dropped', '/unchosen'))}
     if self.config.init.new_head:   # the parent's answers are to other questions
       return {'loss': child['loss'], **lost}
-    model = models.build(settings.model_of(parent.config, self.config), self.config.execution)
+    # Plain attention: the fused one may not take the parent's dtype.
+    execution = dataclasses.replace(self.config.execution, attention='plain')
+    model = models.build(settings.model_of(parent.config, self.config), execution)
     with log.pause('evaluating', self.plan.first):
       params = initialize.parent_params(parent, model, self.devices)
       params = Layout(model, self.devices).stack(params)
@@ -205,13 +215,21 @@ class Program:
     results = {}
     with log.pause('evaluating', step):
       for split in splits:
-        batches = map(self.devices.put, self.dataset.eval_batches(split))
+        batches = map(self.devices.put, log.watched(self.dataset.eval_batches(split)))
         values = metrics.summarize(evaluate.total(self.step.evaluate, params, batches))
         values |= {k: v for k, v in window.items() if k.endswith('/router_grad_norm')}
         if last and self.dataset.metric:
-          values |= self.final.decoded(params, split)
+          values |= self.final.decoded(params, split, log.watched)
         log.report(step, split, values)
         results[split] = values
-      if last and (probed := self.final.probed(params)):
-        log.report(step, 'probe', probed)
+      if last:
+        self._probe(step, params, log)
     return results['validation']
+
+  def _probe(self, step: int, params: dict, log: Log) -> None:
+    """Reports the probe; if its data do not suffice, a line, as the run is worth keeping."""
+    try:
+      if probed := self.final.probed(params, log.watched):
+        log.report(step, 'probe', probed)
+    except ConfigError as error:
+      log.say(f'moejax: no probe: {error}')

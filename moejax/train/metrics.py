@@ -112,7 +112,8 @@ def headline(values: Mapping[str, float]) -> str:
 
 
 def last_evaluation(workdir: os.PathLike | str) -> str:
-  """'validation loss 1.2345, accuracy 0.6789; test ...' of a run's last step, for people."""
+  """'validation loss 1.2345, accuracy 0.6789; test ...' for people: the last there is of
+  each split."""
   last = {}
   for line in read_lines(pathlib.Path(workdir) / 'metrics.jsonl'):
     for split in {k.split('/')[0] for k in line if k != 'step'} - {'train'}:

@@ -5,7 +5,10 @@ even be uniform. So gradients, logits and choices are watched, and not load alon
 are our own, each from what it means.
 """
 
+import math
 import re
+
+from moejax.config import check
 
 # Mean entropy of router probabilities, nats. A top probability of 0.99 leaves 0.056 over two
 # experts, and the softmax's gradient p (1 - p) is then 4 % of its largest.
@@ -21,6 +24,24 @@ MANY_SINGLE = 0.5
 # Experts that are all equal, as right after upcycling, give their router no gradient where weights
 # sum to 1; it takes them an update to differ, and a warm-up begins with one of rate 0.
 FIRST_STEPS = 2
+
+
+def check_finite(values: dict, step: int, saved: int | None) -> None:
+  """Raises ConfigError if training has diverged: what follows is NaN, and would in time take the
+  place of the checkpoints that are good.
+
+  Args:
+    values: of a train window.
+    step: its last.
+    saved: step of the last checkpoint, or None.
+  """
+  for name in ('loss', 'grad_norm'):
+    value = values.get(name, 0.0)
+    check(math.isfinite(value), f'step {step}: train/{name}', value, 'finite numbers',
+          'Training has diverged: lower optimizer.learning_rate, set optimizer.clip_norm, or warm '
+          'up longer, in a new workdir. '
+          + ('There is no checkpoint yet.' if saved is None else
+             f'The last checkpoint is of step {saved}.'))
 
 
 class Watch:
@@ -57,14 +78,14 @@ def warnings(values: dict, config, steps: int) -> dict[str, str]:
     gradient norm (frozen, or without parameters) from 'zero_gradient'.
   """
   layers = _layers(values, config.model)
-  checks = {'collapse': collapse, 'saturation': saturation, 'single': single}
+  kinds = {'collapse': collapse, 'saturation': saturation, 'single': single}
   # A run shorter than two warm-ups is judged from its middle on.
   if steps > max(FIRST_STEPS, min(config.schedule.warmup_steps, config.steps // 2)):
-    checks['zero_gradient'] = lambda layer: zero_gradient(
+    kinds['zero_gradient'] = lambda layer: zero_gradient(
         layer, values.get('grad_norm', 0.0), config.optimizer.clip_norm)
   found = {}
-  for kind, check in checks.items():
-    seen = {name: said for name, layer in layers.items() if (said := check(layer))}
+  for kind, judge in kinds.items():
+    seen = {name: said for name, layer in layers.items() if (said := judge(layer))}
     if seen:
       where = '; '.join(f'{name}: {said}' for name, said in seen.items())
       found[kind] = f'warning: {TITLES[kind]} in {where}. {REMEDIES[kind]}'

@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from moejax import flops, trees
-from moejax.config import check, fail
+from moejax.config import check, check_choice, fail
 from moejax.train import initialize
 from moejax.train.groups import check_groups, check_stacked
 from moejax.train.schedule import check_run
@@ -24,6 +24,7 @@ class Plan:
     first: steps that parents trained before this run.
     trunk: where the cooldown begins; what other runs branch from, unless init.step says otherwise.
     end: the run's last step.
+    done: the step that a run is resumed at, else 0.
     branches: more steps that other runs may branch from, each with a cooldown of its own: one long
       trunk gives a cooled model for every budget.
   """
@@ -34,16 +35,17 @@ class Plan:
   log_every: int
   eval_every: int
   checkpoint_every: int
+  done: int = 0
 
   @classmethod
-  def make(cls, config: RunConfig, first: int) -> 'Plan':
+  def make(cls, config: RunConfig, first: int, done: int = 0) -> 'Plan':
     """Raises ConfigError: a schedule that this run cannot follow, or something that would be due in
     the middle of a dispatch."""
     end = first + config.steps
     check_run(config.schedule, start_step=first, end_step=end)
     plan = cls(first, end - config.schedule.cooldown_steps, end,
                tuple(first + step for step in config.branch_steps), config.log_every,
-               config.eval_every, config.checkpoint_every)
+               config.eval_every, config.checkpoint_every, done)
     check(plan.whole % (config.steps_per_dispatch or 1) == 0, 'config.steps_per_dispatch',
           config.steps_per_dispatch, f'a divisor of {plan.whole}',
           'Everything falls due at a multiple of that: log_every and the first and last step; the '
@@ -58,8 +60,8 @@ class Plan:
   @property
   def whole(self) -> int:
     """The largest number of steps such that nothing falls due, begins or ends between its
-    multiples."""
-    return math.gcd(self.first, self.log_every, *self.kept)   # evaluations are logged too
+    multiples; evaluations are logged too."""
+    return math.gcd(self.first, self.done, self.log_every, *self.kept)
 
   def eval_due(self, step: int) -> bool:
     return step % self.eval_every == 0 or step == self.end
@@ -95,6 +97,8 @@ def check_fit(config: RunConfig, dataset, model, shards: int) -> int:
   Raises:
     ConfigError: names the key that does not fit.
   """
+  for split in config.eval_splits:
+    check_choice('config.eval_splits', split, dataset.examples)
   if (dataset.kind == 'classification') != (config.model.family == 'vit'):
     fail('config.data.source', config.data.source, f'a source for {config.model.family!r}',
          'ViT learns from images (glyphs, digits), T5 from text (stdlib_text).')
@@ -111,6 +115,22 @@ def check_fit(config: RunConfig, dataset, model, shards: int) -> int:
   rows = model.rows_per_group(dataset.encoder_length, dataset.decoder_length)
   check_batches(config, rows, shards)
   return rows
+
+
+def check_probe(config: RunConfig, probe_data) -> None:
+  """Checks that the model can take the images of the probe. Raises ConfigError.
+
+  probe_data: data.Dataset of config.probe.source.
+  """
+  source, split = config.probe.source, 'test'
+  check(probe_data.kind == 'classification', 'config.probe.source', source,
+        'images with a class each', "Try 'digits'.")
+  check(split in probe_data.examples, 'config.probe.source', source, f'data with a {split!r} split',
+        f'It has {", ".join(probe_data.examples)}.')
+  given = (config.model.image_size, config.model.image_size, config.model.channels)
+  check(given == tuple(probe_data.image_shape), 'config.probe.source', source,
+        f"images of the model's size and channels, {given}",
+        f'Those are {tuple(probe_data.image_shape)}; change the model or data.image.')
 
 
 def check_batches(config: RunConfig, rows: int, shards: int) -> None:
@@ -145,7 +165,7 @@ def _check_at_least(key: str, given: int, needed: int) -> None:
         f'Set config.model.{key}={needed}.')
 
 
-def facts(config: RunConfig, plan: Plan, model, dataset) -> dict[str, Any]:
+def facts(config: RunConfig, plan: Plan, model, dataset, probe_data=None) -> dict[str, Any]:
   """What run.json says about the run's size: steps, data, parameters, FLOPs."""
   total, active = flops.parameters(model.shapes, config.model)
   lengths = {'encoder_length': dataset.encoder_length, 'decoder_length': dataset.decoder_length}
@@ -153,6 +173,7 @@ def facts(config: RunConfig, plan: Plan, model, dataset) -> dict[str, Any]:
       'first_step': plan.first, 'trunk_step': plan.trunk, 'end_step': plan.end,
       'branch_steps': list(plan.branches),
       'data_fingerprint': dataset.fingerprint,
+      **({'probe_fingerprint': probe_data.fingerprint} if probe_data else {}),
       'parameters': total, 'parameters_active_per_token': active,
       'train_flops_per_step': flops.train_step_flops(
           config.model, config.data.batch_size, **lengths),

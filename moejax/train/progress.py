@@ -5,7 +5,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from tensorboardX import SummaryWriter
@@ -35,7 +35,7 @@ class Log:
       keep = -1 if done is None else done
       self.metrics = metrics.JsonLines(workdir.path / 'metrics.jsonl', keep)
       self.timing = metrics.JsonLines(workdir.path / 'timing.jsonl', keep)
-      self.board = SummaryWriter(str(workdir.path / 'tensorboard'), purge_step=max(keep, 0))
+      self.board = SummaryWriter(str(workdir.path / 'tensorboard'), purge_step=keep + 1)
     self.terminal = sys.stderr.isatty()
     self.bar = tqdm(total=end - first, initial=(done or first) - first, unit='step',
                     disable=not (self.terminal and workdir.writes), dynamic_ncols=True)
@@ -114,6 +114,12 @@ class Log:
     self.phase('training', step)
     if self._clock is not None:
       self._clock += time.perf_counter() - started
+
+  def watched(self, batches: Iterable) -> Iterator:
+    """The batches of an evaluation; each is a sign of life."""
+    for number, batch in enumerate(batches, 1):
+      yield batch
+      self._moved(f'evaluating, batch {number}, step {self._at}')
 
   def say(self, text: str) -> None:
     """A line for people, above the progress bar."""

@@ -82,7 +82,7 @@ def check_run(config: ScheduleConfig, *, start_step: int, end_step: int) -> None
   Refused are a run of no steps, a cooldown longer than the run, and a cosine that starts at a
   parent's step without schedule.start='restart'.
   """
-  check(end_step > start_step, 'train.steps', end_step - start_step, 'at least 1',
+  check(end_step > start_step, 'config.steps', end_step - start_step, 'at least 1',
         f'The run would go from step {start_step} to {end_step}.')
   check(config.cooldown_steps <= end_step - start_step, 'schedule.cooldown_steps',
         config.cooldown_steps, f'at most the {end_step - start_step} steps of this run',

@@ -24,6 +24,10 @@ class Teacher:
     check(outputs(model.config) == outputs(config.model), 'config.task.teacher',
           config.task.teacher, f'a run with {" ".join(map(str, outputs(config.model)))}',
           f'That one has {" ".join(map(str, outputs(model.config)))}.')
+    inputs = lambda c: (c.image_size, c.channels) if c.family == 'vit' else ()
+    check(inputs(model.config) == inputs(config.model), 'config.task.teacher', config.task.teacher,
+          f"a run with the student's image_size and channels, {inputs(config.model)}",
+          f'That one has {inputs(model.config)}.')
     self.params = initialize.parent_params(run, model, devices)
     self.logits = devices.compile_rows(lambda params, batch: model.apply(params, batch)[0])
 

@@ -20,55 +20,64 @@ from moejax.sharding import MeshConfig
 from moejax.train import optimizer, parallel, settings
 
 E, C, D, F, LENGTH, TARGET = 8, 2.0, 32, 64, 16, 8
-LAYERS = 2   # of each stack, the second one sparse
+LAYERS = 2   # of each stack, every second one sparse
+# Ways to run: 'paper' as T5s in configs/paper, with two repetitions for the scan; 'einsum' as its
+# ViTs dispatch.
+WAYS = {'plain': {}, 'einsum': {'dispatch': 'einsum'},
+        'paper': {'layers': 4, 'scan': True, 'remat': 'sent', 'microbatches': 2}}
 
 
-def config(B, mesh, remat='none'):
-  moe = MoEConfig(layers='every_2', num_experts=E, capacity_factor=C)
+def config(B, mesh, layers=LAYERS, dispatch='gather', remat='none', scan=False, microbatches=1):
+  moe = MoEConfig(layers='every_2', num_experts=E, capacity_factor=C, dispatch=dispatch)
   model = t5.config(
-      'tiny', d_model=D, d_ff=F, encoder_layers=LAYERS, decoder_layers=LAYERS,
+      'tiny', d_model=D, d_ff=F, encoder_layers=layers, decoder_layers=layers,
       encoder_moe=dataclasses.replace(moe, group_size=LENGTH),
       decoder_moe=dataclasses.replace(moe, group_size=TARGET, router='top_k', balance_weight=0.02))
   return settings.RunConfig(
-      model=model, mesh=MeshConfig(**mesh), execution=Execution(remat=remat),
+      model=model, mesh=MeshConfig(**mesh), execution=Execution(scan=scan, remat=remat),
+      microbatches=microbatches,
       data=DataConfig(source='stdlib_text', batch_size=B, eval_batch_size=B,
                       text=TextConfig(encoder_length=LENGTH, decoder_length=TARGET)),
       optimizer=optimizer.OptimizerConfig(name='adafactor'))
 
 
 @functools.cache
-def communication(B, remat='none', **mesh):
-  run = config(B, mesh, remat)
+def communication(B, way='plain', remat='', **mesh):
+  run = config(B, mesh, **WAYS[way] | ({'remat': remat} if remat else {}))
   step = report.step_of(run, parallel.make('mesh', run.mesh))
   return collectives.of(hlo.Module(step.lower().compile().as_text()))
 
 
 MESHES = [dict(data=1, expert=8), dict(data=2, expert=4)]
-SPLIT = dict(data=2, fsdp=2, expert=2)   # parameters are gathered where they are used
+MORE = [(MESHES[0], 'einsum'), (MESHES[1], 'paper')]
+SPLIT = dict(data=1, fsdp=4, expert=2)   # parameters are gathered where they are used
 
 
-@pytest.mark.parametrize('mesh', MESHES, ids=str)
-def test_all_to_alls_carry_the_slots_and_no_more(mesh):
+@pytest.mark.parametrize('mesh, way', [*((mesh, 'plain') for mesh in MESHES), *MORE], ids=str)
+def test_all_to_alls_carry_the_slots_and_no_more(mesh, way):
   B, n = 16, mesh['expert']
-  found = [c for c in communication(B, **mesh) if c.kind == 'all-to-all']
+  found = [c for c in communication(B, way, **mesh) if c.kind == 'all-to-all']
   slots = B // 8 * (LENGTH + TARGET) * C              # of a device's own tokens, both stacks
+  sparse = WAYS[way].get('layers', LAYERS) // 2       # of each stack
   # There and back, forward and backward; the float32 of this test.
-  expected = 4 * slots * D * 4 * (n - 1) / n
+  expected = 4 * sparse * slots * D * 4 * (n - 1) / n
   assert {c.devices for c in found} == {n}
   assert expected <= sum(c.sent for c in found) <= 1.1 * expected
 
 
 def test_rematerialising_sends_again_only_where_nothing_is_kept():
-  sent = {remat: sum(c.sent for c in communication(16, remat, **MESHES[0])
+  sent = {remat: sum(c.sent for c in communication(16, remat=remat, **MESHES[0])
                      if c.kind == 'all-to-all') for remat in REMAT}
   assert sent['dots'] == sent['sent'] == sent['none']
   assert sent['full'] == pytest.approx(6 / 4 * sent['none'])   # the forward pass twice
 
 
-@pytest.mark.parametrize('mesh', [*MESHES, SPLIT], ids=str)
-def test_nothing_that_grows_with_the_batch_is_gathered(mesh):
+@pytest.mark.parametrize('mesh, way', [*((mesh, 'plain') for mesh in [*MESHES, SPLIT]), *MORE,
+                                       (SPLIT, 'paper')], ids=str)
+def test_nothing_that_grows_with_the_batch_is_gathered(mesh, way):
   def gathered(B):
-    return sorted((c.kind, c.bytes) for c in communication(B, **mesh) if c.kind != 'all-to-all')
+    return sorted((c.kind, c.bytes) for c in communication(B, way, **mesh)
+                  if c.kind != 'all-to-all')
   # Parameters, gradients, counts and sums: the same for any batch.
   assert gathered(16) == gathered(32)
 
@@ -104,14 +113,17 @@ def test_over_model_activations_are_added_where_a_matmul_ends_and_nowhere_else()
       + target * (encoder + embedded + cross + logits))
   # Of every part of the logits a token's largest and its place, for loss and accuracy.
   assert grown('all-gather') <= mesh['model'] * B // 4 * TARGET * (4 + 4)
+  # Each device of `model` sends the slots of its own tokens; nothing else moves.
+  assert grown('all-to-all') <= 1.1 * 4 * C * (source + target)
+  assert grown('collective-permute') == grown('reduce-scatter') == 0
 
 
 def test_experts_are_gathered_over_fsdp_and_not_over_expert():
   found = communication(16, **SPLIT)
-  assert any(c.kind == 'all-gather' for c in found)
-  assert {c.devices for c in found if c.kind in ('all-gather', 'all-to-all')} == {2}
+  over = lambda kind: {c.devices for c in found if c.kind == kind}
+  assert (over('all-gather'), over('all-to-all')) == ({SPLIT['fsdp']}, {SPLIT['expert']})
   largest = max(c.bytes for c in found if c.kind == 'all-gather')
-  assert largest == E // 2 * D * F * 4   # one matrix of the experts of a device
+  assert largest == E // SPLIT['expert'] * D * F * 4   # one matrix of the experts of a device
 
 
 @pytest.mark.parametrize('mesh', MESHES, ids=str)

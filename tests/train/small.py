@@ -10,12 +10,12 @@ STEPS = 40
 
 
 def write(path: pathlib.Path, moe: dict[str, Any], **changes: Any) -> pathlib.Path:
-  """config.json of a ViT with dropout, one sparse block and a cooldown: its path."""
+  """config.json of a ViT with dropout, two dense blocks, a sparse one and a cooldown: its path."""
   config = vit_glyphs.get_config('runlocal')
   config.steps = STEPS
   config.schedule.cooldown_steps = 10
   config.eval_every, config.checkpoint_every = 20, 10
-  config.model.update(d_model=16, d_ff=32, num_layers=2, dropout_rate=0.1)
+  config.model.update(d_model=16, d_ff=32, num_layers=3, dropout_rate=0.1)
   config.model.moe.update(layers='last_1', num_experts=4, **moe)
   config.update_from_flattened_dict(changes)
   path.write_text(settings.to_json(settings.resolve(config)))

@@ -109,3 +109,5 @@ def test_short_steps_go_together_unless_the_config_says_how_many(
   monkeypatch.setattr(assemble, 'MOST', 9)
   assert chosen(run) == min(wanted, 5)
   assert chosen(dataclasses.replace(run, steps_per_dispatch=2)) == 2
+  taught = dataclasses.replace(run, task=dataclasses.replace(run.task, teacher='x'))
+  assert chosen(taught) == 1   # or its logits would be there for all steps at once

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moejax import models, tasks, trees
+from moejax.config import ConfigError
 from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
 from moejax.train import metrics, optimizer, pathology, settings
@@ -199,6 +200,16 @@ def test_all_layers_are_named_on_one_line_and_each_kind_is_told_once():
   still = layer('00', router_grad_norm=0.0) | layer('01') | {'grad_norm': 1.0}
   assert pathology.Watch(config, first=1000).lines(1005, still) == []
   assert len(pathology.Watch(config, first=1000).lines(1011, still)) == 1
+
+
+@pytest.mark.parametrize('name', ['loss', 'grad_norm'])
+def test_training_that_diverges_is_ended(name):
+  pathology.check_finite({'loss': 1.0, 'grad_norm': 2.0}, 50, None)
+  with pytest.raises(ConfigError, match=f'step 50: train/{name}: got nan.*learning_rate.*'
+                                        'The last checkpoint is of step 40'):
+    pathology.check_finite({'loss': 1.0, name: float('nan')}, 50, 40)
+  with pytest.raises(ConfigError, match='There is no checkpoint yet'):
+    pathology.check_finite({name: float('inf')}, 50, None)
 
 
 def test_both_stacks_of_a_t5():

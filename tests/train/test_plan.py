@@ -12,6 +12,7 @@ from moejax.checkpoints import native
 from moejax.config import ConfigError
 from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
+from moejax.probe import ProbeConfig
 from moejax.sharding import MeshConfig, make_mesh
 from moejax.train import loop, plan, settings
 from moejax.train.initialize import InitConfig
@@ -19,10 +20,11 @@ from moejax.train.optimizer import OptimizerConfig
 from moejax.train.schedule import ScheduleConfig
 
 MOE = MoEConfig(layers='1', num_experts=4)
+SPLITS = dict.fromkeys(('train', 'validation', 'test'), 9)
 IMAGES = types.SimpleNamespace(kind='classification', num_classes=10, image_shape=(8, 8, 1),
-                               encoder_length=0, decoder_length=0, fingerprint='f')
+                               encoder_length=0, decoder_length=0, fingerprint='f', examples=SPLITS)
 TEXT = types.SimpleNamespace(kind='seq2seq', vocab_size=64, encoder_length=12, decoder_length=6,
-                             fingerprint='f')
+                             fingerprint='f', examples=SPLITS)
 
 
 def run(model, batch_size=8, eval_batch_size=16, **changes):
@@ -159,10 +161,33 @@ GROUPED = vit.config('tiny', moe=dataclasses.replace(MOE, group_size=16))
      r'config\.data\.eval_batch_size: got 6, allowed: a multiple of 4 '),
     (run(vit.config('tiny', moe=dataclasses.replace(MOE, group_size=6))), IMAGES, 1,
      r'model\.moe\.group_size: got 6'),
+    (run(vit.config('tiny'), eval_splits=('tset',)), IMAGES, 1,
+     r"config\.eval_splits: got 'tset', allowed: train, validation, test\. Did you mean 'test'"),
+    (run(vit.config('tiny'), eval_splits=(3,)), IMAGES, 1, r'config\.eval_splits: got 3'),
 ])
 def test_what_does_not_fit(config, dataset, shards, expected):
   with pytest.raises(ConfigError, match=expected):
     fit(config, dataset, shards)
+
+
+@pytest.mark.parametrize('probe_data, expected', [
+    (TEXT, 'images with a class each'),
+    (types.SimpleNamespace(**vars(IMAGES) | {'image_shape': (8, 8, 3)}),
+     r"\(8, 8, 1\)\. Those are \(8, 8, 3\)"),
+    (types.SimpleNamespace(**vars(IMAGES) | {'examples': {'train': 9}}),
+     "data with a 'test' split. It has train")])
+def test_a_probe_that_the_model_cannot_take(probe_data, expected):
+  config = run(vit.config('tiny'), probe=ProbeConfig(source='digits'))
+  plan.check_probe(config, IMAGES)
+  with pytest.raises(ConfigError, match=f"config.probe.source: got 'digits'.*{expected}"):
+    plan.check_probe(config, probe_data)
+
+
+def test_what_a_run_is_resumed_at_begins_a_dispatch_too():
+  config = settings.RunConfig(steps=200, log_every=50, eval_every=50, checkpoint_every=50)
+  assert plan.Plan.make(config, 0).whole == plan.Plan.make(config, 0, 150).whole == 50
+  assert plan.Plan.make(config, 0, 25).whole == 25
+  assert plan.Plan.make(config, 0, 7).whole == 1
 
 
 def test_more_classes_than_the_data_has_and_evaluation_without_microbatches_fit():

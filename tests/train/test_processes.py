@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -101,8 +102,9 @@ def assert_close(found, expected):
   np.testing.assert_allclose(found[:5], expected[:5], rtol=1e-5)
 
 
-@pytest.mark.parametrize('changes', [{}, {'parallel': 'pmap', 'mesh.expert': 1}],
-                         ids=['mesh', 'pmap'])
+@pytest.mark.parametrize('changes', [{}, {
+    'parallel': 'pmap', 'mesh.expert': 1, 'execution.scan': True}],
+                         ids=['mesh', 'pmap, scanned'])
 def test_two_processes_train_as_one(changes, config, on_8, tmp_path):
   changed = settings.from_dict(trees.unflatten(trees.flatten(json.loads(config.read_text())) | {
       key.replace('.', '/'): value for key, value in changes.items()}))
@@ -141,6 +143,25 @@ def test_one_that_is_killed_or_hangs_ends_the_other(moment, trouble, config, tmp
   assert native.finished_steps(tmp_path / 'run' / native.SUBDIR)[-1] in (10, 20)
   found = start(config, tmp_path / 'run', 1, 4)   # and it goes on
   assert found[0][0] == 0 and 'resumed at step' in found[0][1]
+
+
+def test_if_process_0_is_killed_the_other_ends_at_once(config, tmp_path):
+  """By its own line; or by JAX, whose service process 0 has, if that is faster."""
+  port = free_port()
+  running = [spawn('tests.train.killed', 1, moment, config, tmp_path / 'run', port, 2, i)
+             for i, moment in enumerate(('step', 'never'))]
+  try:
+    said = running[0].communicate(timeout=300)[1]
+    ended = time.monotonic()
+    also = running[1].communicate(timeout=60)[1]
+  finally:
+    for p in running:
+      p.kill()
+  assert time.monotonic() - ended < 20   # lost_seconds of killed.py
+  assert running[0].returncode == -signal.SIGKILL, said
+  assert running[1].returncode in (LOST, -signal.SIGABRT), also
+  if running[1].returncode == LOST:
+    assert f'moejax: process 0 is gone: its connection closed. {AGAIN}' in also
 
 
 def test_told_to_stop_one_stops_all_at_the_same_step(config, tmp_path):

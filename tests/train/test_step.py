@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moejax import models, tasks
-from moejax.models import vit
+from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
 from moejax.train import metrics, optimizer
 from moejax.train.step import TrainState, accumulate, auxiliary_loss, make_train_step, split
@@ -160,6 +160,20 @@ def test_clipping_comes_after_the_reduction(devices):
   layer = state.window['layers']['encoder']['layers']['00']
   assert float(layer['router_grad_norm']) == pytest.approx(0.8, rel=1e-6)  # after
   assert state.window['steps'] == 1 and state.window['weight'] == devices
+
+
+def test_a_stack_without_a_loss_does_not_dilute_that_of_the_other():
+  """Both stacks are sparse; the mean is over the decoder's layer, which alone has weights."""
+  moe = MoEConfig(layers='0', num_experts=4, router='top_k')
+  model = models.build(t5.config('tiny', encoder_moe=moe, decoder_moe=dataclasses.replace(
+      moe, balance_weight=1.0, z_weight=1.0)))
+  ones = jnp.ones((2, 4), jnp.int32)
+  batch = {'encoder_input': ones, 'decoder_input': ones, 'index': jnp.arange(2)}
+  _, aux = model.apply(model.init(jax.random.key(0)), batch)
+  layer = aux['decoder/layers/00']
+  total = auxiliary_loss(aux, {'encoder': 8, 'decoder': 8})
+  np.testing.assert_allclose(total, (layer['balance'] + layer['z']) / 8, rtol=1e-6)
+  assert aux['encoder/layers/00']['balance'] > 0
 
 
 def test_auxiliary_loss_by_hand():
