@@ -106,7 +106,8 @@ def main(argv: list[str]) -> int:
   import jax  # only now, so that a wrong flag is answered at once
 
   from moejax.train import loop, settings
-  from moejax.train.hosts import join
+  from moejax.train.hosts import NotAllCame, join
+  from moejax.train.watchdog import LOST
   if COMPILATION_CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(COMPILATION_CACHE.value))
   try:
@@ -117,7 +118,8 @@ def main(argv: list[str]) -> int:
                         JOIN_SECONDS.value, LOST_SECONDS.value, STALL_SECONDS.value))
     return loop.run(settings.resolve(config), WORKDIR.value, hosts)
   except ConfigError as error:
-    sys.exit(f'moejax: {error}')
+    print(f'moejax: {error}', file=sys.stderr)
+    return LOST if isinstance(error, NotAllCame) else 1
   except KeyboardInterrupt:   # before training began, or a second time
     return 130
 

@@ -2,7 +2,9 @@
 # One run on several GPU nodes, a process per GPU, put back into the queue until it is finished.
 #
 #   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 experiments/launch/slurm_run.sh \
-#     --config=configs/paper/t5_base_upcycled.py --workdir=/shared/runs/t5_base_upcycled
+#     --config=configs/paper/t5_base_upcycled.py --workdir=/shared/runs/t5_base_upcycled \
+#     --config.init.parent=/shared/runs/t5_base --config.data.data_dir=/shared/tfds \
+#     --config.data.text.vocabulary=/shared/sentencepiece.model
 #
 # is submitted from the root of the repository, with the same .venv and the workdir seen by all
 # nodes. What else can be set: MOEJAX_PYTHON, MOEJAX_RESTARTS (default 20).
@@ -10,23 +12,38 @@
 #SBATCH --job-name=moejax
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-# 180 s before the time is up all processes (no B:) are sent TERM: they save at the same step and end
-# with 143. So they do when preempted, if the partition's GraceTime lets them.
-#SBATCH --signal=TERM@180
+# 180 s before the time is up the shell below (B:) is sent USR1 and passes TERM on: the processes
+# save at the same step and end with 143, and the job goes back into the queue. When preempted or
+# cancelled they are sent TERM too; a preempted job is put back by SLURM itself
+# (PreemptMode=REQUEUE), a cancelled one is not.
+#SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=moejax-%j.log
 
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
-trap : TERM   # it is for the processes; the shell waits for them
 
-srun "${MOEJAX_PYTHON:-.venv/bin/python}" -m moejax.main --distributed=slurm "$@"
-code=$?
-# 0: finished. 1, 2: an error that the same command would meet again. 130: Ctrl-C. Anything else, as
-# 75 (another process was lost), 143 (told to stop) and 137 (killed), is worth another try.
+# --wait: when one process has ended, a frozen one has 120 s; srun would wait for it for ever.
+# Since SLURM 22.05 srun no longer reads the job's own --cpus-per-task.
+srun --wait=120 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" \
+  "${MOEJAX_PYTHON:-.venv/bin/python}" -m moejax.main --distributed=slurm "$@" &
+child=$!
+
+requeue=
+trap 'told=yes; kill -TERM "$child" || :' TERM
+trap 'told=yes; requeue=yes; kill -TERM "$child" || :' USR1
+while :; do
+  told='' code=0
+  wait "$child" || code=$?
+  [[ $told ]] || break   # a signal ends a wait before the processes have saved: wait again
+done
+# 0: finished. 1, 2: an error that the same command would meet again. 130, 143: told to stop, and by
+# USR1 alone to come again. Anything else, as 75 (another process was lost) and 137 (killed), is
+# worth another try.
 case $code in
   0 | 1 | 2 | 130) exit "$code" ;;
+  143) [[ $requeue ]] || exit "$code" ;;
 esac
 if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MOEJAX_RESTARTS:-20}" ]; then
   echo "exit code $code: back into the queue (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"

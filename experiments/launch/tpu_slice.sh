@@ -2,17 +2,23 @@
 # One run on a TPU slice, spot or not, asked for again until the run is finished.
 #
 #   MOEJAX_BUCKET=my-bucket MOEJAX_ZONE=us-east5-a MOEJAX_TYPE=v5p-256 \
-#     experiments/launch/tpu_slice.sh NAME --config=configs/paper/t5_xl_upcycled.py
+#     experiments/launch/tpu_slice.sh t5_xl_upcycled --config=configs/paper/t5_xl_upcycled.py \
+#     --config.init.parent=../moejax_bucket/runs/t5_xl \
+#     --config.data.data_dir=../moejax_bucket/tfds \
+#     --config.data.text.vocabulary=../moejax_bucket/sentencepiece.model
 #
-# is started from the root of the repository, on any machine with gcloud, and may be started again.
-# NAME names the queued resource, its TPU node, and the workdir, gs://BUCKET/runs/NAME, which each
-# host sees mounted under ~/moejax_bucket. What HEAD is at the start is what runs. Further:
+# is started from the root of the repository, on any machine with gcloud, and may be started again:
+# what an earlier start left running is told to save, and ended. The first argument names the queued
+# resource, its TPU node, and the workdir, gs://BUCKET/runs/NAME. What HEAD is at the start is what
+# runs, on each host in ~/moejax, beside which the bucket is mounted as ~/moejax_bucket: so paths in
+# it begin with ../moejax_bucket. Further:
 #   MOEJAX_RUNTIME   version of the TPU VMs (default v2-alpha-tpuv5; v6e: v2-alpha-tpuv6e)
 #   MOEJAX_TIER      --spot (default), or empty for on-demand
 #   MOEJAX_POLL      seconds between looks at the queue (default 60)
+#   MOEJAX_TRIES     how often in a row the slice may not be created or set up (default 5)
 #
 # When it is done the slice is deleted. On an error of the run, which the same command would meet
-# again, it stays, to be looked at: delete it yourself.
+# again, and after MOEJAX_TRIES, it stays, to be looked at: delete it yourself.
 
 set -euo pipefail
 : "${MOEJAX_BUCKET:?set it to a bucket (without gs://), best one with a hierarchical namespace}"
@@ -22,12 +28,29 @@ shift
 flags=$(printf ' %q' "$@")
 tpus=(gcloud compute tpus)
 where=(--zone="$MOEJAX_ZONE" --quiet)
-code=$(mktemp)
-trap 'rm -f "$code"' EXIT
+code=$(mktemp) said=$(mktemp)
+trap 'rm -f "$code" "$said"' EXIT
 
+# NONE if there is none; UNKNOWN if gcloud cannot say, which is no reason to ask for another.
 state() {
   "${tpus[@]}" queued-resources describe "$name" "${where[@]}" --format='value(state.state)' \
-    2>/dev/null || echo NONE
+    2>"$said" && return
+  if grep -Eqi 'NOT_FOUND|not found' "$said"; then
+    echo NONE
+  else
+    cat "$said" >&2
+    echo UNKNOWN
+  fi
+}
+
+failed=0
+again() {   # gives up when it was called MOEJAX_TRIES times in a row
+  failed=$((failed + 1))
+  if [ "$failed" -ge "${MOEJAX_TRIES:-5}" ]; then
+    echo "$1, $failed times in a row. If there is a slice it is still there: $name" >&2
+    exit 1
+  fi
+  echo "$1; again"
 }
 
 create() {
@@ -41,8 +64,14 @@ delete() {
   "${tpus[@]}" queued-resources delete "$name" "${where[@]}" --force
 }
 
-# On every host: mounts the bucket, installs what is not there yet, trains.
+# On every host: ends what an earlier start left, mounts the bucket, installs what is not there yet,
+# trains. (The pattern is that of Python's own command line, not of the shell's that runs this.)
 remote="set -e
+old='^[^ ]*venv/bin/python -m moejax'
+if pkill -TERM -f \"\$old\"; then
+  for _ in \$(seq 60); do pgrep -f \"\$old\" > /dev/null || break; sleep 2; done
+  pkill -KILL -f \"\$old\" || :
+fi
 if ! command -v gcsfuse; then
   release=gcsfuse-\$(lsb_release -cs)
   curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg |
@@ -50,7 +79,8 @@ if ! command -v gcsfuse; then
   echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc]\" \
     \"https://packages.cloud.google.com/apt \$release main\" |
     sudo tee /etc/apt/sources.list.d/gcsfuse.list
-  sudo apt-get update -qq && sudo apt-get install -qq gcsfuse
+  wait='-o DPkg::Lock::Timeout=300'   # new machines update themselves at first
+  sudo apt-get \$wait update -qq && sudo apt-get \$wait install -qq gcsfuse
 fi
 bucket=\$HOME/moejax_bucket
 mkdir -p \$bucket
@@ -74,16 +104,22 @@ while :; do
   now=$(state)
   echo "$(date '+%F %T') $name: $now"
   case $now in
-    NONE) create ;;
+    NONE) create || again 'The slice was not created' ;;
     ACTIVE)
-      "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$remote" |
-        tee "$code" || :
+      # A host that freezes ends its connection, or the others would be waited for in vain.
+      "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=all \
+        --ssh-flag=-oServerAliveInterval=15 --ssh-flag=-oServerAliveCountMax=4 \
+        --command="$remote" | tee "$code" || :
       if finished; then
         delete
         exit 0
       elif grep -Eq '^moejax ended with (1|2)$' "$code"; then
         echo "The run ended with an error; see above. The slice is still there: $name" >&2
         exit 1
+      elif grep -q '^moejax ended with ' "$code"; then
+        failed=0
+      else
+        again 'The run was not set up, or its hosts were lost'
       fi ;;
     FAILED | SUSPENDED) delete ;;   # preempted, for one
   esac

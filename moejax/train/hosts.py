@@ -29,11 +29,16 @@ from moejax.train.watchdog import Watchdog
 PATIENCE = 5   # seconds in which the watchdog may end this process instead
 
 
+class NotAllCame(ConfigError):
+  """Not all processes came in time; when they are started again they may."""
+
+
 def join(launch: Launch) -> 'Hosts':
   """Meets the other processes; call it before anything else of JAX.
 
   Raises:
-    ConfigError: they do not all come, or this machine does not know of any.
+    NotAllCame: or could not be reached.
+    ConfigError: this machine does not know of any.
   """
   way = launch.way(os.environ)
   if way == 'off':
@@ -46,13 +51,18 @@ def join(launch: Launch) -> 'Hosts':
              'process_id': launch.process, 'cluster_detection_method': 'deactivate'}
   elif way == 'slurm':
     known = {'cluster_detection_method': 'slurm'}
+  elif any(name.startswith(('SLURM_', 'OMPI_')) for name in os.environ):   # JAX asks these first
+    known = {'cluster_detection_method':
+             'gketpu' if 'TPU_WORKER_HOSTNAMES' in os.environ else 'gcetpu'}
   try:
     jax.distributed.initialize(initialization_timeout=launch.join_seconds, **known)
   except (RuntimeError, ValueError, OSError) as error:
-    fail('--distributed', way, f'{launch.processes or "all"} processes that find each other within '
-         f'{launch.join_seconds} s ({str(error).splitlines()[0]})',
-         'Start the same command on all hosts at about the same time; or name them: '
-         '--coordinator=HOST:PORT --processes=N --process=0..N-1.')
+    kind = ConfigError if isinstance(error, ValueError) else NotAllCame
+    raise kind(
+        f'--distributed: got {way!r}, allowed: {launch.processes or "all"} processes that find '
+        f'each other within {launch.join_seconds} s ({str(error).splitlines()[0]}). Start the same '
+        'command on all hosts at about the same time; or name them: --coordinator=HOST:PORT '
+        '--processes=N --process=0..N-1.') from error
   watchdog = None
   if launch.lost_seconds and jax.process_count() > 1:
     watchdog = _watchdog(launch)

@@ -116,29 +116,35 @@ def test_a_pod_passes_sigterm_on(shell, tmp_path):
   assert process.wait() == 130 and (tmp_path / 'saved').exists()
 
 
-SRUN = '#!/bin/sh\nexec "$@"\n'
+SRUN = '''#!/bin/bash
+echo "$1" "$2" > "$NOTES/srun_flags"
+exec "${@:3}"
+'''
 # Answers from a list of states, one line a question, and notes what else it is asked.
 GCLOUD = '''#!/bin/bash
 case "$*" in
   *describe*)
     state=$(head -n 1 "$NOTES/states"); sed -i 1d "$NOTES/states"
-    [ "$state" = NONE ] && exit 1
+    [ "$state" = NONE ] && { echo 'ERROR: NOT_FOUND: no such resource' >&2; exit 1; }
+    [ "$state" = BROKEN ] && { echo 'ERROR: 503: try later' >&2; exit 1; }
     echo "$state" ;;
   *status.json*) echo '"phase": "'"$(cat "$NOTES/phase")"'"' ;;
   "storage cp"*) cat > "$NOTES/source.tar.gz"; echo "$*" >> "$NOTES/calls" ;;
   *"tpu-vm ssh"*)
     echo ssh >> "$NOTES/calls"; printf '%s\n' "${@: -1}" > "$NOTES/remote"
     code=$(head -n 1 "$NOTES/codes"); sed -i 1d "$NOTES/codes"
+    [ "$code" = setup ] && { echo 'E: could not get lock'; exit 1; }
     [ "$code" = 0 ] && echo finished > "$NOTES/phase"
     echo "moejax ended with $code"; exit 1 ;;
+  *create*) echo "$*" >> "$NOTES/calls"; [ ! -e "$NOTES/no_quota" ] ;;
   *) echo "$*" >> "$NOTES/calls" ;;
 esac
 '''
 
 
 @pytest.mark.parametrize('code, restarts, requeued', [
-    (0, 0, False), (1, 0, False), (130, 0, False), (75, 0, True), (143, 3, True), (137, 0, True),
-    (75, 20, False)])
+    (0, 0, False), (1, 0, False), (130, 0, False), (75, 3, True), (143, 0, False),
+    (137, 0, True), (75, 20, False)])
 def test_a_slurm_run_is_started_again_when_that_may_help(shell, tmp_path, code, restarts, requeued):
   (tmp_path / 'srun').write_text(SRUN)
   (tmp_path / 'srun').chmod(0o755)
@@ -149,6 +155,22 @@ def test_a_slurm_run_is_started_again_when_that_may_help(shell, tmp_path, code, 
   assert (tmp_path / 'arguments').read_text().splitlines() == [
       '-m', 'moejax.main', '--distributed=slurm', '--config=configs/vit_glyphs.py',
       '--workdir=/shared/my run']
+  assert (tmp_path / 'requeued').exists() == requeued
+  assert (tmp_path / 'srun_flags').read_text() == '--wait=120 --cpus-per-task=8\n'
+
+
+@pytest.mark.parametrize('number, requeued', [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_a_slurm_run_saves_and_comes_again_only_when_its_time_is_up(
+    shell, tmp_path, number, requeued):
+  (tmp_path / 'srun').write_text(SRUN)
+  (tmp_path / 'srun').chmod(0o755)
+  (tmp_path / 'python').write_text(PYTHON.replace('exit 130', 'exit 143'))
+  process = shell('bash', str(RUN), MOEJAX_PYTHON='python', SLURM_JOB_ID='77', WAIT='1000')
+  while not (tmp_path / 'arguments').exists():
+    time.sleep(0.02)
+  time.sleep(0.2)   # the shell sets its traps after it has started the other
+  process.send_signal(number)
+  assert process.wait() == 143 and (tmp_path / 'saved').exists()
   assert (tmp_path / 'requeued').exists() == requeued
 
 
@@ -184,6 +206,22 @@ def test_a_preempted_slice_is_asked_for_again_until_the_run_is_finished(shell, t
 def test_an_error_of_the_run_leaves_the_slice(shell, tmp_path):
   code, did, _ = tpu_slice(shell, tmp_path, ['ACTIVE'], [1])
   assert code == 1 and did == ['cp', 'ssh']
+
+
+def test_a_queue_that_cannot_say_is_asked_again(shell, tmp_path):
+  code, did, _ = tpu_slice(shell, tmp_path, ['BROKEN', 'ACTIVE', 'BROKEN', 'ACTIVE'], [75, 0])
+  assert code == 0 and did == ['cp', 'ssh', 'ssh', 'delete']
+
+
+def test_a_slice_that_cannot_be_set_up_is_given_up_in_the_end(shell, tmp_path):
+  code, did, _ = tpu_slice(shell, tmp_path, ['ACTIVE'] * 9, ['setup', 75, *['setup'] * 6])
+  assert code == 1 and did == ['cp', *['ssh'] * 7]   # five in a row, after the one that trained
+
+
+def test_a_slice_that_cannot_be_created_is_given_up_in_the_end(shell, tmp_path):
+  (tmp_path / 'no_quota').touch()
+  code, did, _ = tpu_slice(shell, tmp_path, ['NONE'] * 9, [])
+  assert code == 1 and did == ['cp', *['create'] * 5]
 
 
 def test_a_slice_needs_a_bucket(shell):
