@@ -23,10 +23,13 @@ def words(arg: str | None, *others: str) -> list[str]:
   return found
 
 
-def preset(arg: str | None) -> tuple[str | None, str | None]:
-  """(the preset named in a config's argument or None, the argument of its dense parent)."""
-  found = words(arg, *presets.BY_NAME)
-  names = [word for word in found if word != 'runlocal']
+def preset(arg: str | None, *others: str) -> tuple[str | None, str | None]:
+  """(the preset named in a config's argument or None, the argument of its dense parent).
+
+  others: words that may stand there too.
+  """
+  found = words(arg, *presets.BY_NAME, *others)
+  names = [word for word in found if word in presets.BY_NAME]
   check(len(names) <= 1, 'config argument', arg, 'one preset', 'Drop the others.')
   return names[0] if names else None, 'runlocal' if 'runlocal' in found else None
 

@@ -6,7 +6,7 @@
 
 Needs the compiler for TPUs (pip install -e '.[tpu]') and no TPU. `paper` has the runs of
 configs/paper, each on the slice that configs.paper.SLICES names; `ablations` what the paper varies,
-of the Base models; `weak` one upcycled run on slices of 4 to 512 chips with the same examples per
+of the Base models; `weak` one upcycled run on slices of 1 to 512 chips with the same examples per
 chip. Results are lines of ahead.jsonl; a run that is there, with these settings and this version of
 JAX, is not compiled again: after a change of moejax itself, delete its line. Programs are kept (see
 --programs); if only what is read from them has changed, --read_again takes seconds. What the
@@ -38,23 +38,21 @@ FOLDER = pathlib.Path(__file__).parent / 'results/scale'
 FILE, PAGE, CRASH = 'ahead.jsonl', 'README.md', 'crash.log'
 CRASHES, TRIES = (signal.SIGSEGV, signal.SIGABRT), 3   # of the compiler, which it does at random
 PROGRAMS = pathlib.Path('runs') / 'ahead'
-WEAK = {   # slice -> experts' axis; the rest of the chips split the data
-    'v5p:2x2x1': 4, 'v5p:2x2x2': 8, 'v5p:2x2x4': 16, 'v5p:2x4x4': 32, 'v5p:4x4x4': 32,
-    'v5p:4x4x8': 32, 'v5p:4x8x8': 32, 'v5p:8x8x8': 32}
+# Slice -> experts' axis; the rest of the chips split the data. The first two are not for rent: they
+# are what a step takes before chips talk to each other.
+WEAK = {
+    'v5p:1x1x1': 1, 'v5p:2x1x1': 2, 'v5p:2x2x1': 4, 'v5p:2x2x2': 8, 'v5p:2x2x4': 16,
+    'v5p:2x4x4': 32, 'v5p:4x4x4': 32, 'v5p:4x4x8': 32, 'v5p:4x8x8': 32, 'v5p:8x8x8': 32}
 PER_CHIP = 16   # examples
 TABLES = {'paper': 'The runs of configs/paper', 'ablations': "The paper's ablations",
           'weak': f'T5 Base, upcycled, {PER_CHIP} examples per chip'}
 
 PLOTS = {'paper': scale_plot.pairs, 'weak': scale_plot.weak}
 
-# config -> keys of its MoE layers; and {what is varied: the preset that routes, or changes}
-STACKS = {'t5_base_upcycled': ('model.encoder_moe', 'model.decoder_moe'),
-          'vit_b16_upcycled': ('model.moe',)}
-ABLATIONS = {
-    'C = 1': {'capacity_factor': 1.0}, 'C = 3': {'capacity_factor': 3.0},
-    '8 experts': {'num_experts': 8}, '128 experts': {'num_experts': 128},
-    'every layer': {'layers': 'every_1'}, 'top-1': 'switch', 'top-2': 'vmoe'}
-MICROBATCHES = {('t5_base_upcycled', '128 experts'): {'microbatches': 4}}   # where 2 would not fit
+VARIED = ('t5_base_upcycled', 'vit_b16_upcycled')
+ABLATIONS = {   # name -> argument of the config
+    'C = 1': 'capacity_1', 'C = 3': 'capacity_3', '8 experts': 'experts_8',
+    '128 experts': 'experts_128', 'every layer': 'every_layer', 'top-1': 'switch', 'top-2': 'vmoe'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,24 +100,16 @@ def entries() -> list[Entry]:
     upcycled = f'{name}:upcycled' if name.endswith('superglue') else f'{name}_upcycled'
     found += [Entry('paper', name, name, slice_name),
               Entry('paper', f'{name}_upcycled', upcycled, slice_name)]
-  found += [_ablation(config, what) for config in STACKS for what in ABLATIONS]
+  found += [Entry('ablations', f'{config}, {what}', f'{config}:{argument}',
+                  paper.SLICES[config.removesuffix('_upcycled')])
+            for config in VARIED for what, argument in ABLATIONS.items()]
   for slice_name, experts in WEAK.items():
     _, count = chips.parse(slice_name)
-    found.append(Entry('weak', f'{count} chips', 't5_base_upcycled', slice_name, {
+    name = f'{count} chips' if count > 1 else '1 chip'
+    found.append(Entry('weak', name, 't5_base_upcycled', slice_name, {
         'mesh.expert': experts, 'data.batch_size': PER_CHIP * count,
         'data.eval_batch_size': PER_CHIP * count}))
   return found
-
-
-def _ablation(config: str, what: str) -> Entry:
-  slice_name, varied = paper.SLICES[config.removesuffix('_upcycled')], ABLATIONS[what]
-  if isinstance(varied, str):
-    return Entry('ablations', f'{config}, {what}', f'{config}:{varied}', slice_name)
-  changes = {f'{stack}.{key}': value for stack in STACKS[config] for key, value in varied.items()}
-  changes |= MICROBATCHES.get((config, what), {})
-  if varied.get('num_experts', 32) < 32:
-    changes['mesh.expert'] = varied['num_experts']
-  return Entry('ablations', f'{config}, {what}', config, slice_name, changes)
 
 
 def compile_entry(entry: Entry, programs: pathlib.Path) -> dict[str, Any]:
@@ -154,15 +144,15 @@ def _line(entry: Entry, found: dict[str, Any]) -> dict[str, Any]:
           'changes': dict(entry.changes), **found}
 
 
-def read_again(folder: pathlib.Path, programs: pathlib.Path) -> list[str]:
+def read_again(chosen: Iterable[Entry], folder: pathlib.Path, programs: pathlib.Path) -> list[str]:
   """Reads what is compiled once more; returns the names of those whose programs are not there."""
-  known = {entry.key: entry for entry in entries()}
+  chosen = {(entry.table, entry.name): entry for entry in chosen}
   lines, missing = metrics.read_lines(folder / FILE), []
   for i, line in enumerate(lines):
-    place = programs / line['key']
-    if line['key'] in known and (place / report.PROGRAM).exists():
-      lines[i] = _line(known[line['key']], report.read_again(place))
-    else:
+    entry, place = chosen.get((line['table'], line['name'])), programs / line['key']
+    if entry and entry.key == line['key'] and (place / report.PROGRAM).exists():
+      lines[i] = _line(entry, report.read_again(place))
+    elif entry:
       missing.append(line['name'])
   _write(lines, folder)
   return missing
@@ -202,8 +192,8 @@ LEGEND = (
     'sent in all-to-alls and in all other collectives. Step: estimated milliseconds, all '
     'operations and all communication one after another (moejax/ahead/report.py); MFU is what that '
     'step would have; beside that of the dense run on the same slice, what is below '
-    f'{scale_plot.LIMIT} is marked !. Nothing of this ran on a TPU. Compiled in: seconds on the '
-    'machine that made the table.')
+    f'{scale_plot.LIMIT} is marked !. Nothing of this ran on a TPU. Compiled in: seconds, tracing '
+    'included, on the machine that made the table.')
 
 
 OLD = ('†: read by an earlier version, which left out of step and MFU what is copied from HBM '
@@ -267,7 +257,7 @@ def _row(line: dict[str, Any], mfu: Mapping[tuple[str, int], float]) -> str:
            f'{line["parameters_active_per_token"] / 1e6:,.0f} M', gib(memory['total']),
            gib(memory['available']), f'{work["executed"] / work["model"]:.2f}', gib(sent(True)),
            gib(sent(False)), f'{1e3 * roof["serial"]:,.0f}', f'{roof["mfu_serial"]:.2f}', beside,
-           f'{line["seconds"]["compile"]:.0f} s']
+           f'{sum(line["seconds"].values()):.0f} s']
   return '| ' + ' | '.join(cells) + ' |'
 
 
@@ -293,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
   def work() -> int:
     if not args.read_again:
       return 0 if args.show else run(chosen, args.results, args.programs)
-    missing = read_again(args.results, args.programs)
+    missing = read_again(chosen, args.results, args.programs)
     if missing:
       print(f'Not read again, their programs are not in {args.programs}: {", ".join(missing)}',
             file=sys.stderr)

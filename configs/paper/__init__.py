@@ -12,8 +12,9 @@ that a config runs from end to end, and nothing about the sizes above.
 
 from ml_collections import ConfigDict
 
-from configs import shrink
+from configs import shrink, words
 from moejax.models import t5, vit
+from moejax.moe import presets
 
 EXPERTS = 4
 
@@ -27,24 +28,40 @@ SLICES = {
 EXPERT_AXIS = {
     't5_base': 16, 't5_base_superglue': 16, 't5_large': 32, 't5_xl': 32, 'vit_b32': 16,
     'vit_b16': 8, 'vit_l32': 16, 'vit_l16': 32}
-MICROBATCHES = {'t5_base': 2}   # of the upcycled run, where the whole batch would not fit
+# Of upcycled runs with so many experts, where the whole batch would not fit.
+MICROBATCHES = {('t5_base', 8): 2, ('t5_base', 32): 2, ('t5_base', 128): 4}
+
+# What the paper varies, as words in the argument of an upcycled run, of all its sparse stacks. (Its
+# routers are presets: 'switch' is top-1, 'vmoe' top-2.)
+ABLATIONS = {
+    'capacity_1': {'capacity_factor': 1.0, 'eval_capacity_factor': 1.0},
+    'capacity_3': {'capacity_factor': 3.0, 'eval_capacity_factor': 3.0},
+    'experts_8': {'num_experts': 8}, 'experts_128': {'num_experts': 128},
+    'every_layer': {'layers': 'every_1'}}
 
 
-def place(config: ConfigDict, name: str, *, sparse: bool = False) -> None:
+def vary(moe: ConfigDict, arg: str | None) -> None:
+  """Changes a sparse stack by the words of ABLATIONS in a config's argument."""
+  for word in words(arg, *presets.BY_NAME, *ABLATIONS):
+    moe.update(ABLATIONS.get(word, {}))
+
+
+def place(config: ConfigDict, name: str, *, experts: int = 0) -> None:
   """Scanned blocks, and the mesh of the run's slice; `data` takes what the experts leave.
 
   Args:
     config: changed.
     name: key of SLICES.
-    sparse: whether it has experts, to which tokens then travel once a pass.
+    experts: of a sparse layer, to which tokens travel once a pass; 0: it is dense.
   """
-  config.microbatches = MICROBATCHES.get(name, 1) if sparse else 1
-  config.execution.update(scan=True, remat='sent' if sparse else 'full')
-  config.mesh.update(expert=EXPERT_AXIS[name] if sparse else 1)
+  config.microbatches = MICROBATCHES.get((name, experts), 1)
+  config.execution.update(scan=True, remat='sent' if experts else 'full')
+  config.mesh.update(expert=min(EXPERT_AXIS[name], experts) if experts else 1)
 
 
 def unplace(config: ConfigDict) -> None:
-  """Whatever devices there are, split over the data alone."""
+  """Whatever devices there are, split over the data alone, and whole batches."""
+  config.microbatches = 1
   config.mesh.update(data=-1, fsdp=1, expert=1, model=1)
 
 

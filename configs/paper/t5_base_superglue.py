@@ -31,7 +31,8 @@ def get_config(arg=None, size='base'):
   for moe, length in stacks(config):
     moe.group_size = moe.group_size and 8 * length   # 8 sequences, as before
 
-  place(config, 't5_base_superglue', sparse=upcycled)   # one routing group a chip
+  experts = config.model.encoder_moe.num_experts if upcycled else 0
+  place(config, 't5_base_superglue', experts=experts)   # one routing group a chip
   config.model.dropout_rate = 0.1
   config.optimizer.learning_rate = 1e-3
   config.schedule.name = 'constant'

@@ -4,18 +4,21 @@ From the paper: every second layer of both stacks sparse, 32 experts, copies of 
 choice with C = 2 in the encoder, top-2 with load-balance loss in the decoder; weights not
 renormalised; optimizer state not carried over; rate, batch and data go on as they were. Loss weight
 0.01, which is 0.02 here (flaxformer's fractions of assignments sum to k), groups of about 4,096
-tokens and routers of standard deviation 0.02 are flaxformer's. Our choices: a group is 8 sequences
-in the decoder too, and 200,000 steps, as in the paper's Fig. 6. A preset's name as an argument
-replaces the routing, as in t5_stdlib_upcycled.py.
+tokens and routers of standard deviation 0.02 are flaxformer's. (t5x divides the sum of all layers'
+losses by all sparse layers, those of the encoder included, whose loss is 0. As they are half of
+them, its 0.01 comes to 0.01 here: set --config.model.decoder_moe.balance_weight for that.) Our
+choices: a group is 8 sequences in the decoder too, and 200,000 steps, as in the paper's Fig. 6. A
+preset's name as an argument replaces the routing, as in t5_stdlib_upcycled.py; a word of
+configs.paper.ABLATIONS changes what the paper varies.
 """
 
 from configs import preset, set_moe
-from configs.paper import place, shrink_t5, stacks, t5_base
+from configs.paper import ABLATIONS, place, shrink_t5, stacks, t5_base, vary
 from moejax.moe import presets
 
 
 def get_config(arg=None, size='base'):
-  name, runlocal = preset(arg)
+  name, runlocal = preset(arg, *ABLATIONS)
   config = t5_base.get_config(size=size)
   config.steps = 200_000
   config.init.mode = 'upcycle'
@@ -28,7 +31,9 @@ def get_config(arg=None, size='base'):
   set_moe(config.model.encoder_moe, name or 'sparse_upcycling')
   causal = name and presets.preset(name).causal
   set_moe(config.model.decoder_moe, name if causal else 'sparse_upcycling_decoder')
-  place(config, f't5_{size}', sparse=True)
+  for moe, _ in stacks(config):
+    vary(moe, arg)
+  place(config, f't5_{size}', experts=config.model.encoder_moe.num_experts)
   if runlocal:
     shrink_t5(config, 'stdlib_text', 114, 32)
   return config

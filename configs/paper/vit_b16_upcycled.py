@@ -5,15 +5,16 @@ the MLP; expert choice with C = 2; weights renormalised (B.7) and the optimizer'
 (B.6); half as many steps again as the parent's (B.1: 7 epochs after 14). A group is the tokens of
 one image, as in the same group's published Soft MoE config; the paper's is not known to us. Groups
 this small are dispatched by one-hot matmuls, which cost a TPU less than gathering rows (6 % of the
-FLOPs of the experts at 196 tokens). A preset's name as an argument replaces the routing.
+FLOPs of the experts at 196 tokens). A preset's name as an argument replaces the routing; a word of
+configs.paper.ABLATIONS changes what the paper varies.
 """
 
 from configs import preset, set_moe
-from configs.paper import place, shrink_vit, vit_b16
+from configs.paper import ABLATIONS, place, shrink_vit, vary, vit_b16
 
 
 def get_config(arg=None, size='B/16', layers='last_6'):
-  name, runlocal = preset(arg)
+  name, runlocal = preset(arg, *ABLATIONS)
   config = vit_b16.get_config(size=size)
   config.steps = 56_000
   config.eval_every = config.checkpoint_every = 2_800
@@ -26,7 +27,8 @@ def get_config(arg=None, size='B/16', layers='last_6'):
     config.model.moe.renormalize = True
   if config.model.moe.dispatch == 'gather':
     config.model.moe.dispatch = 'einsum'
-  place(config, vit_b16.short_name(size), sparse=True)
+  vary(config.model.moe, arg)
+  place(config, vit_b16.short_name(size), experts=config.model.moe.num_experts)
   if runlocal:
     shrink_vit(config)
   return config

@@ -50,13 +50,18 @@ def parse(slice_name: str) -> tuple[Chip, int]:
 
 
 def topology(slice_name: str):
-  """jax's description of a slice. Raises ConfigError: no such slice, or no compiler for TPUs."""
+  """jax's description of a slice. Raises ConfigError: no such slice, or no compiler for TPUs.
+
+  Fewer than 4 chips are taken as those of one host. Hosts of v4 and v5p have 4, and are not shared.
+  """
   parse(slice_name)
+  shape = [int(side) for side in slice_name.partition(':')[2].split('x')]
+  hosts = {'chips_per_host_bounds': (shape + [1, 1])[:3]} if math.prod(shape) < 4 else {}
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')           # there is no TPU to ask about
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')   # nor one to fight over
   from jax.experimental import topologies
   try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=slice_name)
+    return topologies.get_topology_desc(platform='tpu', topology_name=slice_name, **hosts)
   except Exception as error:   # libtpu raises what it likes
     message = ' '.join(str(error).split())[:300]
     raise ConfigError(

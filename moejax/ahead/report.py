@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import re
+import tempfile
 import time
 from typing import Any
 
@@ -45,6 +46,7 @@ def run(config: RunConfig, slice_name: str, path: str | None = None) -> int:
     ConfigError: the folder cannot be written; no such slice, or no compiler for it; the mesh or
       the batch does not fit; or the program needs more memory than a chip has.
   """
+  chips.parse(slice_name)
   folder = pathlib.Path(path) if path else None
   if folder:
     _writable(folder)
@@ -62,7 +64,7 @@ def _writable(folder: pathlib.Path) -> None:
   """Makes the folder; better now than after minutes of compiling."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).touch()
+    tempfile.TemporaryFile(dir=folder).close()
   except OSError as error:
     fail('--workdir', str(folder), 'a folder that can be written',
          f'{type(error).__name__}: {error.strerror}. Choose another.')

@@ -90,6 +90,19 @@ def test_another_argument_is_refused(name):
     get_config(name, 'runlocl')
 
 
+@pytest.mark.parametrize('name', ['t5_base_upcycled', 't5_large_upcycled', 'vit_b16_upcycled'])
+@pytest.mark.parametrize('word', paper.ABLATIONS)
+def test_what_the_paper_varies(name, word):
+  """A word changes what it says, in every sparse stack, and nothing else but the mesh."""
+  plain, varied = resolved(name), resolved(name, word)
+  for stack in stacks(plain):
+    assert moe(varied, *stack) == dataclasses.replace(moe(plain, *stack), **paper.ABLATIONS[word])
+  same = {'model': plain.model, 'mesh': plain.mesh, 'microbatches': plain.microbatches}
+  assert dataclasses.replace(varied, **same) == plain
+  assert varied.mesh.expert == min(plain.mesh.expert, paper.ABLATIONS[word].get('num_experts', 32))
+  settings.resolve(get_config(name, word, 'runlocal'))
+
+
 @pytest.mark.parametrize('config', [vit_glyphs, t5_stdlib])
 def test_the_shapes_of_a_batch_are_those_that_the_data_has(config):
   run = settings.resolve(config.get_config('runlocal'))

@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from experiments import scale
+from configs import paper
+from experiments import scale, scale_plot
 from moejax.ahead import chips
 from moejax.config import ConfigError
 from moejax.train import metrics
@@ -24,7 +25,8 @@ def report(entry, mfu=0.5):
                       {'kind': 'all-reduce', 'sent_bytes': 2 * chips.GIB},
                       {'kind': 'all-gather', 'sent_bytes': chips.GIB}],
       'roofline': {'serial': 0.5, 'mfu_serial': mfu, 'compute_bound': 0.2,
-                   'memory_bound': 0.2, 'network': 0.1}, 'seconds': {'compile': 61.0},
+                   'memory_bound': 0.2, 'network': 0.1},
+      'seconds': {'trace': 3.0, 'compile': 58.0},
       'versions': {'jax': '1.2'}}
 
 
@@ -88,7 +90,10 @@ def test_ablations_are_what_they_are_called():
   eight = config['t5_base_upcycled, 8 experts']
   assert eight.model.decoder_moe.num_experts == eight.mesh.expert == 8
   assert eight.model.encoder_moe.capacity_factor == 2
-  assert config['t5_base_upcycled, C = 3'].model.encoder_moe.capacity_factor == 3
+  three = config['t5_base_upcycled, C = 3'].model
+  assert three.encoder_moe.capacity_factor == three.decoder_moe.eval_capacity_factor == 3
+  assert config['t5_base_upcycled, 128 experts'].microbatches == 4   # 2 would not fit
+  assert config['vit_b16_upcycled, 128 experts'].model.moe.num_experts == 128
   top = config['t5_base_upcycled, top-1'].model
   assert (top.encoder_moe.router, top.encoder_moe.k, top.decoder_moe.k) == ('top_k', 1, 1)
   assert len(config['vit_b16_upcycled, every layer'].model.sparse_layers()) == 12
@@ -126,8 +131,8 @@ def test_every_entry_says_how_it_is_compiled_and_has_a_key_of_its_own():
   assert len({entry.key for entry in found}) == len(found)
   weak = [entry for entry in found if entry.table == 'weak']
   assert [entry.changes['data.batch_size'] // scale.PER_CHIP for entry in weak] == [
-      4, 8, 16, 32, 64, 128, 256, 512]
-  command = weak[0].command('DIR')
+      1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+  command = weak[2].command('DIR')
   assert '--config.mesh.expert=4' in command and '--compile_for=v5p:2x2x1' in command
   assert {entry.name for entry in found if entry.table == 'paper'} >= {'t5_xl', 't5_xl_upcycled'}
 
@@ -135,7 +140,7 @@ def test_every_entry_says_how_it_is_compiled_and_has_a_key_of_its_own():
 def test_a_name_that_is_none_is_refused():
   with pytest.raises(ConfigError, match="--only: got 'vit_x'.*t5_base"):
     scale.main(['--only=vit_x'])
-  with pytest.raises(ConfigError, match="--only: got 't5_xl', allowed: 4 chips, 8 chips"):
+  with pytest.raises(ConfigError, match="--only: got 't5_xl', allowed: 1 chip, 2 chips, 4 chips"):
     scale.main(['--table=weak', '--only=t5_xl'])
 
 
@@ -173,7 +178,7 @@ def test_its_report_becomes_a_line(monkeypatch, tmp_path):
 
 
 def test_programs_that_are_kept_are_read_again(compiled, tmp_path, monkeypatch, capsys):
-  flags = [f'--results={tmp_path}', f'--programs={tmp_path}']
+  flags = [f'--results={tmp_path}', f'--programs={tmp_path}', '--table=paper']
   scale.main([*flags, '--only=vit_b32'])
   sparse = next(e for e in scale.entries() if e.name == 'vit_b32_upcycled')
   (tmp_path / sparse.key).mkdir()
@@ -185,6 +190,8 @@ def test_programs_that_are_kept_are_read_again(compiled, tmp_path, monkeypatch, 
       f'Not read again, their programs are not in {tmp_path}: vit_b32\n')
   dense, again = metrics.read_lines(tmp_path / scale.FILE)
   assert again['read'] == sparse.key and again['roofline']['mfu_serial'] == 0.4
+  assert scale.main([*flags, '--read_again', '--only=vit_b32_upcycled']) == 0   # the other stays
+  assert metrics.read_lines(tmp_path / scale.FILE) == [dense, again]
   assert dense['roofline']['mfu_serial'] == 0.5 and len(compiled) == 2
 
 
@@ -195,8 +202,37 @@ def test_the_page_shows_plots_that_are_there(compiled, tmp_path, monkeypatch):
     monkeypatch.setitem(scale.PLOTS, table, lambda rows, path, real=scale.PLOTS[table]: (
         drawn.extend(x['name'] for x in rows), real(rows, path)))
   assert scale.main([f'--results={tmp_path}', '--table=weak', '--only=2 chips']) == 0
-  assert drawn == ['32 chips', '512 chips'] and not (tmp_path / 'paper.png').exists()
+  assert drawn == ['2 chips', '32 chips', '512 chips'] and not (tmp_path / 'paper.png').exists()
   assert scale.main([f'--results={tmp_path}', '--table=paper', '--only=vit_b']) == 0
   text = (tmp_path / scale.PAGE).read_text()
   for name in ('paper', 'weak'):
     assert f']({name}.png)' in text and (tmp_path / f'{name}.png').stat().st_size > 5000
+
+
+# By the estimate; the paper's own runs reach the aim, see docs/scale.md.
+BELOW = {'t5_base_upcycled, every layer'}
+
+
+def test_the_committed_tables_are_of_all_that_there_is_and_it_fits(monkeypatch):
+  lines = {(line['table'], line['name']): line
+           for line in metrics.read_lines(scale.FOLDER / scale.FILE)}
+  assert lines.keys() == {(entry.table, entry.name) for entry in scale.entries()}
+  for entry in scale.entries():
+    line = lines[entry.table, entry.name]
+    monkeypatch.setattr(scale.jax, '__version__', line['versions']['jax'])
+    assert line['key'] == entry.key, f'{entry.name}: other settings; compile it again'
+    assert line['memory']['total'] <= line['memory']['available'], entry.name
+
+
+def test_the_committed_runs_reach_the_aim_but_for_those_that_are_named():
+  mfu = {(line['table'], line['name']): line['roofline']['mfu_serial']
+         for line in metrics.read_lines(scale.FOLDER / scale.FILE)}
+  shares = {name: value / mfu['paper', name.partition('_upcycled')[0]]
+            for (_, name), value in mfu.items() if '_upcycled' in name}
+  assert len(shares) == len(paper.SLICES) + len(scale.VARIED) * len(scale.ABLATIONS)
+  assert {name for name, share in shares.items() if share < scale_plot.LIMIT} == BELOW
+
+
+def test_the_committed_page_is_that_of_its_lines():
+  lines = metrics.read_lines(scale.FOLDER / scale.FILE)
+  assert (scale.FOLDER / scale.PAGE).read_text() == scale.page(lines)
