@@ -168,7 +168,7 @@ def test_a_stack_without_a_loss_does_not_dilute_that_of_the_other():
   model = models.build(t5.config('tiny', encoder_moe=moe, decoder_moe=dataclasses.replace(
       moe, balance_weight=1.0, z_weight=1.0)))
   ones = jnp.ones((2, 4), jnp.int32)
-  batch = {'encoder_input': ones, 'decoder_input': ones, 'index': jnp.arange(2)}
+  batch = {'encoder_input': ones, 'decoder_input': ones, 'weight': jnp.ones((2, 4))}
   _, aux = model.apply(model.init(jax.random.key(0)), batch)
   layer = aux['decoder/layers/00']
   total = auxiliary_loss(aux, {'encoder': 8, 'decoder': 8})
