@@ -196,9 +196,7 @@ LEGEND = (
     'included, on the machine that made the table.')
 
 
-OLD = ('†: read by an earlier version, which left out of step and MFU what is copied from HBM '
-       'into VMEM ahead of its use: 3 to 8 % of the time in three programs that were read both '
-       'ways. Not compiled since.')
+OLD = '†: read by an earlier version, whose estimate of step and MFU is another. Not compiled since.'
 
 
 def page(lines: list[dict[str, Any]]) -> str:

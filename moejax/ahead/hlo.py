@@ -19,6 +19,8 @@ BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 
 FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'while',
         'call', 'call-start', 'async-start', 'async-update', 'conditional', 'partition-id',
         'replica-id', 'opt-barrier'}
+# Matmuls of bfloat16 that a TPU makes of one of float32.
+PASSES = {'default': 1, 'high': 3, 'highest': 6}
 # Custom calls that only tell the compiler something.
 HINTS = {'AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound', 'PrepareAsyncCallStart',
          'PrepareAsyncCallDone'}
@@ -149,13 +151,17 @@ class Module:
       return {}
     return self.computations.get(instruction.attribute('calls'), {})
 
-  def flops(self, instruction: Instruction, computation: str) -> float:
+  def flops(self, instruction: Instruction, computation: str, passes: bool = False) -> float:
     """2 for each multiplication of a matmul or convolution, those within a fusion included; of a
-    kernel what it declares."""
+    kernel what it declares.
+
+    passes: count those of bfloat16 by which a TPU makes up for precision: 3 at 'high', 6 at
+      'highest'.
+    """
     inner = self.fused(instruction)
     if inner:
       name = instruction.attribute('calls')
-      return sum(self.flops(i, name) for i in inner.values())
+      return sum(self.flops(i, name, passes) for i in inner.values())
     if instruction.opcode == 'custom-call':
       declared = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.text)
       return int(declared[1]) if declared else 0
@@ -164,11 +170,14 @@ class Module:
     left, right = (self.computations[computation][name].arrays[0].dims
                    for name in instruction.operands[:2])
     out = instruction.arrays[0].dims
+    times = 1
+    if passes and (precision := re.search(r'operand_precision=\{(\w+),(\w+)\}', instruction.text)):
+      times = max(PASSES[name] for name in precision.groups())
     if instruction.opcode == 'dot':
       contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.text)
       dims = [int(d) for d in contracted[1].split(',') if d] if contracted else []
-      return 2 * math.prod(out) * math.prod(left[d] for d in dims)
-    return _convolution_flops(instruction.text, left, right, out)
+      return times * 2 * math.prod(out) * math.prod(left[d] for d in dims)
+    return times * _convolution_flops(instruction.text, left, right, out)
 
   def bytes(self, instruction: Instruction, computation: str) -> float:
     """Read from and written to HBM: operands and result, or the parts of them that are touched."""

@@ -32,7 +32,7 @@ from moejax.train.settings import RunConfig
 
 FILE, PROGRAM = 'ahead.json', 'program.hlo.gz'
 LARGEST = 5   # buffers that the report lists
-READING = 2   # of the program's text; more where the same program would have another estimate
+READING = 3   # of the program's text; more where the same program would have another estimate
 
 
 def run(config: RunConfig, slice_name: str, path: str | None = None) -> int:
@@ -196,7 +196,7 @@ def _roofline(module: hlo.Module, chip: chips.Chip, links: Network, work: float
   for instruction, times, computation in module.run():
     if collectives.communication(module, instruction):
       continue
-    by_flops = module.flops(instruction, computation) / chip.flops
+    by_flops = module.flops(instruction, computation, passes=True) / chip.flops
     by_bytes = module.bytes(instruction, computation) / chip.bandwidth
     if by_flops >= by_bytes:
       compute += times * by_flops

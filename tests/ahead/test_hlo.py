@@ -121,6 +121,14 @@ def test_flops_of_a_program_that_runs_here():
       5 * 2 * 8 * 16 * 16 + 4 * 2 * 2 * 16 * 3)
 
 
+@pytest.mark.parametrize('precision, passes', [('default', 1), ('high', 3), ('highest', 6)])
+def test_precision_takes_several_matmuls_of_bfloat16(precision, passes):
+  module = compiled(lambda x: jnp.dot(x, x, precision=precision), jnp.ones((16, 16)))
+  count = lambda **how: sum(n * module.flops(i, c, **how) for i, n, c in module.run())
+  assert count() == 2 * 16 ** 3
+  assert count(passes=True) == passes * 2 * 16 ** 3
+
+
 @pytest.mark.parametrize('kind, fn, size', [
     ('all-gather', lambda x: jax.lax.all_gather(x, 'a', tiled=True), 8 * 6 * 4),
     ('all-reduce', lambda x: jax.lax.psum(x, 'a'), 2 * 6 * 4),
