@@ -21,6 +21,7 @@ import pathlib
 import statistics
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -51,7 +52,8 @@ class Row:
     to_floor, to_dense: time over that of the floor and of the dense MLP, one number a round.
     flops: of its experts' matmuls over the floor's.
     temporary: bytes of temporaries; empty if not known.
-    facts: how it was measured: 'command', 'cores', 'load' average before it, 'versions'.
+    facts: how it was measured: 'command', 'cores', 'load' average before it, 'versions', and the
+      'seconds' that its cell took, compiling included.
   """
   cell: Cell
   way: str
@@ -133,18 +135,19 @@ def limits(rows: list[Row]) -> str:
 def table(rows: list[Row]) -> str:
   """Markdown of everything."""
   lines = ['| E | tokens | way | forward / floor | fwd+bwd / floor | upper bound | FLOPs / floor '
-           '| fwd+bwd / FLOPs | forward / dense | fwd+bwd / dense | temporaries, MB | per token, B '
-           '| rounds | cores |', '|---:|---:|---|' + '---:|' * 11]
+           '| fwd+bwd / FLOPs | forward / dense | fwd+bwd / dense | temporaries, MB '
+           '| beside floor, B | rounds | cores |', '|---:|---:|---|' + '---:|' * 11]
+  floors = {row.cell: row.temporary for row in rows if row.way == FLOOR}
   for row in rows:
     floor, dense = ([statistics.median(to[which]) for which in PASSES]
                     for to in (row.to_floor, row.to_dense))
-    size = row.temporary.get(PASSES[1])
+    size, least = (found.get(PASSES[1]) for found in (row.temporary, floors[row.cell]))
     bound = None if row.way == FLOOR else pairs.upper_bound(row.to_floor[PASSES[1]])
     counts = sorted({len(row.to_floor[which]) for which in PASSES})
     cells = [row.cell.experts, row.cell.tokens, row.way, _number(floor[0]), _number(floor[1]),
              _number(bound), _number(row.flops), _number(floor[1] / row.flops), _number(dense[0]),
              _number(dense[1]), _number(size and size / 1e6, 0),
-             _number(size and size / row.cell.tokens, 0), ' or '.join(map(str, counts)),
+             _number(size and (size - least) / row.cell.tokens, 0), ' or '.join(map(str, counts)),
              row.facts.get('cores', '')]
     lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
   return '\n'.join(lines)
@@ -162,7 +165,9 @@ LEGEND = (
     'routing group of all tokens. Floor: the batched matmuls of the experts alone. Dense: one '
     'MLP on 2 rows a token. Backward: gradients of tokens and all weights, and of the balance '
     'loss. fwd+bwd / FLOPs: time over the floor divided by FLOPs over the floor. Temporaries: '
-    'what the compiled forward and backward needs beside arguments and results. Mixtral and '
+    'what the compiled forward and backward needs beside arguments and results; beside floor: what '
+    'is more than that of the floor, per token. (The floor itself takes 16 kB a token, or 49 kB '
+    'where XLA copies what its batched matmuls read.) Mixtral and '
     'Switch are those of transformers, as their models build them by default, on as many '
     'threads; Mixtral is gated, three matrices where the others have two, and Switch is top-1 '
     'and computes half of the rows.')
@@ -173,12 +178,19 @@ def page(rows: list[Row]) -> str:
   loads = [row.facts['load'] for row in rows]
   facts = (f' {_each(row.facts["versions"] for row in rows)}; '
            f'{_each(row.facts["cores"] for row in rows)} cores, load average {min(loads):.0f} to '
-           f'{max(loads):.0f} before a cell.')
+           f'{max(loads):.0f} before a cell.{_took(rows)}')
   commands = dict.fromkeys(f'`{row.facts["command"]}`' for row in rows)
   return '\n'.join(['# MoE layer', '', '## Where there is a limit', '', 'Forward and backward.',
                     '', limits(rows), '', '## Everything', '', table(rows), '',
                     *textwrap.wrap(LEGEND.format(cell=rows[0].cell) + facts, 100), '',
                     f'Made by {", ".join(commands)}.', ''])
+
+
+def _took(rows: list[Row]) -> str:
+  """Time of all cells, where it is known."""
+  seconds = {row.cell: row.facts.get('seconds') for row in rows}
+  known = None not in seconds.values()
+  return f' All cells took {sum(seconds.values()) / 60:.0f} minutes.' if known else ''
 
 
 def _each(values: Iterable[Any]) -> str:
@@ -232,14 +244,15 @@ def main(argv: list[str] | None = None) -> int:
   use_compilation_cache()
   if not (public := public_layers.installed()):
     print(public_layers.MISSING, file=sys.stderr)
-  load = os.getloadavg()[0]
+  load, began = os.getloadavg()[0], time.monotonic()
   try:
     for rows in run(cells, args.full, args.rounds, public):
-      facts = {'command': command(args), 'cores': threads(), 'load': load, 'versions': versions()}
+      facts = {'command': command(args), 'cores': threads(), 'load': load, 'versions': versions(),
+               'seconds': round(time.monotonic() - began, 1)}
       everything = store(args.results.with_suffix('.jsonl'),
                          [dataclasses.replace(row, facts=facts) for row in rows])
       results.write_text(args.results, page(everything))
-      load = os.getloadavg()[0]
+      load, began = os.getloadavg()[0], time.monotonic()
   except KeyboardInterrupt:
     print(f'stopped; the cells that were finished are in {args.results}', file=sys.stderr)
     return 130

@@ -196,7 +196,7 @@ LEGEND = (
     'included, on the machine that made the table.')
 
 
-OLD = '†: read by an earlier version, whose estimate of step and MFU is another. Not compiled since.'
+OLD = '†: read by an earlier version, which estimated step and MFU otherwise. Not compiled since.'
 
 
 def page(lines: list[dict[str, Any]]) -> str:
