@@ -115,13 +115,7 @@ class Program:
     self.model = models.build(config.model, config.execution)
     rows = check_fit(config, self.dataset, self.model, self.devices.shards)
     self.teacher = Teacher(config, self.devices) if config.task.teacher else None
-    self.probe_data = None
-    if config.probe.source:
-      self.probe_data = self._data(dataclasses.replace(
-          config.data, source=config.probe.source, eval_examples=0, eval_repeats=1,
-          image=dataclasses.replace(config.data.image, classes=0, augment='none',
-                                    skip_classes=config.probe.skip_classes)))
-      check_probe(config, self.probe_data)
+    self.probe_data = self._of_probe() if config.probe.source else None
     batch = of_size(self.dataset.train_batch(0), config.data.batch_size)
     if self.teacher:
       batch |= {'teacher_logits': jax.eval_shape(
@@ -152,6 +146,19 @@ class Program:
   def _data(self, config: data.DataConfig) -> data.Dataset:
     return data.build(config, seed=self.config.seed, host=self.devices.host,
                       hosts=self.devices.hosts)
+
+  def _of_probe(self) -> data.Dataset:
+    """The probe's data. Raises ConfigError: nothing that the model can take."""
+    config, probe = self.config, self.config.probe
+    image = dataclasses.replace(config.data.image, classes=0, augment='none',
+                                skip_classes=probe.skip_classes)
+    try:
+      found = self._data(dataclasses.replace(config.data, source=probe.source, image=image,
+                                             eval_examples=0, eval_repeats=1))
+    except ConfigError as error:
+      raise ConfigError(f'config.probe.source={probe.source}: {error}') from error
+    check_probe(config, found)
+    return found
 
   def train_batches(self, start: int) -> Iterator[dict]:
     """What train_step takes from step `start` on, still on the host."""
