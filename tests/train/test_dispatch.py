@@ -109,5 +109,6 @@ def test_short_steps_go_together_unless_the_config_says_how_many(
   monkeypatch.setattr(assemble, 'MOST', 9)
   assert chosen(run) == min(wanted, 5)
   assert chosen(dataclasses.replace(run, steps_per_dispatch=2)) == 2
-  taught = dataclasses.replace(run, task=dataclasses.replace(run.task, teacher='x'))
+  task = dataclasses.replace(run.task, teacher='x', distill_weight=0.5)
+  taught = dataclasses.replace(run, task=task)
   assert chosen(taught) == 1   # or its logits would be there for all steps at once

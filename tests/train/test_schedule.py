@@ -141,7 +141,7 @@ def test_updates_after_surgery_are_at_most_the_rate(start):
     (lambda: ScheduleConfig(timescale=0), 'schedule.timescale'),
     (lambda: ScheduleConfig(cooldown_to=2.0), 'schedule.cooldown_to'),
     (lambda: ScheduleConfig('cosine', cooldown_steps=1), 'final_fraction'),
-    (lambda: schedule(ScheduleConfig(), 1.0, start_step=5, end_step=5), 'train.steps'),
+    (lambda: schedule(ScheduleConfig(), 1.0, start_step=5, end_step=5), 'config.steps'),
     (lambda: schedule(ScheduleConfig(cooldown_steps=11), 1.0, start_step=5, end_step=15),
      'schedule.cooldown_steps: got 11, allowed: at most the 10'),
     *((lambda start=start: schedule(ScheduleConfig('cosine', start), 1.0, start_step=5,
