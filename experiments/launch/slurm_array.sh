@@ -28,21 +28,12 @@
 set -euo pipefail
 : "${MOEJAX_RUNS:?set it to a folder that all nodes see}"
 cd "${SLURM_SUBMIT_DIR:-.}"
+source experiments/launch/until_saved.sh
 
-"${MOEJAX_PYTHON:-.venv/bin/python}" -m experiments.main \
+until_saved "${MOEJAX_PYTHON:-.venv/bin/python}" -m experiments.main \
   --suite="${MOEJAX_SUITE:-all}" --scale="${MOEJAX_SCALE:-mini}" --runs="$MOEJAX_RUNS" \
   --jobs="${MOEJAX_JOBS:-${SLURM_CPUS_PER_TASK:-1}}" --keep_going \
-  --shard="$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" &
-child=$!
-
-requeue=
-trap 'told=yes; kill -TERM "$child" || :' TERM
-trap 'told=yes; requeue=yes; kill -TERM "$child" || :' USR1
-while :; do
-  told='' code=0
-  wait "$child" || code=$?
-  [[ $told ]] || break   # a signal ends a wait before the child has saved: wait again
-done
+  --shard="$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
 if [[ $requeue ]]; then
   scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
 fi

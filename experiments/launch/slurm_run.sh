@@ -23,21 +23,12 @@
 
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
+source experiments/launch/until_saved.sh
 
 # --wait: when one process has ended, a frozen one has 120 s; srun would wait for it for ever.
 # Since SLURM 22.05 srun no longer reads the job's own --cpus-per-task.
-srun --wait=120 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" \
-  "${MOEJAX_PYTHON:-.venv/bin/python}" -m moejax.main --distributed=slurm "$@" &
-child=$!
-
-requeue=
-trap 'told=yes; kill -TERM "$child" || :' TERM
-trap 'told=yes; requeue=yes; kill -TERM "$child" || :' USR1
-while :; do
-  told='' code=0
-  wait "$child" || code=$?
-  [[ $told ]] || break   # a signal ends a wait before the processes have saved: wait again
-done
+until_saved srun --wait=120 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" \
+  "${MOEJAX_PYTHON:-.venv/bin/python}" -m moejax.main --distributed=slurm "$@"
 # 0: finished. 1, 2: an error that the same command would meet again. 130, 143: told to stop, and by
 # USR1 alone to come again. Anything else, as 75 (another process was lost) and 137 (killed), is
 # worth another try.
