@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from configs import t5_stdlib, t5_stdlib_upcycled, vit_glyphs, vit_glyphs_upcycled
 from moejax.config import ConfigError
 from moejax.train import loop, settings
+from moejax.train.watchdog import LOST
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -33,6 +35,8 @@ def command(*args):
      r"config argument: got 'runlocla'.*Did you mean 'runlocal'\?"),
     (['--config=configs/vit_glyphs.py'], r'--workdir: missing'),
     (['--confg=configs/vit_glyphs.py'], r"Unknown command line flag 'confg'"),
+    (['--config=configs/vit_glyphs.py', '--compile_for=v5q:2x2', '--workdir={tmp}'],
+     r"--compile_for: got 'v5q'.*Did you mean 'v5"),
     (['--config=configs/vit_glyphs_upcycled.py', '--workdir={tmp}', '--config.init.parent=none'],
      r"config\.init\.parent: got 'none'.*Train that run first"),
 ])
@@ -44,6 +48,19 @@ def test_command_line_mistakes(args, expected, tmp_path):
   assert 'Traceback' not in result.stderr
   assert re.search(expected, message[-1]) and message[-1].startswith('moejax: ')
   assert not workdir.exists()
+
+
+@pytest.mark.parametrize('process', [0, 1])
+def test_a_process_that_stays_alone_says_so_and_may_be_started_again(process, tmp_path):
+  with socket.create_server(('', 0)) as server:
+    port = server.getsockname()[1]
+  result = command('--config=configs/vit_glyphs.py:runlocal', f'--workdir={tmp_path / "run"}',
+                   f'--coordinator=localhost:{port}', '--processes=2', f'--process={process}',
+                   '--join_seconds=2')
+  assert result.returncode == LOST, result.stderr
+  assert re.search(r"moejax: --distributed: got 'flags', allowed: 2 processes that find each other "
+                   r'within 2 s \(not all came\)\. Start the same command', result.stderr)
+  assert not (tmp_path / 'run').exists()
 
 
 def test_help_says_how_to_use_it():

@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import sys
+import threading
 import time
 import traceback
 
@@ -24,9 +25,10 @@ from jax.sharding import PartitionSpec as P
 from moejax.config import ConfigError, check, fail
 from moejax.train.launch import Launch
 from moejax.train.progress import AHEAD
-from moejax.train.watchdog import Watchdog
+from moejax.train.watchdog import LOST, Watchdog
 
 PATIENCE = 5   # seconds in which the watchdog may end this process instead
+GRACE = 30     # seconds beyond --join_seconds after which JAX would abort, with no word to people
 
 
 class NotAllCame(ConfigError):
@@ -36,8 +38,10 @@ class NotAllCame(ConfigError):
 def join(launch: Launch) -> 'Hosts':
   """Meets the other processes; call it before anything else of JAX.
 
+  When launch.join_seconds are over the process ends: exit code LOST, and a line.
+
   Raises:
-    NotAllCame: or could not be reached.
+    NotAllCame: they could not be reached.
     ConfigError: this machine does not know of any.
   """
   way = launch.way(os.environ)
@@ -54,19 +58,32 @@ def join(launch: Launch) -> 'Hosts':
   elif any(name.startswith(('SLURM_', 'OMPI_')) for name in os.environ):   # JAX asks these first
     known = {'cluster_detection_method':
              'gketpu' if 'TPU_WORKER_HOSTNAMES' in os.environ else 'gcetpu'}
+  late = threading.Timer(launch.join_seconds, _give_up, [_absent(launch, way, 'not all came')])
+  late.daemon = True
+  late.start()
   try:
-    jax.distributed.initialize(initialization_timeout=launch.join_seconds, **known)
+    jax.distributed.initialize(initialization_timeout=launch.join_seconds + GRACE, **known)
   except (RuntimeError, ValueError, OSError) as error:
     kind = ConfigError if isinstance(error, ValueError) else NotAllCame
-    raise kind(
-        f'--distributed: got {way!r}, allowed: {launch.processes or "all"} processes that find '
-        f'each other within {launch.join_seconds} s ({str(error).splitlines()[0]}). Start the same '
-        'command on all hosts at about the same time; or name them: --coordinator=HOST:PORT '
-        '--processes=N --process=0..N-1.') from error
+    raise kind(_absent(launch, way, str(error).splitlines()[0])) from error
+  finally:
+    late.cancel()
   watchdog = None
   if launch.lost_seconds and jax.process_count() > 1:
     watchdog = _watchdog(launch)
   return Hosts(watchdog)
+
+
+def _absent(launch: Launch, way: str, why: str) -> str:
+  return (f'--distributed: got {way!r}, allowed: {launch.processes or "all"} processes that find '
+          f'each other within {launch.join_seconds} s ({why}). Start the same command on all hosts '
+          'at about the same time; or name them: --coordinator=HOST:PORT --processes=N '
+          '--process=0..N-1.')
+
+
+def _give_up(why: str) -> None:
+  print(f'moejax: {why}', file=sys.stderr, flush=True)
+  os._exit(LOST)   # JAX is waiting, and would end this process by an abort
 
 
 def _watchdog(launch: Launch) -> Watchdog:

@@ -47,16 +47,28 @@ def test_flags_that_make_no_sense(changes, message):
 @pytest.mark.parametrize('launch, known', [
     (Launch(join_seconds=5, **FLAGS), {
         'coordinator_address': 'host:1234', 'num_processes': 2, 'process_id': 0,
-        'cluster_detection_method': 'deactivate', 'initialization_timeout': 5}),
-    (Launch(distributed='slurm'), {
-        'cluster_detection_method': 'slurm', 'initialization_timeout': 300}),
-    (Launch(distributed='tpu'), {'initialization_timeout': 300}),
+        'cluster_detection_method': 'deactivate'}),
+    (Launch(distributed='slurm'), {'cluster_detection_method': 'slurm'}),
+    (Launch(distributed='tpu'), {}),
 ])
 def test_jax_is_told_what_is_known(launch, known, monkeypatch):
+  known = known | {'initialization_timeout': launch.join_seconds + hosts.GRACE}
   told = {}
   monkeypatch.setattr(hosts.jax.distributed, 'initialize', lambda **given: told.update(given))
   assert hosts.join(launch).processes == 1   # as nobody else came, there is nobody to watch
   assert told == known
+
+
+@pytest.mark.parametrize('environment, method', [
+    (SRUN, 'gcetpu'), ({'OMPI_COMM_WORLD_SIZE': '2'}, 'gcetpu'), (SRUN | POD, 'gketpu')])
+def test_a_slice_is_a_slice_whatever_else_started_it(environment, method, monkeypatch):
+  """JAX would ask SLURM and Open MPI before it looks for a TPU."""
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  told = {}
+  monkeypatch.setattr(hosts.jax.distributed, 'initialize', lambda **given: told.update(given))
+  hosts.join(Launch(distributed='tpu'))
+  assert told['cluster_detection_method'] == method
 
 
 @pytest.mark.parametrize('error, kind', [
