@@ -97,6 +97,9 @@ def test_what_the_paper_varies(name, word):
   plain, varied = resolved(name), resolved(name, word)
   for stack in stacks(plain):
     assert moe(varied, *stack) == dataclasses.replace(moe(plain, *stack), **paper.ABLATIONS[word])
+  kept = {name: getattr(plain.model, name) for name in ('moe', 'encoder_moe', 'decoder_moe')
+          if hasattr(plain.model, name)}
+  assert dataclasses.replace(varied.model, **kept) == plain.model
   same = {'model': plain.model, 'mesh': plain.mesh, 'microbatches': plain.microbatches}
   assert dataclasses.replace(varied, **same) == plain
   assert varied.mesh.expert == min(plain.mesh.expert, paper.ABLATIONS[word].get('num_experts', 32))

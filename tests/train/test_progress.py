@@ -40,6 +40,17 @@ def test_what_an_earlier_attempt_wrote_past_its_checkpoint_is_cut_off(tmp_path, 
     assert steps(tmp_path / 'timing.jsonl') == kept
 
 
+@pytest.mark.parametrize('done, purged', [(None, 0), (4, 5)])
+def test_tensorboard_forgets_what_will_be_written_again_and_no_more(
+    tmp_path, done, purged, monkeypatch):
+  """Events of steps from purge_step on are hidden; that of `done` is not written again."""
+  told = []
+  monkeypatch.setattr(progress, 'SummaryWriter', lambda path, purge_step: (
+      told.append(purge_step), types.SimpleNamespace(close=lambda: None))[1])
+  with progress.Log(Workdir(tmp_path), first=0, done=done, end=10):
+    assert told == [purged]
+
+
 def test_reports_stand_in_metrics_jsonl_and_on_stderr(tmp_path, capsys):
   with progress.Log(Workdir(tmp_path), 0, None, 10) as log:
     assert log.train(2, WINDOW) == {'loss': 1.5, 'accuracy': 0.25}
