@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from moejax import flops, models, trees
+from moejax.config import ConfigError
 from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
 
@@ -54,6 +55,17 @@ def test_within_3_percent_of_xla(name):
   assert flops.forward_flops(config, B, *lengths) == pytest.approx(found, rel=0.03)
   found = xla_flops(jax.grad(loss), model.shapes, batch)
   assert flops.train_step_flops(config, B, *lengths) == pytest.approx(found, rel=0.03)
+
+
+def test_a_t5_has_no_length_of_its_own():
+  sparse = t5.config('tiny', encoder_moe=MoEConfig(layers='0', num_experts=2, group_size=8))
+  for of in (flops.forward_flops, flops.train_step_flops):
+    with pytest.raises(ConfigError, match='encoder_length: got 0'):
+      of(sparse, 2)
+    with pytest.raises(ConfigError, match='decoder_length: got 0'):
+      of(sparse, 2, 8)
+  with pytest.raises(ConfigError, match='model.encoder_moe.group_size: got 8, allowed: 0 without'):
+    models.rows_per_group(sparse)
 
 
 def test_forward_of_a_tiny_vit_by_hand():

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import trees
+from moejax import models, trees
 from moejax.config import ConfigError
 from moejax.models import vit
+from moejax.models.stack import Execution
 from moejax.moe.layer import MoEConfig
 from tests.models.helpers import made
 
@@ -119,3 +120,23 @@ def test_bfloat16_is_near_float32_and_gives_float32():
 def test_what_cannot_work_is_refused(change, message):
   with pytest.raises(ConfigError, match=message):
     dataclasses.replace(GAP, **change)
+
+
+def test_float64_is_refused_where_jax_would_compute_in_float32():
+  with pytest.raises(ConfigError, match="config.model.dtype: got 'float64', allowed: float32"):
+    models.build(vit.config('tiny', dtype='float64'))
+  with jax.enable_x64(True):
+    models.build(vit.config('tiny', dtype='float64'))
+
+
+@pytest.mark.parametrize('dtype, refused', [('float32', True), ('float64', True), (
+    'bfloat16', False)])
+def test_the_fused_kernel_of_a_gpu_is_for_bfloat16(dtype, refused, monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  build = lambda: models.build(vit.config('tiny', dtype=dtype), Execution(attention='fused'))
+  with jax.enable_x64(True):
+    if not refused:
+      build()
+      return
+    with pytest.raises(ConfigError, match=f"got 'fused', allowed: 'plain' in {dtype}"):
+      build()
