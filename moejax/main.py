@@ -62,7 +62,7 @@ def _parse(argv: list[str]) -> list[str]:
   except (AttributeError, KeyError) as error:   # an override of a key the config does not have
     raise _misspelt(argv) or ConfigError(f'command line: {error}') from error
   for name in ('config', *(() if COMPILE_FOR.value else ('workdir',))):
-    if flags.FLAGS[name].value is None:
+    if not flags.FLAGS[name].value:
       raise ConfigError(f'--{name}: missing. Usage: {USAGE}')
   if len(rest) > 1:
     raise ConfigError(f'command line: {rest[1]!r} is no flag; flags begin with --. Usage: {USAGE}')
@@ -111,12 +111,13 @@ def main(argv: list[str]) -> int:
   if COMPILATION_CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(COMPILATION_CACHE.value))
   try:
+    run = settings.resolve(config)   # before any other process waits for this one
     if COMPILE_FOR.value:
       from moejax.ahead import report
-      return report.run(settings.resolve(config), COMPILE_FOR.value, WORKDIR.value)
+      return report.run(run, COMPILE_FOR.value, WORKDIR.value)
     hosts = join(Launch(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value,
                         JOIN_SECONDS.value, LOST_SECONDS.value, STALL_SECONDS.value))
-    return loop.run(settings.resolve(config), WORKDIR.value, hosts)
+    return loop.run(run, WORKDIR.value, hosts)
   except ConfigError as error:
     print(f'moejax: {error}', file=sys.stderr)
     return LOST if isinstance(error, NotAllCame) else 1

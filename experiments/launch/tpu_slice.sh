@@ -110,12 +110,12 @@ while :; do
       "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=all \
         --ssh-flag=-oServerAliveInterval=15 --ssh-flag=-oServerAliveCountMax=4 \
         --command="$remote" | tee "$code" || :
-      if finished; then
-        delete
-        exit 0
-      elif grep -Eq '^moejax ended with (1|2)$' "$code"; then
+      if grep -Eq '^moejax ended with (1|2)$' "$code"; then   # the workdir may be of another run
         echo "The run ended with an error; see above. The slice is still there: $name" >&2
         exit 1
+      elif finished; then
+        delete
+        exit 0
       elif grep -q '^moejax ended with ' "$code"; then
         failed=0
       else

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from moejax import evaluate, flops, models
+from moejax import evaluate, flops, models, trees
 from moejax.train import initialize
-from moejax.train.groups import check_stacked
+from moejax.train.groups import check_groups, check_stacked
 from moejax.train.layout import Layout
 from moejax.train.plan import Plan, check_batches, check_heads
 from moejax.train.schedule import schedule
@@ -84,6 +84,7 @@ class Step:
     lengths = [batch[name].shape[1] for name in ('encoder_input', 'decoder_input') if name in batch]
     rows = model.rows_per_group(*lengths)
     check_stacked(config.optimizer, model.held)
+    check_groups(config.optimizer, trees.flatten(model.shapes))
     check_batches(config, rows, devices.shards)
     return cls(config, plan, model, devices, rows, of_size(batch, config.data.batch_size), decodes)
 

@@ -34,8 +34,8 @@ class Forecast:
     activations: what else the step asks for: what the backward pass keeps, the batch, sums of
       metrics, scratch, the program.
     saving: a checkpoint's copy of scanned blocks, as single ones, beside the state.
-    evaluation: what an evaluation asks for beside the state. 0 if its batch is no larger than a
-      train step's: it then makes nothing that the step does not make.
+    evaluation: what an evaluation asks for beside the state. 0 if neither its batch nor
+      its capacities are larger than a train step's: it then makes nothing more than the step.
     decoding: what decoding asks for beside the state, a copy of scanned blocks as single ones
       included. 0 if there is none, or one that makes nothing that the step does not make.
     available: what there is; None if nobody knows.
@@ -142,8 +142,16 @@ def measure(step: Step, available: int | None, lowered: jax.stages.Lowered | Non
 
 
 def evaluates_more(config: RunConfig) -> bool:
-  """Whether an evaluation takes more examples at once than the train step does."""
-  return config.data.eval_batch_size * config.microbatches > config.data.batch_size
+  """Whether an evaluation takes more at once than the train step does: examples, or slots."""
+  return (config.data.eval_batch_size * config.microbatches > config.data.batch_size
+          or _more_slots(config))
+
+
+def _more_slots(config: RunConfig) -> bool:
+  """Whether experts have more slots in evaluation than in training."""
+  moes = (getattr(config.model, name, None) for name in ('moe', 'encoder_moe', 'decoder_moe'))
+  return any(moe and moe.dispatch != 'grouped' and moe.eval_capacity_factor > moe.capacity_factor
+             for moe in moes)
 
 
 def decodes_more(step: Step) -> bool:
@@ -152,7 +160,7 @@ def decodes_more(step: Step) -> bool:
   config = step.config
   rows = config.data.eval_batch_size * config.decode.beams * config.microbatches
   return step.decodes and (rows > config.data.batch_size or config.execution.scan
-                           or config.execution.remat != 'none')
+                           or config.execution.remat != 'none' or _more_slots(config))
 
 
 def _evaluation(step: Step, too_much: int) -> int:

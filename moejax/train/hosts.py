@@ -58,6 +58,9 @@ def join(launch: Launch) -> 'Hosts':
   elif any(name.startswith(('SLURM_', 'OMPI_')) for name in os.environ):   # JAX asks these first
     known = {'cluster_detection_method':
              'gketpu' if 'TPU_WORKER_HOSTNAMES' in os.environ else 'gcetpu'}
+  # JAX's own service would take SIGTERM, and nobody asks it: until training watches for signals
+  # (progress.stop_signals), one ends this process, and the watchdogs of the others tell them.
+  jax.config.update('jax_enable_preemption_service', False)
   late = threading.Timer(launch.join_seconds, _give_up, [_absent(launch, way, 'not all came')])
   late.daemon = True
   late.start()

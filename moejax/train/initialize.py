@@ -125,10 +125,38 @@ def open_run(path: str, key: str, step: int) -> Parent:
     if not file.exists():
       fail(key, path, f'the workdir of a run ({name} in it)',
            'Train that run first, or correct the path.')
-    facts[name] = json.loads(file.read_text())
+    try:
+      facts[name] = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+      fail(key, path, f'a run whose {name} can be read', f'It is damaged: {error}.')
   if step < 0:
-    step = facts['run.json'][{TRUNK: 'trunk_step', END: 'end_step'}[step]]
+    which = {TRUNK: 'trunk_step', END: 'end_step'}[step]
+    step, there = facts['run.json'][which], native.finished_steps(directory / native.SUBDIR)
+    check(step in there, key, path, f'a run that has come to its {which}, {step}',
+          f'Its checkpoints are of steps {", ".join(map(str, there)) or "(none)"}: let it go on'
+          + (', or set config.init.step to one of them.' if which == 'trunk_step' else '.'))
   return Parent(native.Reader(directory, step), facts['config.json'], facts['run.json'])
+
+
+def check_model(config: 'RunConfig', parent: Parent) -> None:
+  """Checks that a run's model computes what its parent's did, sparse layers apart.
+
+  Most of what these settings say (heads, activations) leaves no trace in the shapes of parameters,
+  and surgery on them would take another function for the parent's.
+
+  Raises:
+    ConfigError: naming the first that differs.
+  """
+  free = {'dtype', 'dropout_rate', 'moe', 'encoder_moe', 'decoder_moe'}
+  if config.init.new_head:
+    free |= {'num_classes', 'head'}
+  if config.init.mode == 'depth_tile':
+    free |= {'num_layers', 'encoder_layers', 'decoder_layers'}
+  theirs, ours = parent.config.get('model', {}), dataclasses.asdict(config.model)
+  for name in (name for name in ours if name in theirs and name not in free):
+    check(ours[name] == theirs[name], f'config.model.{name}', ours[name],
+          f'{theirs[name]!r}, as in {config.init.parent}',
+          'A child computes what its parent did; only its sparse layers may differ.')
 
 
 def state_shapes(config: 'RunConfig', model, parallel) -> TrainState:

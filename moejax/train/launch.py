@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from moejax.config import check, check_choice
 
 WAYS = ('auto', 'off', 'tpu', 'slurm', 'flags')
+LEAST_LOST = 5   # several signs of life, which watchdog.EVERY second sends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,11 @@ class Launch:
     port = self.coordinator.rpartition(':')[2]
     check(not self.coordinator or (':' in self.coordinator and port.isdigit()), '--coordinator',
           self.coordinator, 'HOST:PORT', 'Any free port of the host of process 0 will do.')
-    for name in ('join_seconds', 'lost_seconds', 'stall_seconds'):
-      least = 0 if name == 'lost_seconds' else 1
-      check(getattr(self, name) >= least, f'--{name}', getattr(self, name), f'>= {least}',
-            'Give seconds.')
+    for name in ('join_seconds', 'stall_seconds'):
+      check(getattr(self, name) >= 1, f'--{name}', getattr(self, name), '>= 1', 'Give seconds.')
+    check(self.lost_seconds == 0 or self.lost_seconds >= LEAST_LOST, '--lost_seconds',
+          self.lost_seconds, f'0, or >= {LEAST_LOST}',
+          'Processes send a sign of life a second; 0: nobody looks.')
 
   def way(self, environment: Mapping[str, str]) -> str:
     """'off', 'tpu', 'slurm' or 'flags': what 'auto' is on a machine with these variables."""

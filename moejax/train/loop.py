@@ -93,6 +93,8 @@ def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Host
         program.evaluate(done, state.params, log, window)
       stop = hosts.stop(told.signal)
       if plan.save_due(done) or stop:
+        if not plan.log_due(done):   # where it is, this was asked above
+          check_finite(metrics.summarize(jax.device_get(state.window)), done, writer.latest_step())
         with log.pause('saving', done):
           writer.save(done, program.saved(state), {})
       if stop:

@@ -79,6 +79,8 @@ def first_step(config: RunConfig, workdir: pathlib.Path) -> int:
   if (workdir / 'run.json').exists():
     return json.loads((workdir / 'run.json').read_text())['first_step']
   parent = initialize.open_parent(config.init)
+  if parent:
+    initialize.check_model(config, parent)
   return parent.reader.step if parent else 0
 
 

@@ -138,6 +138,19 @@ def test_an_evaluation_of_no_more_examples_makes_nothing_that_the_step_does_not(
   assert 0 < forecast._evaluation(step, 0) < said.gradients + said.activations
 
 
+def test_an_evaluation_of_more_slots_counts():
+  """Sixteen times the slots of training: more than the whole step of a frozen, scanned model."""
+  moe = MoEConfig(layers='every_1', num_experts=16, group_size=4, capacity_factor=1.0,
+                  eval_capacity_factor=16.0)
+  config = run(64, model=vit.config('tiny', d_ff=1024, moe=moe),
+               execution=Execution(scan=True, remat='full'),
+               optimizer=OptimizerConfig(name='sgd', freeze='all_but_head'))
+  step = step_of(config, jax.devices()[:1])
+  said = forecast.compile_step(step, ROOM)[1]
+  assert said.evaluation == forecast._evaluation(step, 0) > said.gradients + said.activations
+  assert said.needed == said.params + said.optimizer + said.evaluation
+
+
 def test_an_evaluation_of_more_examples_counts():
   """At least the images and what an MLP has inside, 4 tokens of 32; all in proportion to them."""
   one = jax.devices()[:1]

@@ -1,5 +1,11 @@
 """How a process finds the others, from flags and environment; what one alone does."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from moejax.config import ConfigError
@@ -35,7 +41,8 @@ def test_auto_follows_flags_then_the_environment(launch, environment, way):
     (FLAGS | {'process': 2}, '--process: got 2, allowed: 0 to 1'),
     (FLAGS | {'coordinator': 'host'}, '--coordinator: got .host., allowed: HOST:PORT'),
     (FLAGS | {'coordinator': 'host:http'}, '--coordinator: got'),
-    ({'lost_seconds': -1}, '--lost_seconds: got -1, allowed: >= 0'),
+    ({'lost_seconds': -1}, '--lost_seconds: got -1, allowed: 0, or >= 5'),
+    ({'lost_seconds': 0.5}, '--lost_seconds: got 0.5, allowed: 0, or >= 5'),
     ({'stall_seconds': 0}, '--stall_seconds: got 0, allowed: >= 1'),
     ({'join_seconds': 0}, '--join_seconds: got 0'),
 ])
@@ -99,3 +106,22 @@ def test_one_alone_waits_for_nobody():
   alone.moved('training, step 1')
   with pytest.raises(KeyError), alone.leaving():
     raise KeyError   # passes through: nobody is to be told
+
+
+def test_sigterm_before_training_ends_a_process_among_others():
+  """JAX's own service would take the signal and tell nobody."""
+  with socket.create_server(('localhost', 0)) as free:
+    port = free.getsockname()[1]
+  code = f"""
+import os, signal, time
+from moejax.train import hosts
+from moejax.train.launch import Launch
+hosts.join(Launch(coordinator='localhost:{port}', processes=1, process=0))
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(5)
+print('still there', flush=True)
+os._exit(0)
+"""
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120,
+                        env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+  assert done.returncode == -signal.SIGTERM, done.stdout + done.stderr

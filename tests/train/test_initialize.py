@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -323,3 +324,49 @@ def test_missing_checkpoints(parent, tmp_path):
     initialize.open_parent(InitConfig(mode='upcycle', parent=str(tmp_path / 'none')))
   with pytest.raises(ConfigError, match='got 5, allowed: 7'):
     initialize.open_parent(InitConfig(mode='upcycle', parent=workdir, step=5))
+
+
+@pytest.mark.parametrize('changes, named', [
+  ({'num_heads': 1}, 'config.model.num_heads: got 1, allowed: 2, as in '),
+  ({'activation': 'relu'}, "config.model.activation: got 'relu', allowed: 'gelu_"),
+])
+def test_a_parent_that_computes_something_else(parent, changes, named):
+  """Shapes do not show it."""
+  family, workdir, _ = parent
+  theirs = {'model': dataclasses.asdict(dataclasses.replace(DENSE[family], num_heads=2))}
+  other = dataclasses.replace(SPARSE[family], **({'num_heads': 2} | changes))
+  config = run_config(other, mode='upcycle', parent=workdir)
+  with pytest.raises(ConfigError, match=named):
+    initialize.check_model(config, initialize.Parent(None, theirs, {}))
+
+
+def test_sparse_layers_depth_and_a_new_head_may_differ_from_the_parent(parent):
+  family, workdir, _ = parent
+  theirs = initialize.Parent(None, {'model': dataclasses.asdict(DENSE[family])}, {})
+  initialize.check_model(run_config(SPARSE[family], mode='upcycle', parent=workdir), theirs)
+  depth = 'num_layers' if family == 'vit' else 'encoder_layers'
+  deeper = dataclasses.replace(DENSE[family], **{depth: 2 * getattr(DENSE[family], depth)})
+  initialize.check_model(run_config(deeper, mode='depth_tile', parent=workdir), theirs)
+  with pytest.raises(ConfigError, match=f'config.model.{depth}'):
+    initialize.check_model(run_config(deeper, mode='continue', parent=workdir), theirs)
+  if family == 'vit':
+    other = dataclasses.replace(DENSE[family], num_classes=3)
+    initialize.check_model(
+        run_config(other, mode='continue', new_head=True, parent=workdir), theirs)
+    with pytest.raises(ConfigError, match='config.model.num_classes'):
+      initialize.check_model(run_config(other, mode='continue', parent=workdir), theirs)
+
+
+def test_a_parent_stopped_before_its_trunk(parent, tmp_path):
+  """And one whose files are damaged."""
+  _, workdir, _ = parent
+  other = tmp_path / 'other'
+  shutil.copytree(workdir, other)
+  run = json.loads((other / 'run.json').read_text())
+  (other / 'run.json').write_text(json.dumps(run | {'trunk_step': 3996}))
+  init = InitConfig(mode='upcycle', parent=str(other))
+  with pytest.raises(ConfigError, match='config.init.parent.*trunk_step, 3996.*are of steps 7'):
+    initialize.open_parent(init)
+  (other / 'run.json').write_text('{"a')
+  with pytest.raises(ConfigError, match='config.init.parent.*run.json can be read.*damaged'):
+    initialize.open_parent(init)
