@@ -153,8 +153,8 @@ class MoEConfig:
           'The load loss is the probability that noise makes an expert win: set learned_noise or '
           'noise_std.')
     check(not (self.load_weight and self.bias_rate), 'moe.load_weight', self.load_weight,
-          '0 with bias_rate', 'The load loss is about the largest logits, and with the bias others are '
-          'chosen: balance by one of the two.')
+          '0 with bias_rate', 'The load loss is about the largest logits, and the bias makes '
+          'others be chosen: balance by one of the two.')
     check(not self.bias_rate or self.router == 'top_k', 'moe.bias_rate', self.bias_rate,
           f'0 with router={self.router}', "Use router='top_k'.")
     for key, default in _defaults(('learned_noise', 'noise_std', 'jitter')).items():
