@@ -57,14 +57,16 @@ def test_a_run_that_diverges_ends_before_its_checkpoint(tmp_path):
   assert native.finished_steps(tmp_path / 'run' / native.SUBDIR) == []
 
 
-def test_a_diverged_run_that_is_stopped_between_two_lines_saves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize('stopped, step', [(3, 3), (None, 4)], ids=['at a stop', 'as trunk'])
+def test_a_diverged_run_saves_nothing_between_two_lines_either(
+    stopped, step, tmp_path, monkeypatch):
   calls = []
   monkeypatch.setattr(hosts.Hosts, 'stop', lambda self, signal: (
-      calls.append(signal), 15 if len(calls) == 5 else None)[1])
-  with pytest.raises(ConfigError, match='step 5: train/loss: got nan'):
-    loop.run(config(**{'optimizer.learning_rate': 1e30, 'log_every': STEPS, 'eval_every': STEPS,
-                       'checkpoint_every': STEPS}),
-             str(tmp_path / 'run'))
+      calls.append(signal), 15 if len(calls) == stopped else None)[1])
+  run = config(**{'optimizer.learning_rate': 1e30, 'log_every': STEPS, 'eval_every': STEPS,
+                  'checkpoint_every': STEPS})
+  with pytest.raises(ConfigError, match=f'step {step}: train/loss: got nan'):
+    loop.run(run, str(tmp_path / 'run'))
   assert native.finished_steps(tmp_path / 'run' / native.SUBDIR) == []
 
 
