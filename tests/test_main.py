@@ -34,6 +34,10 @@ def command(*args):
     (['--config=configs/vit_glyphs.py:runlocla', '--workdir={tmp}'],
      r"config argument: got 'runlocla'.*Did you mean 'runlocal'\?"),
     (['--config=configs/vit_glyphs.py'], r'--workdir: missing'),
+    (['--config=configs/vit_glyphs.py', '--workdir='], r'--workdir: missing'),
+    (['--config=configs/vit_glyphs.py', '--config.microbatches=0', '--workdir={tmp}',
+      '--coordinator=localhost:9', '--processes=2', '--process=1'],   # said without the other one
+     r'microbatches: got 0'),
     (['--confg=configs/vit_glyphs.py'], r"Unknown command line flag 'confg'"),
     (['--config=configs/vit_glyphs.py', '--compile_for=v5q:2x2', '--workdir={tmp}'],
      r"--compile_for: got 'v5q'.*Did you mean 'v5"),

@@ -138,6 +138,11 @@ def test_an_evaluation_of_no_more_examples_makes_nothing_that_the_step_does_not(
   assert 0 < forecast._evaluation(step, 0) < said.gradients + said.activations
 
 
+def test_a_step_of_which_no_data_is_at_hand_checks_the_optimizers_groups():
+  with pytest.raises(ConfigError, match='optimizer.freeze: got .re:no_such'):
+    step_of(run(optimizer=OptimizerConfig(freeze='re:no_such')), jax.devices()[:1])
+
+
 def test_an_evaluation_of_more_slots_counts():
   """Sixteen times the slots of training: more than the whole step of a frozen, scanned model."""
   moe = MoEConfig(layers='every_1', num_experts=16, group_size=4, capacity_factor=1.0,
