@@ -8,39 +8,42 @@
   python -m experiments.gpu --show                 the table of what is measured, and no more
 
 A cell is the real train step of a run of configs/paper (moejax.train.assemble.Step) in bfloat16,
-its blocks neither scanned nor rematerialised, on random tokens or images and fresh weights, at its
+its blocks neither scanned nor rematerialised, on random tokens or images and random weights, at its
 model's batch or the largest half, quarter, ... of it that the forecast finds room for; in a process
 of its own, since the peak of memory is that of a process. Beside it stand its own matmuls and
-attentions, each timed alone (experiments/parts).
+attentions, each timed alone (experiments/parts). A few cells at a time are compiled side by side,
+which most of the time goes into, and measured one after the other then.
 Results are lines of gpu.jsonl; a cell that is there, with these settings, device and version of
 JAX, is not measured again: after a change of moejax itself, delete its line.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from configs import paper, set_moe
-from experiments import cli, kernels, parts, results
+from experiments import cli, gpu_table, kernels, parts, results
 from moejax import flops
 from moejax.ahead import report
 from moejax.config import ConfigError, check_choice, fail
 from moejax.train import forecast, metrics, parallel, settings, workdir
 from moejax.train.assemble import Step
+from moejax.train.step import TrainState
 
 FOLDER = pathlib.Path(__file__).parent / 'results/gpu'
 FILE, PAGE = 'gpu.jsonl', 'README.md'
@@ -48,7 +51,7 @@ MODELS = ('t5_base', 't5_large', 'vit_b16', 'vit_l16')
 ROUTINGS = ('expert_choice', 'top_2', 'dropless', 'einsum')
 MEMORY = '0.92'   # of the device's, which JAX takes at once
 WARM = 3        # steps before any is timed
-LIMIT = 1.15    # what an upcycled step may take, over the sum of its matmuls and attentions
+TOGETHER = 8    # cells that are compiled side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +68,6 @@ SCALES = {'gpu': Scale({'t5_base': 64, 't5_large': 32, 'vit_b16': 256, 'vit_l16'
                        (8, 32), 7, 0.4),
           'smoke': Scale({'t5_base': 16, 'vit_b16': 16}, (4,), 2, 0.0, runlocal=True)}
 LEAST_BATCH = 8
-
-# FLOPs per second in bfloat16, dense, of NVIDIA's data sheets; float16 for T4, which has no other.
-# The first name that is a word of the device's counts.
-PEAKS = {'H100 PCIe': 756e12, 'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L4': 121e12,
-         'T4': 65e12}
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -137,11 +134,10 @@ def measure(cell: Cell, scale: Scale) -> dict[str, Any]:
   config, device = step.config, jax.local_devices()[0]
   (low, took, high), inside = _timed(compiled, step, scale)
   peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
-  text = config.data.text
-  lengths = () if config.model.family == 'vit' else (text.encoder_length, text.decoder_length)
+  lengths, own = _parts(config)
   alone = {parts.Matmul: 0.0, parts.Attend: 0.0}
   fused = {}
-  for part in parts.parts(config.model, config.data.batch_size, *lengths):
+  for part in own:
     alone[type(part)] += parts.seconds(part, cell.attention == 'fused', rounds=scale.rounds,
                                        least=scale.least / 5)
     if isinstance(part, parts.Attend) and cell.attention == 'fused':
@@ -151,16 +147,31 @@ def measure(cell: Cell, scale: Scale) -> dict[str, Any]:
   return {**dataclasses.asdict(cell), 'name': cell.name, 'batch_size': config.data.batch_size,
           'parameters': total, 'parameters_active_per_token': active, 'flops': work,
           'seconds': took, 'low': low, 'high': high, 'matmuls': alone[parts.Matmul],
-          'attention_alone': alone[parts.Attend], 'kernels': inside, 'peak_bytes': peak,
+          'attention_alone': alone[parts.Attend], 'kernels': inside,
+          'other_bytes': kernels.moved(compiled.as_text()), 'peak_bytes': peak,
           'forecast': found.as_dict(), **fused, 'device': device_name(device),
           'versions': workdir.versions()}
+
+
+def prepare(cell: Cell, scale: Scale):
+  """Compiles what `measure` runs, into JAX's folder of compiled programs."""
+  _, step, _ = _largest(cell, scale)
+  for part in _parts(step.config)[1]:
+    parts.prepare(part, cell.attention == 'fused')
+
+
+def _parts(config: settings.RunConfig) -> tuple[tuple[int, ...], list[parts.Matmul | parts.Attend]]:
+  """(encoder and decoder length, or nothing; matmuls and attentions) of a cell's step."""
+  text = config.data.text
+  lengths = () if config.model.family == 'vit' else (text.encoder_length, text.decoder_length)
+  return lengths, parts.parts(config.model, config.data.batch_size, *lengths)
 
 
 def _timed(compiled: jax.stages.Compiled, step: Step, scale: Scale
            ) -> tuple[list[float], dict[str, float] | None]:
   """Seconds of a step, as parts.per_call, and of its kernels; what it allocated is freed."""
   batch = step.devices.put(synthetic(step.config))
-  state, _ = step.first_state(None)
+  state = random_state(step.shapes)
 
   def advance():
     nonlocal state
@@ -189,6 +200,23 @@ def _largest(cell: Cell, scale: Scale
           found, activations=found.activations // 2)
       if fixed + found.activations <= (found.available or 0):
         break
+
+
+def random_state(shapes: TrainState) -> TrainState:
+  """Weights from N(0, 0.02^2), all else zeros.
+
+  A model's own initial values take longer to compile than its step.
+  """
+  zeros = lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding)
+  state = jax.tree.map(zeros, shapes)
+  leaves, tree = jax.tree.flatten(shapes.params)
+  drawn = [jax.device_put(_normal(i, s.shape, s.dtype), s.sharding) for i, s in enumerate(leaves)]
+  return dataclasses.replace(state, params=jax.tree.unflatten(tree, drawn))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(seed: int, shape: tuple[int, ...], dtype) -> jax.Array:
+  return 0.02 * jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 def synthetic(config: settings.RunConfig) -> dict[str, Any]:
@@ -223,25 +251,35 @@ def run(chosen: Iterable[Cell], scale_name: str, folder: pathlib.Path) -> int:
     fail('--scale', scale_name, f'smoke, on {device!r}',
          "On a GPU: pip install -U 'jax[cuda13]'.")
   there = {line['key'] for line in metrics.read_lines(folder / FILE)}
-  with (tempfile.TemporaryDirectory() as cache,
-        tqdm(chosen, unit='cell', dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar):
-    for cell in bar:
-      bar.set_postfix_str(cell.name)
-      key = cell.key(scale, device)
-      if key in there:
-        continue
+  left = [cell for cell in chosen if cell.key(scale, device) not in there]
+  with (tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(TOGETHER) as pool,
+        tqdm(left, unit='cell', dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar):
+    def child(what: str, cell: Cell) -> str | ConfigError:
       try:
-        line = json.loads(_child(f'--cell={cell.name}', f'--scale={scale_name}',
-                                 cache=cache))
+        return _child(f'--{what}={cell.name}', f'--scale={scale_name}', cache=cache)
       except ConfigError as error:
-        tqdm.write(f'{cell.name}: {error}', file=sys.stderr)
+        return error
+    for i, cell in enumerate(bar):
+      if i % TOGETHER == 0:
+        bar.set_postfix_str('compiling')
+        list(pool.map(functools.partial(child, 'prepare'), left[i:i + TOGETHER]))
+      bar.set_postfix_str(cell.name)
+      found = child('cell', cell)
+      if isinstance(found, ConfigError):
+        tqdm.write(f'{cell.name}: {found}', file=sys.stderr)
         failed += 1
         continue
-      line = {'key': key, 'command': f'python -m experiments.gpu --scale={scale_name}', **line}
-      kept = [old for old in metrics.read_lines(folder / FILE)
-              if any(old[k] != line[k] for k in ('name', 'device', 'command'))]
-      results.write_text(folder / FILE, ''.join(json.dumps(x) + '\n' for x in [*kept, line]))
+      keep({'key': cell.key(scale, device),
+            'command': f'python -m experiments.gpu --scale={scale_name}', **json.loads(found)},
+           folder)
   return failed
+
+
+def keep(line: dict[str, Any], folder: pathlib.Path):
+  """Writes a cell's line, in place of one of the same cell, device and command."""
+  kept = [old for old in metrics.read_lines(folder / FILE)
+          if any(old[k] != line[k] for k in ('name', 'device', 'command'))]
+  results.write_text(folder / FILE, ''.join(json.dumps(x) + '\n' for x in [*kept, line]))
 
 
 def _child(*flags: str, cache: str = '') -> str:
@@ -250,6 +288,8 @@ def _child(*flags: str, cache: str = '') -> str:
   cache: a folder of compiled programs, since cells have most of their matmuls in common.
   """
   env = {'XLA_PYTHON_CLIENT_MEM_FRACTION': MEMORY, **os.environ}
+  if flags[0].startswith('--prepare'):   # others are at it on the same device
+    env['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
   if cache:
     env |= {'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   done = subprocess.run([sys.executable, '-m', 'experiments.gpu', *flags], capture_output=True,
@@ -259,67 +299,10 @@ def _child(*flags: str, cache: str = '') -> str:
   return done.stdout.strip().splitlines()[-1]
 
 
-COLUMNS = ('cell', 'parameters', 'batch', 'step', 'matmuls', 'attention', 'step / both',
-           'products in it', 'other kernels', 'MFU', 'examples / s', 'time / dense', 'peak',
-           'forecast')
-
-LEGEND = (
-    'step: milliseconds, median; matmuls, attention: those of the step, each alone, forward and '
-    f'backward; step / both: of an upcycled step at most {LIMIT:.2f} is wanted, what is above is '
-    'marked !. products in it, other kernels: what the step spends in kernels of matmuls and fused '
-    'attention, and in all others (a profile). MFU: FLOPs of the model (flops.py) over those of '
-    "the device's peak in bfloat16. time / dense: per "
-    'example, over the dense cell of the same attention. peak: GiB that the process had at most on '
-    'the device; forecast: GiB, before anything was allocated (moejax/train/forecast.py). '
-    'Dropless matmuls alone have even loads. –: not known here.')
-
-
 def page(lines: list[dict[str, Any]]) -> str:
   """Markdown, a table per device, cells in their order."""
-  names = dict.fromkeys(cell.name for scale in SCALES.values() for cell in cells(scale))
-  order = {name: i for i, name in enumerate(names)}
-  out = ['# On a GPU', '']
-  for device in sorted({line['device'] for line in lines}):
-    rows = sorted((x for x in lines if x['device'] == device),
-                  key=lambda x: order.get(x['name'], len(order)))
-    dense = {(x['model'], x['attention']): x['seconds'] / x['batch_size']
-             for x in rows if x['routing'] == 'dense'}
-    out += [f'## {device}', '', '| ' + ' | '.join(COLUMNS) + ' |',
-            '|---|' + '---:|' * (len(COLUMNS) - 1), *(_row(x, dense) for x in rows), '',
-            f'JAX {", ".join(sorted({x["versions"]["jax"] for x in rows}))}; '
-            + ', '.join(f'`{c}`' for c in sorted({x['command'] for x in rows})) + '.', '']
-    errors = [x['attention_errors'] for x in rows if 'attention_errors' in x]
-    if errors:
-      most = {how: max(e[how] for e in errors) for how in ('fused', 'plain')}
-      out += textwrap.wrap(
-          f'Attention, output and gradients, is off float32 by at most {most["fused"]:.1e} of an '
-          f"array's largest value where it is fused, {most['plain']:.1e} where it is plain, both "
-          'in bfloat16.', 100) + ['']
-  return '\n'.join(out + textwrap.wrap(LEGEND, 100)) + '\n'
-
-
-def peak_of(device: str) -> float | None:
-  """FLOPs per second of a device by its name; None if it is not in PEAKS."""
-  return next((peak for name, peak in PEAKS.items() if re.search(rf'\b{name}\b', device)), None)
-
-
-def _row(x: dict[str, Any], dense: dict[tuple[str, str], float]) -> str:
-  gib = lambda size: f'{size / 2**30:.1f}' if size else '–'
-  both = x['matmuls'] and x['matmuls'] + x['attention_alone']   # None: not measured
-  mark = '!' if x['experts'] and both and x['seconds'] > LIMIT * both else ''
-  peak = peak_of(x['device'])
-  base, inside = dense.get((x['model'], x['attention'])), x.get('kernels')
-  per_example = x['seconds'] / x['batch_size']
-  cells = [x['name'], f'{x["parameters"] / 1e6:,.0f} M', str(x['batch_size']),
-           *(f'{1e3 * x[k]:,.1f}' if x[k] else '–'
-             for k in ('seconds', 'matmuls', 'attention_alone')),
-           f'{x["seconds"] / both:.2f}{mark}' if both else '–',
-           *(f'{1e3 * inside[k]:,.1f}' if inside else '–' for k in ('products', 'other')),
-           f'{x["flops"] / x["seconds"] / peak:.2f}' if peak else '–',
-           f'{1 / per_example:,.0f}', f'{per_example / base:.2f}' if base else '–',
-           gib(x['peak_bytes']), gib(sum(x['forecast'][k] for k in (
-               'params', 'optimizer', 'gradients', 'activations')))]
-  return '| ' + ' | '.join(cells) + ' |'
+  return gpu_table.page(
+      lines, dict.fromkeys(cell.name for scale in SCALES.values() for cell in cells(scale)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -336,9 +319,11 @@ def main(argv: list[str] | None = None) -> int:
                       help=f'folder of {FILE} and {PAGE} (default: {FOLDER}; of --scale=smoke '
                       f'{cli.smoke_folder("gpu")})')
   parser.add_argument('--cell', help='measure this one here and print its line (used by itself)')
+  parser.add_argument('--prepare', help='compile this one, into the folder of '
+                      'JAX_COMPILATION_CACHE_DIR (used by itself)')
   parser.add_argument('--device', action='store_true', help='print the device (used by itself)')
   args = parser.parse(argv, suite_required=False)
-  if args.device or args.cell:
+  if args.device or args.cell or args.prepare:
     return _as_child(args)
   chosen, folder = _chosen(args), args.results or (
       FOLDER if args.scale == 'gpu' else cli.smoke_folder('gpu'))
@@ -366,9 +351,11 @@ def _as_child(args) -> int:
     print(device_name(jax.local_devices()[0]))
     return 0
   known = {cell.name: cell for cell in cells(SCALES[args.scale])}
-  check_choice('--cell', args.cell, known)
-  cell = known[args.cell]
-  print(json.dumps(measure(cell, SCALES[args.scale])))
+  flag, name = ('--cell', args.cell) if args.cell else ('--prepare', args.prepare)
+  check_choice(flag, name, known)
+  if args.prepare:
+    prepare(known[name], SCALES[args.scale])
+  print('null' if args.prepare else json.dumps(measure(known[name], SCALES[args.scale])))
   return 0
 
 

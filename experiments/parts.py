@@ -118,6 +118,18 @@ def seconds(part: Matmul | Attend, fused: bool = False, **rounds) -> float:
   fused: attention in one kernel, where there is neither bias nor mask.
   rounds: see per_call.
   """
+  both, given = _both_passes(part, fused)
+  return part.times * per_call(lambda: both(*given), **rounds)[1]
+
+
+def prepare(part: Matmul | Attend, fused: bool = False):
+  """Compiles what `seconds` runs, into JAX's folder of compiled programs."""
+  both, given = _both_passes(part, fused)
+  both.lower(*given).compile()
+
+
+def _both_passes(part: Matmul | Attend, fused: bool) -> tuple[Callable, tuple]:
+  """(jitted forward and backward pass, what it takes)."""
   draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
   if isinstance(part, Matmul):
     x = draw(0, part.groups, part.rows, part.d_in)
@@ -136,7 +148,7 @@ def seconds(part: Matmul | Attend, fused: bool = False, **rounds) -> float:
   def both(given, cotangent):
     y, pull = jax.vjp(fn, *given)
     return y, pull(cotangent)
-  return part.times * per_call(lambda: both(given, cotangent), **rounds)[1]
+  return both, (given, cotangent)
 
 
 def errors(part: Attend) -> dict[str, float]:

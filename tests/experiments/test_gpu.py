@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import gpu, parts
+from experiments import gpu, gpu_table, parts
 from moejax import flops
 from moejax.config import ConfigError
 from moejax.train import metrics
@@ -84,6 +84,18 @@ def test_a_synthetic_batch_is_one_that_the_data_could_make():
   np.testing.assert_array_equal(batch['index'], np.arange(16))
 
 
+def test_a_random_state_is_one_that_the_step_takes():
+  cell = gpu.Cell('vit_b16', 'expert_choice', 4, 'plain')
+  compiled, step, _ = gpu._largest(cell, SMOKE)
+  state = gpu.random_state(step.shapes)
+  same = lambda s, x: (s.shape, s.dtype, s.sharding) == (x.shape, x.dtype, x.sharding)
+  assert jax.tree.all(jax.tree.map(same, step.shapes, state))
+  assert all(float(abs(x).max()) > 0 for x in jax.tree.leaves(state.params))
+  after, _ = compiled(state, step.devices.put(gpu.synthetic(step.config)))
+  assert int(after.step) == 1
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))
+
+
 DENSE = gpu.Cell('vit_b16', 'dense', 0, 'plain')
 
 
@@ -100,7 +112,7 @@ def test_the_page_has_the_numbers_and_marks_what_is_above_the_limit():
   dense, *upcycled = [cell for cell in gpu.cells(SMOKE) if cell.model == 'vit_b16'][:3]
   inside = {'products': 0.065, 'other': 0.0215, 'launched': 1700.0}
   lines = [line(upcycled[0], seconds=0.12, batch_size=50),
-           line(upcycled[1], seconds=0.091, kernels=inside),
+           line(upcycled[1], seconds=0.091, kernels=inside, other_bytes=75.4e9),
            line(dense), line(dense, 'cpu: cpu', peak_bytes=None)]
   text = gpu.page(lines)
   rows = {}
@@ -109,12 +121,12 @@ def test_the_page_has_the_numbers_and_marks_what_is_above_the_limit():
       name, *cells = [c.strip() for c in row.split('|')[1:-1]]
       rows.setdefault(name, []).append(cells)
   on_cpu, on_gpu = rows[dense.name]
-  assert on_gpu == ['86 M', '100', '100.0', '70.0', '10.0', '1.25', '–', '–', '0.50', '1,000',
+  assert on_gpu == ['86 M', '100', '100.0', '70.0', '10.0', '1.25', '–', '–', '–', '0.50', '1,000',
                     '1.00', '3.0', '4.0']
-  assert on_cpu[8] == on_cpu[-2] == '–'
+  assert on_cpu[9] == on_cpu[-2] == '–'
   (first,), (second,) = rows[upcycled[0].name], rows[upcycled[1].name]
-  assert first[5] == '1.50!' and first[10] == '2.40'   # 2.4 ms an example, and 1 ms
-  assert second[5:8] == ['1.14', '65.0', '21.5']
+  assert first[5] == '1.50!' and first[11] == '2.40'   # 2.4 ms an example, and 1 ms
+  assert second[5:9] == ['1.14', '65.0', '21.5', '75']
 
 
 @pytest.fixture
@@ -123,11 +135,15 @@ def children(monkeypatch):
   class Children(list):
     device = H100
   found = Children()
+  found.prepared = []
   by_name = {cell.name: cell for cell in gpu.cells(SMOKE)}
 
   def child(*flags, cache=''):
     if flags == ('--device',):
       return found.device
+    if flags[0].startswith('--prepare='):
+      found.prepared.append(flags[0].removeprefix('--prepare='))
+      return 'null'
     name = flags[0].removeprefix('--cell=')
     found.append(name)
     if 'top_2' in name:
@@ -147,6 +163,28 @@ def test_what_is_there_is_not_measured_again_and_what_fails_is_told(children, tm
   assert gpu.main([*flags, '--only=dense']) == 0 and children[6:] == ['t5_base-dense']
   assert len(metrics.read_lines(tmp_path / gpu.FILE)) == 5   # one per cell and device
   assert '## gpu: another' in (tmp_path / gpu.PAGE).read_text()
+
+
+def test_a_few_cells_are_compiled_side_by_side_before_they_are_measured(children, tmp_path,
+                                                                         monkeypatch):
+  monkeypatch.setattr(gpu, 'TOGETHER', 2)
+  both = [children.prepared, children]
+  seen = []
+  monkeypatch.setattr(gpu, 'keep', lambda line, _: seen.append([len(x) for x in both]))
+  gpu.main(['--scale=smoke', '--models=vit_b16', f'--results={tmp_path}'])
+  assert sorted(children.prepared) == sorted(children)
+  assert seen[:2] == [[2, 1], [2, 2]] and seen[-1] == [6, 6]
+
+
+def test_cells_that_were_prepared_compile_nothing_large(tmp_path):
+  """What is compiled side by side is what is then run: matmuls, attentions, the step."""
+  found = {}
+  for flag in ('--prepare', '--cell'):
+    before = set(tmp_path.glob('*-cache'))
+    gpu._child(f'{flag}=t5_base-top_2-e4', '--scale=smoke', cache=str(tmp_path))
+    found[flag] = {path.name.split('-')[0] for path in set(tmp_path.glob('*-cache')) - before}
+  assert {'jit_train_step', 'jit_both'} <= found['--prepare']
+  assert not {'jit_train_step', 'jit_both'} & found['--cell'] and found['--cell']
 
 
 def test_a_tiny_scale_replaces_nothing_that_was_measured(children, tmp_path, monkeypatch):
@@ -227,7 +265,7 @@ def test_a_tiny_dropless_t5_is_measured():
     ('gpu: NVIDIA H100 PCIe', 756e12), ('gpu: NVIDIA L4', 121e12), ('gpu: NVIDIA L40S', None),
     ('cpu: cpu', None)])
 def test_peaks_go_by_whole_names(device, peak):
-  assert gpu.peak_of(device) == peak
+  assert gpu_table.peak_of(device) == peak
 
 
 def test_the_next_batch_that_is_tried_is_the_one_that_should_fit(monkeypatch):
