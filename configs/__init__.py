@@ -2,8 +2,8 @@
 
 The argument after the file's name, as in --config=configs/vit_glyphs_upcycled.py:switch,runlocal,
 holds words: 'runlocal' makes any run tiny; in a config that upcycles, the name of a preset
-(moe/presets.py) replaces its routing; one that fine-tunes takes 'upcycled' to start from such a
-run.
+(moe/presets.py) replaces its routing. One that fine-tunes takes 'upcycled' to start from such a
+run, and with it the words that this run was made with, as in :upcycled,switch.
 """
 
 from ml_collections import ConfigDict
@@ -32,6 +32,21 @@ def preset(arg: str | None, *others: str) -> tuple[str | None, str | None]:
   names = [word for word in found if word in presets.BY_NAME]
   check(len(names) <= 1, 'config argument', arg, 'one preset', 'Drop the others.')
   return names[0] if names else None, 'runlocal' if 'runlocal' in found else None
+
+
+def of_parent(arg: str | None, *others: str) -> tuple[str | None, bool]:
+  """What the argument of a config that fine-tunes says of the run that it starts from.
+
+  others: words that the config of an upcycled one takes besides presets.
+
+  Returns:
+    The argument of the upcycled parent's config, or None if the parent is dense, and whether this
+    run is 'runlocal'. A word of the parent's says 'upcycled' as well.
+  """
+  found = words(arg, 'upcycled', *presets.BY_NAME, *others)
+  theirs = [word for word in found if word not in ('runlocal', 'upcycled')]
+  upcycled = 'upcycled' in found or theirs
+  return ','.join(theirs) if upcycled else None, 'runlocal' in found
 
 
 def set_moe(moe: ConfigDict, name: str) -> None:

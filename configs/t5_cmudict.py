@@ -1,6 +1,7 @@
 """Fine-tunes a run of t5_stdlib.py on cmudict: from the spelling of a word to its pronunciation.
 
-Everything else is as in t5_stdlib_tasks.py, :upcycled too. Scored by phoneme and word error rate.
+Everything else is as in t5_stdlib_tasks.py, its arguments too. Scored by phoneme and word error
+rate.
 """
 
 from configs import t5_stdlib_tasks

@@ -1,17 +1,18 @@
 """Fine-tunes a run of t5_stdlib.py on stdlib_tasks, three text-to-text tasks about Python code.
 
---config.init.parent=DIR names the run; with :upcycled it is one of t5_stdlib_upcycled.py. As in
-T5's fine-tuning the rate is constant and dropout 0.1, in the experts too; the rate itself, 1e-3
-there for Adafactor, is our choice for Adam. Outputs are decoded greedily and scored at the end.
+--config.init.parent=DIR names the run; with :upcycled it is one of t5_stdlib_upcycled.py, with
+:switch one of t5_stdlib_upcycled.py:switch, and so for each preset. As in T5's fine-tuning the rate
+is constant and dropout 0.1, in the experts too; the rate itself, 1e-3 there for Adafactor, is our
+choice for Adam. Outputs are decoded greedily and scored at the end.
 """
 
-from configs import shrink, t5_stdlib, t5_stdlib_upcycled, words
+from configs import of_parent, shrink, t5_stdlib, t5_stdlib_upcycled
 
 
 def get_config(arg=None, source='stdlib_tasks', encoder_length=256, decoder_length=32):
-  found = words(arg, 'upcycled')
-  parent = t5_stdlib_upcycled if 'upcycled' in found else t5_stdlib
-  config = parent.get_config()
+  theirs, runlocal = of_parent(arg)
+  parent = t5_stdlib if theirs is None else t5_stdlib_upcycled
+  config = parent.get_config(theirs)
   config.init.mode = 'continue'
   config.init.parent = f'runs/{parent.__name__.removeprefix("configs.")}'
   config.init.step = -2   # its end, cooled, not its trunk
@@ -36,6 +37,6 @@ def get_config(arg=None, source='stdlib_tasks', encoder_length=256, decoder_leng
   config.schedule.warmup_steps = 100
   config.schedule.cooldown_steps = 400
 
-  if 'runlocal' in found:
+  if runlocal:
     shrink(config)
   return config

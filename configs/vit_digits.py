@@ -1,16 +1,17 @@
 """Fine-tunes a run of vit_glyphs.py on scikit-learn's handwritten digits, with a new head.
 
---config.init.parent=DIR names the run; with :upcycled it is one of vit_glyphs_upcycled.py. All
-parameters are trained. A few-shot linear probe of the features is taken at the end.
+--config.init.parent=DIR names the run; with :upcycled it is one of vit_glyphs_upcycled.py, with
+:switch one of vit_glyphs_upcycled.py:switch, and so for each preset. All parameters are trained. A
+few-shot linear probe of the features is taken at the end.
 """
 
-from configs import shrink, vit_glyphs, vit_glyphs_upcycled, words
+from configs import of_parent, shrink, vit_glyphs, vit_glyphs_upcycled
 
 
 def get_config(arg=None):
-  found = words(arg, 'upcycled')
-  parent = vit_glyphs_upcycled if 'upcycled' in found else vit_glyphs
-  config = parent.get_config()
+  theirs, runlocal = of_parent(arg)
+  parent = vit_glyphs if theirs is None else vit_glyphs_upcycled
+  config = parent.get_config(theirs)
   config.init.mode = 'continue'
   config.init.parent = f'runs/{parent.__name__.removeprefix("configs.")}'
   config.init.new_head = True
@@ -32,6 +33,6 @@ def get_config(arg=None):
   config.schedule.warmup_steps = 50
   config.schedule.cooldown_steps = 150
 
-  if 'runlocal' in found:
+  if runlocal:
     shrink(config)
   return config

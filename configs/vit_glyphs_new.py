@@ -1,6 +1,6 @@
 """Fine-tunes a run of vit_glyphs.py on the 284 glyph classes that it never saw, with a new head.
 
---config.init.parent=DIR names the run; with :upcycled it is one of vit_glyphs_upcycled.py. All
+--config.init.parent=DIR names the run; :upcycled and presets say which, as in vit_digits.py. All
 parameters are trained. Of the classes' 2,781 glyphs 2,078 are trained on; 172 (of 120 classes) are
 the validation split, 190 (of 130) test_seen, and 341 (of 139) test, of a family held out as before.
 
@@ -10,12 +10,12 @@ takes. To probe what pretraining alone made of the features, set the same probe 
 "--config.probe.shots=(1, 5)".
 """
 
-from configs import shrink, vit_digits, words
+from configs import of_parent, shrink, vit_digits
 
 
 def get_config(arg=None):
-  found = words(arg, 'upcycled')
-  config = vit_digits.get_config('upcycled' if 'upcycled' in found else None)
+  _, runlocal = of_parent(arg)
+  config = vit_digits.get_config(arg)
   config.data.source = config.probe.source = 'glyphs'
   config.data.image.skip_classes = config.probe.skip_classes = 4096
   config.model.num_classes = 284
@@ -26,6 +26,6 @@ def get_config(arg=None):
   config.log_every = 100
   config.schedule.cooldown_steps = 300
 
-  if 'runlocal' in found:
+  if runlocal:
     shrink(config)
   return config

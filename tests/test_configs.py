@@ -1,5 +1,6 @@
 """Every run config resolves and builds, and the four runs really train, tiny, one after another."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -14,6 +15,7 @@ import pytest
 from moejax import config as config_lib
 from moejax import data, models, trees
 from moejax.config import ConfigError
+from moejax.moe import presets
 from moejax.train import loop, plan, settings
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -59,6 +61,32 @@ def test_runlocal_is_the_same_model_in_a_few_steps(name):
 def test_another_argument_is_refused(name):
   with pytest.raises(ConfigError, match="config argument: got 'runlocl'.*Did you mean 'runlocal'"):
     get_config(name, 'runlocl')
+
+
+# The config that fine-tunes, the one whose runs it starts from with a preset's name, its stacks.
+TUNED = [('vit_digits', 'vit_glyphs_upcycled', ('moe',)),
+         ('vit_glyphs_new', 'vit_glyphs_upcycled', ('moe',)),
+         ('t5_stdlib_tasks', 't5_stdlib_upcycled', ('encoder_moe', 'decoder_moe')),
+         ('t5_cmudict', 't5_stdlib_upcycled', ('encoder_moe', 'decoder_moe'))]
+
+
+@pytest.mark.parametrize('tuned, upcycled, stacks', TUNED, ids=[row[0] for row in TUNED])
+@pytest.mark.parametrize('name', presets.BY_NAME)
+def test_a_preset_of_the_upcycled_parent_is_its_fine_tunings(tuned, upcycled, stacks, name):
+  parent, child = (settings.resolve(get_config(n, name)) for n in (upcycled, tuned))
+  assert child.init.mode == 'continue' and child.init.parent == f'runs/{upcycled}'
+  for stack in stacks:
+    theirs, ours = getattr(parent.model, stack), getattr(child.model, stack)
+    assert ours == dataclasses.replace(theirs, group_size=ours.group_size)
+  assert child == settings.resolve(get_config(tuned, f'upcycled,{name}'))
+  local = settings.resolve(get_config(tuned, f'{name},runlocal'))
+  assert local.model == child.model and local.steps <= 10 < child.steps
+
+
+@pytest.mark.parametrize('tuned', [row[0] for row in TUNED])
+def test_two_presets_are_refused(tuned):
+  with pytest.raises(ConfigError, match="config argument: got 'switch,glam', allowed: one preset"):
+    get_config(tuned, 'switch,glam,runlocal')
 
 
 class Enough(Exception):

@@ -1,21 +1,22 @@
 """Fine-tunes a run of t5_base.py on the mixture of all SuperGLUE tasks (moejax/data/superglue.py).
 
---config.init.parent=DIR names the run; with :upcycled it is one of t5_base_upcycled.py. From t5x's
-fine-tuning config: batch 128, a constant rate of 1e-3, dropout 0.1, in the experts too, a
-checkpoint every 2,000 steps. 512 and 64 tokens are those of public fine-tuning configs (the paper's
-own steps, batch and expert dropout are not known to us); 2**18 steps are T5's. Outputs are decoded
-greedily and scored at the end, on each task and on average; superglue.py says in what these scores
-differ from the benchmark's.
+--config.init.parent=DIR names the run; with :upcycled it is one of t5_base_upcycled.py, with
+:switch one of t5_base_upcycled.py:switch, and so for its other words. From t5x's fine-tuning
+config: batch 128, a constant rate of 1e-3, dropout 0.1, in the experts too, a checkpoint every
+2,000 steps. 512 and 64 tokens are those of public fine-tuning configs (the paper's own steps, batch
+and expert dropout are not known to us); 2**18 steps are T5's. Outputs are decoded greedily and
+scored at the end, on each task and on average; superglue.py says in what these scores differ from
+the benchmark's.
 """
 
-from configs import words
-from configs.paper import place, shrink_t5, stacks, t5_base, t5_base_upcycled
+from configs import of_parent
+from configs.paper import ABLATIONS, place, shrink_t5, stacks, t5_base, t5_base_upcycled
 
 
 def get_config(arg=None, size='base'):
-  found = words(arg, 'upcycled')
-  upcycled = 'upcycled' in found
-  config = (t5_base_upcycled if upcycled else t5_base).get_config(size=size)
+  theirs, runlocal = of_parent(arg, *ABLATIONS)
+  upcycled = theirs is not None
+  config = (t5_base_upcycled if upcycled else t5_base).get_config(theirs, size)
   config.init.mode = 'continue'
   config.init.parent = f'runs/t5_{size}' + ('_upcycled' if upcycled else '')
   config.init.step = -2   # its end: cooled, if it was cooled down
@@ -38,6 +39,6 @@ def get_config(arg=None, size='base'):
   config.schedule.name = 'constant'
   config.schedule.start = 'restart'
 
-  if 'runlocal' in found:
+  if runlocal:
     shrink_t5(config, 'stdlib_tasks', 256, 32)
   return config

@@ -217,7 +217,8 @@ def test_the_train_step_at_the_real_batch_size(name, word):
 @pytest.mark.parametrize('name, word, parent', [
     ('t5_base_upcycled', '', ('t5_base', '')), ('vit_b16_upcycled', '', ('vit_b16', '')),
     ('t5_base_superglue', '', ('t5_base', '')),
-    ('t5_base_superglue', 'upcycled', ('t5_base_upcycled', ''))])
+    ('t5_base_superglue', 'upcycled', ('t5_base_upcycled', '')),
+    ('t5_base_superglue', 'experts_8', ('t5_base_upcycled', 'experts_8'))])
 def test_surgery_at_the_real_sizes(name, word, parent):
   """Every leaf of the parent and of the child is accounted for, optimizer slots too."""
   flat = lambda shapes: trees.flatten({'params': shapes.params, 'opt_state': shapes.opt_state})
@@ -256,6 +257,15 @@ def test_what_the_sources_say_of_t5():
   assert tuned.model.dropout_rate == 0.1 and moe(tuned, 'encoder').dropout_rate < 0   # as well
   assert moe(tuned, 'encoder').group_size == 4096 and moe(tuned, 'decoder').group_size == 512
   assert moe(resolved('t5_base_superglue'), 'encoder').group_size == 0
+
+
+@pytest.mark.parametrize('word', ['switch', 'expert_choice', *paper.ABLATIONS])
+def test_a_word_of_the_upcycled_parent_is_one_of_its_fine_tuning(word):
+  parent, tuned = resolved('t5_base_upcycled', word), resolved('t5_base_superglue', word)
+  assert tuned == resolved('t5_base_superglue', 'upcycled', word)
+  for stack in ('encoder', 'decoder'):
+    theirs = dataclasses.replace(moe(parent, stack), group_size=moe(tuned, stack).group_size)
+    assert moe(tuned, stack) == theirs
 
 
 def test_what_the_sources_say_of_vit():
