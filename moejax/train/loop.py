@@ -178,6 +178,9 @@ class Program:
     with log.pause('initializing', self.plan.first):
       parent = initialize.open_parent(self.config.init)
       state, receipt = self.step.first_state(parent)
+    if self.config.init.mode == 'continue' and (
+        changes := settings.moe_changes(self.config, parent.config)):
+      log.say(f"moe settings other than the parent's: {', '.join(changes)}")
     values = self.evaluate(self.plan.first, state.params, log, {})
     if receipt:
       measured = self._step0_gap(parent, values, log)

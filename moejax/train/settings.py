@@ -6,6 +6,7 @@
 
 import dataclasses
 import json
+import re
 
 from ml_collections import ConfigDict
 
@@ -130,13 +131,27 @@ def model_of(values: dict, batches_of: RunConfig) -> T5Config | ViTConfig:
       getattr(model, stack), group_size=size(stack)) for stack in stacks})
 
 
+def moe_changes(config: RunConfig, parent: dict) -> list[str]:
+  """'key: value of the parent -> value here' for the settings of sparse stacks that differ.
+
+  parent: its config.json, parsed; it may be of a version that had fewer keys.
+  """
+  theirs, ours = _flat(parent), _flat(json.loads(to_json(config)))
+  moe = [k for k in ours if re.match(r'model\.(\w+_)?moe\.', k) and k in theirs]
+  sparse = [k for k in moe if ours[f'{k.rpartition(".")[0]}.layers'] != 'none']
+  return [f'{k}: {theirs[k]!r} -> {ours[k]!r}' for k in sparse if ours[k] != theirs[k]]
+
+
+def _flat(node, prefix: str = '') -> dict:
+  """{'a.b.c': value} of nested dicts."""
+  if isinstance(node, dict):
+    return {k: v for name, child in node.items()
+            for k, v in _flat(child, f'{prefix}{name}.').items()}
+  return {prefix[:-1]: node}
+
+
 def differing_keys(a: str, b: str) -> list[str]:
   """'key: value in a -> value in b' for two config.json texts."""
-  def flat(node, prefix=''):
-    if isinstance(node, dict):
-      return {k: v for name, child in node.items()
-              for k, v in flat(child, f'{prefix}{name}.').items()}
-    return {prefix[:-1]: node}
-  a, b = flat(json.loads(a)), flat(json.loads(b))
+  a, b = _flat(json.loads(a)), _flat(json.loads(b))
   return [f'{k}: {a.get(k, "(absent)")!r} -> {b.get(k, "(absent)")!r}'
           for k in sorted(a | b) if a.get(k) != b.get(k)]
