@@ -3,8 +3,15 @@
 FILE defines get_config(arg) and returns an ml_collections ConfigDict; any key of it can be
 overridden on the command line. The same command resumes a run that was stopped, and says so if it
 is finished. Everything the run leaves stands in DIR: see moejax/train/workdir.py.
+
+For example, a dense run and one that is upcycled from it, with another router:
+
+  python -m moejax.main --config=configs/vit_glyphs.py --workdir=runs/vit_glyphs
+  python -m moejax.main --config=configs/vit_glyphs_upcycled.py:switch --workdir=runs/vit_switch \\
+      --config.init.parent=runs/vit_glyphs --config.steps=2000
 """
 
+import itertools
 import os
 import re
 import sys
@@ -39,7 +46,7 @@ LOST_SECONDS = flags.DEFINE_float(
 STALL_SECONDS = flags.DEFINE_float(
     'stall_seconds', Launch.stall_seconds, 'No process got further for so long (a step, an '
     'evaluation, compiling): all end, with exit code 75.')
-USAGE = 'python -m moejax.main --config=configs/vit_glyphs.py --workdir=runs/vit'
+USAGE = 'python -m moejax.main --config=configs/vit_glyphs.py --workdir=runs/vit_glyphs'
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -52,8 +59,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  for arg in argv:
-    if re.match('--?config=', arg) and not os.path.exists(path := re.split('[=:]', arg)[1]):
+  if {'--help', '-help', '-h', '-?'} & set(argv[1:]):
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)   # absl's own --help exits with 1
+  for path in _config_files(argv):
+    if not os.path.exists(path):
       raise ConfigError(f'--config: no such file: {path}. Usage: {USAGE}')
   try:
     rest = flags.FLAGS(argv)
@@ -67,6 +76,13 @@ def _parse(argv: list[str]) -> list[str]:
   if len(rest) > 1:
     raise ConfigError(f'command line: {rest[1]!r} is no flag; flags begin with --. Usage: {USAGE}')
   return rest
+
+
+def _config_files(argv: list[str]) -> list[str]:
+  """FILE of each --config=FILE[:arg] or --config FILE[:arg]."""
+  given = [arg.partition('=')[2] for arg in argv if re.match('--?config=', arg)]
+  given += [after for arg, after in itertools.pairwise(argv) if re.fullmatch('--?config', arg)]
+  return [value.partition(':')[0] for value in given]
 
 
 def _last_line(error: Exception) -> str:

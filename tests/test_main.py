@@ -31,6 +31,13 @@ def command(*args):
      r"flag --config\.steps=many"),
     (['--config=configs/no_such.py', '--workdir={tmp}'],
      r'--config: no such file: configs/no_such\.py'),
+    (['--config', 'configs/no_such.py:runlocal', '--workdir={tmp}'],
+     r'--config: no such file: configs/no_such\.py\. Usage: '),
+    (['--config', '--workdir={tmp}'], r'--config: no such file: --workdir='),
+    (['--config=configs/vit_glyphs_upcycled.py', '--workdir={tmp}',
+      '--config.model.moe.experts_per_layer=(4,x)'],
+     r"config\.model\.moe\.experts_per_layer: got \('\(4,x\)',\), allowed: integers >= 1, one per "
+     r"sparse block, as in '\(4, 8\)'\. Or leave it empty and set num_experts\."),
     (['--config=configs/vit_glyphs.py:runlocla', '--workdir={tmp}'],
      r"config argument: got 'runlocla'.*Did you mean 'runlocal'\?"),
     (['--config=configs/vit_glyphs.py'], r'--workdir: missing'),
@@ -67,10 +74,19 @@ def test_a_process_that_stays_alone_says_so_and_may_be_started_again(process, tm
   assert not (tmp_path / 'run').exists()
 
 
-def test_help_says_how_to_use_it():
-  result = command('--help')
+@pytest.mark.parametrize('asked', ['--help', '-h'])
+def test_help_says_how_to_use_it(asked):
+  result = command('--config', 'configs/vit_glyphs.py', asked)
+  assert (result.returncode, result.stderr) == (0, '')
   assert '--config=FILE[:arg] --workdir=DIR' in result.stdout
   assert '--workdir' in result.stdout and 'Directory of the run' in result.stdout
+  assert '--config.init.parent=runs/vit_glyphs' in result.stdout
+
+
+def test_a_config_may_stand_after_its_flag(tmp_path):
+  result = command('--config', 'configs/vit_glyphs.py:runlocal', '--workdir', str(tmp_path / 'run'),
+                   '--config.steps=3')
+  assert 'config.schedule.cooldown_steps: got 4, allowed: at most steps = 3' in result.stderr
 
 
 CONFIGS = {'vit': vit_glyphs, 't5': t5_stdlib, 'vit_moe': vit_glyphs_upcycled,

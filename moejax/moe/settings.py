@@ -99,7 +99,9 @@ class MoEConfig:
     for key in ('num_experts', 'granularity', 'min_capacity', 'k'):
       check(getattr(self, key) >= 1, f'moe.{key}', getattr(self, key), '>= 1', 'Use 1 or more.')
     check(all(type(e) is int and e >= 1 for e in self.experts_per_layer),
-          'moe.experts_per_layer', self.experts_per_layer, 'a tuple of integers >= 1', 'Fix it.')
+          'moe.experts_per_layer', self.experts_per_layer,
+          "integers >= 1, one per sparse block, as in '(4, 8)'",
+          'Or leave it empty and set num_experts.')
     for key in ('capacity_factor', 'eval_capacity_factor'):
       check(getattr(self, key) > 0, f'moe.{key}', getattr(self, key), '> 0', 'Usual: 1 to 2.')
     check(self.weight_scale > 0, 'moe.weight_scale', self.weight_scale, '> 0', '1 changes nothing.')
