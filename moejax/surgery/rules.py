@@ -26,7 +26,7 @@ FATES = ('copied', 'repeated', 'tiled', 'tiled, scaled', 'tiled in part', 'tiled
          'averaged', 'fresh', 'dropped')   # in the order of receipts
 Make = Callable[[Index], np.ndarray]
 Place = Callable[[str, Make, tuple[int, ...], Any], Any]
-_LISTED = 20  # leaves listed per kind of problem
+_LISTED = 5  # leaves listed per kind of problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,8 @@ def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Any],
   Raises:
     ConfigError: a source leaf that no rule takes, or two; a target leaf that nothing makes, or two
       things; a target that does not exist; a shape or dtype that does not fit; a rule that matches
-      nothing. All of them are listed, with the leaves of both sides.
+      nothing. All kinds of problems are listed, each with their number and the first leaves of
+      either side; parameters stand before their optimizer slots.
   """
   problems: dict[str, list[str]] = defaultdict(list)
   taken, steps = defaultdict(list), []
@@ -308,8 +309,8 @@ def _show(path: str, leaf: Any) -> str:
 def _message(problems: Mapping[str, list[str]]) -> str:
   lines = ['surgery: the rules do not account for every leaf of both sides; nothing was made.']
   for kind, items in problems.items():
-    lines.append(f'{kind} ({len(items)}):')
-    lines += [f'  {item}' for item in items[:_LISTED]]
+    first = sorted(items, key=lambda item: 'opt_state/' in item)[:_LISTED]
+    lines += [f'{kind} ({len(items)}):', *(f'  {item}' for item in first)]
     if len(items) > _LISTED:
       lines.append(f'  ... and {len(items) - _LISTED} more')
   return '\n'.join(lines)
