@@ -113,7 +113,7 @@ def open_run(path: str, key: str, step: int) -> Parent:
   Args:
     path: its workdir.
     key: what named it, for messages.
-    step: which checkpoint, as InitConfig.step.
+    step: which checkpoint, as InitConfig.step, which alone may be a number.
 
   Raises:
     ConfigError: there is no such run or checkpoint.
@@ -129,12 +129,16 @@ def open_run(path: str, key: str, step: int) -> Parent:
       facts[name] = json.loads(file.read_text())
     except json.JSONDecodeError as error:
       fail(key, path, f'a run whose {name} can be read', f'It is damaged: {error}.')
+  there = native.finished_steps(directory / native.SUBDIR)
+  steps = ', '.join(map(str, there)) or '(none)'
   if step < 0:
     which = {TRUNK: 'trunk_step', END: 'end_step'}[step]
-    step, there = facts['run.json'][which], native.finished_steps(directory / native.SUBDIR)
+    step = facts['run.json'][which]
     check(step in there, key, path, f'a run that has come to its {which}, {step}',
-          f'Its checkpoints are of steps {", ".join(map(str, there)) or "(none)"}: let it go on'
+          f'Its checkpoints are of steps {steps}: let it go on'
           + (', or set config.init.step to one of them.' if which == 'trunk_step' else '.'))
+  check(step in there, 'config.init.step', step, f'{steps}: the checkpoints of {path}',
+        f'Choose one of them, {TRUNK} (its trunk) or {END} (its end).')
   return Parent(native.Reader(directory, step), facts['config.json'], facts['run.json'])
 
 

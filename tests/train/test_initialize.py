@@ -59,8 +59,8 @@ def parent(request, tmp_path_factory):
   return family, str(workdir), jax.device_get(state)
 
 
-def with_writer(workdir, step, tree):
-  writer = native.Writer(workdir, 1)
+def with_writer(workdir, step, tree, keep=1):
+  writer = native.Writer(workdir, keep)
   writer.save(step, tree, {})
   writer.close()
 
@@ -322,8 +322,12 @@ def test_missing_checkpoints(parent, tmp_path):
   _, workdir, _ = parent
   with pytest.raises(ConfigError, match='config.init.parent.*Train that run first'):
     initialize.open_parent(InitConfig(mode='upcycle', parent=str(tmp_path / 'none')))
-  with pytest.raises(ConfigError, match='got 5, allowed: 7'):
-    initialize.open_parent(InitConfig(mode='upcycle', parent=workdir, step=5))
+  two = tmp_path / 'two'
+  shutil.copytree(workdir, two)
+  with_writer(two, 9, {'params': {'w': np.zeros(2)}}, keep=2)
+  with pytest.raises(ConfigError, match=f'^config.init.step: got 5, allowed: 7, 9: the checkpoints '
+                     rf'of {two}. Choose one of them, -1 \(its trunk\) or -2 \(its end\)'):
+    initialize.open_parent(InitConfig(mode='upcycle', parent=str(two), step=5))
 
 
 @pytest.mark.parametrize('changes, named', [
