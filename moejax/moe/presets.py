@@ -134,6 +134,12 @@ def deepseek_moe(**changes) -> MoEConfig:
   64 routed experts a quarter of an MLP wide, top-6 by softmax, weights not renormalised; 2 shared
   experts; expert-level balance loss 0.001 (recalled); every block but the first: list them, e.g.
   layers='1,2,3' (here: 'every_1', our choice). The device-level loss is not built. Dropless.
+
+  Upcycled from a dense model it begins far from it. A token's weights, of a softmax over N experts,
+  sum to 6 / N at first, and four experts make up one MLP, so that the routed ones give 6 / (4 N) of
+  the MLP's output: 0.19 of it with 8 experts, 0.02 with 64. (The shared ones add half of its hidden
+  units.) init.scaling, which would undo this, is refused: it needs a k that is a multiple of 4, so
+  that no token meets some quarters of the MLP without the others. Set k to 4 or 8 for it.
   """
   return _preset(changes, router='top_k', num_experts=64, layers='every_1', granularity=4, k=6,
                  shared_experts=2, balance_weight=0.001, dispatch='grouped')
@@ -144,7 +150,8 @@ def deepseek_v3(**changes) -> MoEConfig:
 
   Sigmoid scores, top-8, weights renormalised and times 2.5, 1 shared expert, bias balancing; 256
   routed experts. bias_rate 1e-3 is Megatron's default. Our choices: granularity 4, 'every_1'; its
-  groups of experts by node are not built.
+  groups of experts by node are not built. Upcycled from a dense model, its routed experts begin at
+  2.5 / 4 of the MLP's output, or with init.scaling='output' at all of it.
   """
   return _preset(changes, router='top_k', num_experts=256, layers='every_1', granularity=4, k=8,
                  score='sigmoid', renormalize=True, weight_scale=2.5, shared_experts=1,

@@ -9,8 +9,10 @@ import pytest
 
 from moejax.config import ConfigError
 from moejax.models.layers import ACTIVATIONS
+from moejax.moe import presets
 from moejax.surgery import rules, upcycle
 from moejax.surgery.expert_init import ExpertInit, Gate
+from moejax.train import initialize
 from tests.surgery.states import ADAFACTOR, ADAMW, T5, VIT, make_params, make_state, surgery
 
 D, F, E, G = 8, 16, 8, 4
@@ -102,6 +104,31 @@ def test_scaling_the_output_is_exact_for_any_activation(form, activation):
       assert gap(form, activation, bias, gate, scaling='output') < ROUTED
     for gate in UNIFORM.values():
       assert gap(form, activation, bias, gate, scaling='output', router=0.0) < ROUTED
+
+
+@pytest.mark.parametrize('moe, begins', [
+    (presets.deepseek_moe(num_experts=E), 0.19),   # 6 / 8 / 4
+    (presets.deepseek_v3(num_experts=E), 0.63)], ids=['deepseek_moe', 'deepseek_v3'])
+def test_what_the_docs_say_of_how_far_below_the_mlp_presets_begin(moe, begins):
+  """The routed experts' output along the MLP's, over tokens that choose all kinds of shards."""
+  mlp, rng = make_mlp('gated', False), np.random.default_rng(1)
+  gate, x = initialize._gate(moe), rng.normal(size=(4000, D))
+  kernel = 1e-3 * rng.normal(size=(D, E)).astype(np.float32)
+  experts, kernel = upcycle_mlp(mlp, kernel, moe.granularity)
+  nudged = kernel + 1e-6 * rng.normal(size=(D, E))   # as rounding or noise break ties
+  expected = apply_mlp(mlp, x, 'silu')
+  found = apply_moe(experts, nudged, x, 'silu', gate)
+  assert (found * expected).sum() / (expected**2).sum() == pytest.approx(begins, abs=0.01)
+
+
+def test_deepseek_moe_cannot_be_scaled_unless_k_is_of_whole_mlps():
+  mlp, kernel = make_mlp('gated', False), np.zeros((D, E), np.float32)
+  scaled = lambda k: upcycle_mlp(mlp, kernel, G, scaling='output', gates={
+      'encoder': initialize._gate(presets.deepseek_moe(num_experts=E, k=k))})
+  with pytest.raises(ConfigError, match='moe.k of the encoder: got 6, allowed: a multiple .* 4,'):
+    scaled(presets.deepseek_moe().k)
+  for k in (4, 8):
+    scaled(k)
 
 
 @pytest.mark.parametrize('form', FORMS)
