@@ -6,13 +6,14 @@ its metadata carries the commit time, so neither a killed save nor a half-copied
 listed or restored.
 """
 
+import contextlib
 import gc
 import itertools
 import json
 import math
 import os
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from moejax import trees
+from moejax.checkpoints import damage
 from moejax.config import ConfigError, check, fail
 
 Tree = trees.Tree
@@ -30,6 +32,11 @@ _AHEAD = 2**25     # bytes read at once where leaves are small, see Reader._read
 _GARBAGE = 2**27   # bytes read between collections, likewise
 
 
+def _another(older: list[int]) -> str:
+  """What to do about damage, where nothing is known of what the checkpoint is for."""
+  return 'Take one of these, or copy it again.' if older else 'Copy it again.'
+
+
 class Writer:
   """Saves states by step, asynchronously, and restores them.
 
@@ -37,6 +44,9 @@ class Writer:
     workdir: checkpoints go to workdir/checkpoints, made if missing.
     keep: how many of the last steps to keep.
     keep_steps: steps kept forever (the trunk that later runs branch from).
+
+  Attributes:
+    aside: in process 0, what unfinished step directories that were there are called now.
 
   Raises:
     ConfigError: keep below 1, or a directory that cannot be written.
@@ -53,7 +63,7 @@ class Writer:
         preservation_policy=policy, cleanup_tmp_directories=True)
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
-      _set_unfinished_aside(self.directory)
+      self.aside = _set_unfinished_aside(self.directory)
       self._manager = ocp.CheckpointManager(self.directory, options=options)
     except OSError as error:
       fail('workdir', str(workdir), 'a directory that can be written',
@@ -101,8 +111,10 @@ class Writer:
     return steps[-1] if steps else None
 
   def restore(self, step: int, like: Tree) -> Tree:
-    """`Reader.restore` of one of this writer's finished steps."""
-    return Reader(self.directory, step).restore(like)
+    """`Reader.restore` of one of this writer's finished steps; raises what Reader does."""
+    def remedy(older: list[int]) -> str:
+      return f'Start again after {set_away(step, older, "the run")}.'
+    return Reader(self.directory, step, remedy=remedy).restore(like)
 
 
 class Reader:
@@ -111,6 +123,8 @@ class Reader:
   Args:
     directory: a run's workdir, its checkpoints directory, or one step's directory.
     step: which step; None takes the last finished one.
+    key: what named the directory, for messages about damage.
+    remedy: what to do about damage, given the older finished steps.
 
   Attributes:
     step: the step being read.
@@ -118,10 +132,12 @@ class Reader:
     extra: the JSON dict saved beside the state.
 
   Raises:
-    ConfigError: no such directory, no finished checkpoint in it, or not this step.
+    ConfigError: no such directory, no finished checkpoint in it, or not this step; here and in
+      whatever reads: files of the step are damaged.
   """
 
-  def __init__(self, directory: str | os.PathLike, step: int | None = None):
+  def __init__(self, directory: str | os.PathLike, step: int | None = None,
+               key: str = 'checkpoint', remedy: Callable[[list[int]], str] = _another):
     root = _absolute(directory)
     if root.name.isdigit() and (root / 'state').exists():
       check(step in (None, int(root.name)), 'checkpoint.step', step, root.name,
@@ -141,16 +157,21 @@ class Reader:
       fail('checkpoint.step', step, ', '.join(map(str, steps)),
            f'These are the finished steps in {root}.')
     self._directory = root / str(self.step) / 'state'
+    self._key, self._remedy = key, remedy
+    if reason := damage.of_files(self._directory):
+      self._refuse(reason)
     self._handler = ocp.PyTreeCheckpointHandler()
     self._garbage, self._ahead = 0, {}
-    metadata = trees.flatten(self._handler.metadata(self._directory).tree)
+    with self._reading():
+      metadata = trees.flatten(self._handler.metadata(self._directory).tree)
     self.shapes = {path: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype)
                    for path, m in metadata.items()}
 
   @property
   def extra(self) -> dict[str, Any]:
     """The JSON dict saved beside the state."""
-    return ocp.JsonCheckpointHandler().restore(self._directory.parent / 'extra')
+    with self._reading():
+      return ocp.JsonCheckpointHandler().restore(self._directory.parent / 'extra')
 
   def read(self, path: str) -> np.ndarray:
     """One leaf, whole, in host memory; cheapest in the order of `shapes`.
@@ -212,7 +233,33 @@ class Reader:
     how = {p: _restore_args(leaf) for p, leaf in wanted.items()}
     args = ocp.args.PyTreeRestore(trees.unflatten(item), restore_args=trees.unflatten(how),
                                   partial_restore=True)
-    return self._handler.restore(self._directory, args=args)
+    with self._reading():
+      return self._handler.restore(self._directory, args=args)
+
+  @contextlib.contextmanager
+  def _reading(self) -> Iterator[None]:
+    """Around a read: what it raises of damaged files becomes a ConfigError."""
+    try:
+      with damage.quiet():
+        yield
+    except Exception as error:
+      if reason := damage.of_error(error):
+        self._refuse(reason)
+      raise
+
+  def _refuse(self, reason: str) -> NoReturn:
+    """Says that this step is damaged."""
+    step = self._directory.parent
+    older = [other for other in finished_steps(step.parent) if other < self.step]
+    fail(self._key, str(step), 'a checkpoint whose files are whole',
+         f'It is damaged: {reason}. Older finished steps there: '
+         f'{", ".join(map(str, older)) or "none"}. {self._remedy(older)}')
+
+
+def set_away(step: int, older: Collection[int], run: str) -> str:
+  """'renaming it ...': how the run whose step this is can go on without it."""
+  then = f'resumes from step {max(older)}' if older else 'begins anew'
+  return f'renaming it to {step}.damaged: {run} {then}'
 
 
 def finished_steps(directory: str | os.PathLike) -> list[int]:
@@ -234,20 +281,26 @@ def _finished(directory: epath.Path) -> bool:
     metadata = json.loads((directory / _COMMIT_FILE).read_text())
   except (OSError, ValueError):
     return False
-  return (bool(metadata.get('commit_timestamp_nsecs'))
+  return (isinstance(metadata, dict) and bool(metadata.get('commit_timestamp_nsecs'))
           and (directory / 'state' / '_METADATA').exists() and (directory / 'extra').exists())
 
 
-def _set_unfinished_aside(directory: epath.Path) -> None:
-  """Renames step directories that are not finished, which would make Orbax refuse their steps."""
+def _set_unfinished_aside(directory: epath.Path) -> list[str]:
+  """Renames step directories that are not finished, which would make Orbax refuse their steps.
+
+  Returns what they are called now, in process 0; the others do nothing.
+  """
   if jax.process_index() != 0:
-    return
+    return []
+  renamed = []
   for d in directory.iterdir():
     if d.name.isdigit() and not _finished(d):
       aside = d.parent / f'{d.name}.unfinished'
       if aside.exists():
         aside.rmtree()
       d.rename(aside)
+      renamed.append(str(aside))
+  return sorted(renamed)
 
 
 def _savable(path: str, leaf: Any) -> jax.Array | np.ndarray:

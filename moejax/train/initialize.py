@@ -116,7 +116,7 @@ def open_run(path: str, key: str, step: int) -> Parent:
     step: which checkpoint, as InitConfig.step, which alone may be a number.
 
   Raises:
-    ConfigError: there is no such run or checkpoint.
+    ConfigError: there is no such run or checkpoint, or its files are damaged.
   """
   directory = pathlib.Path(path)
   facts = {}
@@ -139,7 +139,12 @@ def open_run(path: str, key: str, step: int) -> Parent:
           + (', or set config.init.step to one of them.' if which == 'trunk_step' else '.'))
   check(step in there, 'config.init.step', step, f'{steps}: the checkpoints of {path}',
         f'Choose one of them, {TRUNK} (its trunk) or {END} (its end).')
-  return Parent(native.Reader(directory, step), facts['config.json'], facts['run.json'])
+  def remedy(older: list[int]) -> str:
+    again = f'Start that run again after {native.set_away(step, older, "it")}.'
+    return f'Set config.init.step={older[-1]}. Or: {again}' if older and free else again
+  free = key == 'config.init.parent'   # to start from another step
+  return Parent(native.Reader(directory, step, key, remedy), facts['config.json'],
+                facts['run.json'])
 
 
 def check_model(config: 'RunConfig', parent: Parent) -> None:

@@ -76,6 +76,9 @@ def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Host
   workdir.write('run.json', program.about())
   with Log(workdir, plan.first, done, plan.end, hosts.moved) as log, stop_signals() as told:
     log.say(f'memory per device: {program.memory}')
+    for name in writer.aside:
+      log.say(f'{name}: not a finished checkpoint, and so renamed: its save was cut short or files '
+              'of it are missing')
     state = program.begin(workdir, log) if done is None else program.restore(writer, done, log)
     done, stop = int(state.step), None
     watch = Watch(config, plan.first)
