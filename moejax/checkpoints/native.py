@@ -281,7 +281,9 @@ def _finished(directory: epath.Path) -> bool:
     metadata = json.loads((directory / _COMMIT_FILE).read_text())
   except (OSError, ValueError):
     return False
-  return (isinstance(metadata, dict) and bool(metadata.get('commit_timestamp_nsecs'))
+  if not isinstance(metadata, dict):
+    return False
+  return (bool(metadata.get('commit_timestamp_nsecs'))
           and (directory / 'state' / '_METADATA').exists() and (directory / 'extra').exists())
 
 

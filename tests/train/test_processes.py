@@ -187,6 +187,23 @@ def test_a_config_of_its_own_is_refused_in_all(config, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def test_a_damaged_step_is_refused_in_all(config, on_8, tmp_path):
+  """Whichever of them would have read the file."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(on_8, workdir)
+  shutil.rmtree(workdir / native.SUBDIR / str(STEPS))
+  files = (workdir / native.SUBDIR / '30/state').glob('ocdbt.process_*/d/*')
+  max(files, key=lambda file: file.stat().st_size).unlink()
+  for code, said in start(config, workdir, 2, 4):
+    assert code == 1, said
+    (line,) = [line for line in said.splitlines() if 'damaged' in line]
+    assert line.startswith(f"moejax: checkpoint: got '{workdir}/checkpoints/30', allowed: a ")
+    assert line.endswith('Older finished steps there: 10, 20. Start again after renaming it to '
+                         '30.damaged: the run resumes from step 20.')
+    assert 'Traceback' not in said
+  assert native.finished_steps(workdir / native.SUBDIR) == [10, 20, 30]
+
+
 def test_an_error_in_one_ends_all_with_its_words_and_none_by_an_abort():
   port = free_port()
   running = [spawn('tests.train.failing', 1, port, 3, i) for i in range(3)]

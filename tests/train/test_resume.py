@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,41 @@ def test_what_a_run_leaves(uninterrupted, config):
   assert list((uninterrupted / 'tensorboard').iterdir())
   # Trunk and end are kept whatever keep_checkpoints says.
   assert native.finished_steps(uninterrupted / native.SUBDIR) == [30, 40]
+
+
+def test_a_damaged_step_is_not_resumed_nor_passed_over(config, uninterrupted, tmp_path):
+  """And once it is renamed, as the line says, the run ends where it would have."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted, workdir)
+  last = workdir / native.SUBDIR / str(STEPS)
+  shutil.copytree(last, last.with_name('35'))   # as good as any
+  shutil.rmtree(last)
+  manifest = last.with_name('35') / 'state/manifest.ocdbt'
+  manifest.write_bytes(manifest.read_bytes()[:20])
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  code, said = start('never', config, workdir)
+  assert code == 1
+  assert said.splitlines()[-1].startswith(
+      f"moejax.config.ConfigError: checkpoint: got '{workdir}/checkpoints/35', allowed: a ")
+  assert said.endswith('. Older finished steps there: 30. Start again after renaming it to '
+                       '35.damaged: the run resumes from step 30.\n')
+  assert native.finished_steps(workdir / native.SUBDIR) == [30, 35]
+  last.with_name('35').rename(last.with_name('35.damaged'))
+  code, said = start('never', config, workdir)
+  assert code == 0 and 'resumed at step 30 ' in said
+  assert before == (workdir / 'metrics.jsonl').read_bytes()
+  assert_same(uninterrupted, workdir)
+
+
+def test_a_step_that_is_not_finished_is_renamed_and_said(config, uninterrupted, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(uninterrupted, workdir)
+  (workdir / native.SUBDIR / str(STEPS) / 'state/_METADATA').unlink()
+  code, said = start('never', config, workdir)
+  assert code == 0 and 'resumed at step 30 ' in said
+  assert (f'{workdir}/checkpoints/{STEPS}.unfinished: not a finished checkpoint, and so renamed'
+          in said)
+  assert_same(uninterrupted, workdir)
 
 
 def test_the_same_command_again_says_so(uninterrupted, config):

@@ -1,0 +1,61 @@
+"""A parent whose files are damaged: one line says which, and what to do."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from moejax import models
+from moejax.checkpoints import native
+from moejax.config import ConfigError
+from moejax.train import initialize, settings
+from moejax.train.initialize import InitConfig
+from tests.train.test_initialize import DENSE, SPARSE, STEP, one_device, run_config, with_writer
+
+
+@pytest.fixture(scope='module')
+def parent(tmp_path_factory):
+  """Workdir of a dense run, saved at STEP."""
+  workdir, config = tmp_path_factory.mktemp('parent'), run_config(DENSE['vit'])
+  state, _ = initialize.first_state(config, models.build(config.model), one_device(), None)
+  with_writer(workdir, STEP, state.as_dict())
+  (workdir / 'config.json').write_text(settings.to_json(config))
+  (workdir / 'run.json').write_text(json.dumps({'trunk_step': STEP, 'end_step': STEP}))
+  return workdir
+
+
+@pytest.mark.parametrize('there, remedy', [
+    ((3, 5), 'Older finished steps there: 3, 5. Set config.init.step=5. Or: Start that run again '
+             'after renaming it to 7.damaged: it resumes from step 5.'),
+    ((), 'Older finished steps there: none. Start that run again after renaming it to 7.damaged: '
+         'it begins anew.')])
+def test_a_parent_whose_checkpoint_is_damaged(parent, there, remedy, tmp_path):
+  other = tmp_path / 'other'
+  shutil.copytree(parent, other)
+  steps = other / native.SUBDIR
+  for step in there:
+    shutil.copytree(steps / str(STEP), steps / str(step))
+  (steps / str(STEP) / 'state/_METADATA').write_text('{"tree')
+  init = InitConfig(mode='upcycle', parent=str(other))
+  with pytest.raises(ConfigError) as error:
+    initialize.open_parent(init)
+  assert str(error.value).startswith(f"config.init.parent: got '{steps}/7', allowed: a checkpoint ")
+  assert str(error.value).endswith(remedy)
+  if there:
+    assert initialize.open_parent(dataclasses.replace(init, step=5)).reader.step == 5
+  with pytest.raises(ConfigError, match=r'^config.task.teacher: .* Start that run again') as error:
+    initialize.open_run(str(other), 'config.task.teacher', STEP)
+  assert 'init.step' not in str(error.value)
+
+
+def test_a_parent_whose_arrays_are_damaged(parent, tmp_path):
+  """What only shows in the arrays is found when the child is made of them."""
+  other = tmp_path / 'other'
+  shutil.copytree(parent, other)
+  for file in (other / native.SUBDIR / str(STEP) / 'state').glob('ocdbt.process_0/d/*'):
+    file.write_bytes(bytes(file.stat().st_size))
+  config = run_config(SPARSE['vit'], mode='upcycle', parent=str(other))
+  found = initialize.open_parent(config.init)
+  with pytest.raises(ConfigError, match='^config.init.parent: .*damaged: Error reading "'):
+    initialize.first_state(config, models.build(config.model), one_device(), found)
