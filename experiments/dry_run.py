@@ -1,6 +1,5 @@
 """What suites would train, and how long that may take, before anything is started."""
 
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from experiments import page, results, runner
 from experiments.jobs import Job
 from experiments.shards import Shard
 from moejax.train import metrics
+from moejax.train.workdir import Workdir
 
 HEADER = ('', 'jobs', 'finished', 'steps', 'FLOPs', 'FLOPs left', 'core-hours left')
 
@@ -88,13 +88,13 @@ def seconds_per_flop(folder: pathlib.Path) -> dict[str, float]:
   seconds: dict[str, float] = {}
   spent: dict[str, float] = {}
   for file in sorted(folder.glob('*/run.json')):
-    path = file.parent
-    status = path / 'status.json'
-    if not status.exists() or json.loads(status.read_text())['phase'] != 'finished':
+    workdir = Workdir(file.parent)
+    status = workdir.path / 'status.json'
+    if not status.exists() or workdir.read(status.name)['phase'] != 'finished':
       continue
-    per_step = json.loads(file.read_text())['train_flops_per_step']
-    for line in metrics.read_lines(path / 'timing.jsonl'):
-      name = family(path.name)
+    per_step = workdir.read('run.json')['train_flops_per_step']
+    for line in metrics.read_lines(workdir.path / 'timing.jsonl'):
+      name = family(workdir.path.name)
       seconds[name] = seconds.get(name, 0) + line['seconds']
       spent[name] = spent.get(name, 0) + line['steps'] * per_step
   return {name: seconds[name] / spent[name] for name in seconds}

@@ -217,7 +217,7 @@ def _step0(workdir: Workdir) -> dict[str, float] | None:
   """What surgery measured before the first step: step0_gap among it; None without a parent."""
   if not (workdir.path / 'receipt.json').exists():
     return None
-  return workdir.read('receipt.json')['measured']
+  return workdir.read('receipt.json', fix='Delete the whole run and train it again.')['measured']
 
 
 def _final(lines: list[dict]) -> dict[str, dict[str, float]]:

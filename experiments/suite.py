@@ -109,8 +109,7 @@ class Run:
   def finished(self, folder: pathlib.Path) -> bool:
     """Whether its workdir holds this run, trained to the end."""
     workdir = Workdir(folder / self.name)
-    if not all((workdir.path / name).exists() for name in
-               ('config.json', 'run.json', 'status.json')):
+    if not workdir.whole:
       return False
     there = workdir.read('config.json')
     there['init']['parent'] = self.settings.init.parent   # its path may have changed, not its key
@@ -121,13 +120,12 @@ class Run:
 
   def done(self, folder: pathlib.Path) -> int:
     """Steps taken so far, as its files in `folder` say."""
-    path = folder / self.name
+    workdir = Workdir(folder / self.name)
     try:
-      first = json.loads((path / 'run.json').read_text())['first_step']
-      status = json.loads((path / 'status.json').read_text())['step']
-    except (OSError, ValueError):   # not there yet
+      first, status = workdir.read('run.json')['first_step'], workdir.read('status.json')['step']
+    except ConfigError:   # not there yet
       return 0
-    timed = metrics.read_lines(path / 'timing.jsonl')
+    timed = metrics.read_lines(workdir.path / 'timing.jsonl')
     return max(status, timed[-1]['step'] if timed else 0) - first
 
 

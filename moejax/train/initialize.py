@@ -6,7 +6,6 @@ moejax; by default its trunk is taken, the last step before its cooldown.
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -16,10 +15,10 @@ import numpy as np
 
 from moejax import trees
 from moejax.checkpoints import native
-from moejax.config import check, check_choice, fail
+from moejax.config import check, check_choice
 from moejax.surgery import depth_tile, expert_init, rules, upcycle
 from moejax.surgery.receipt import Receipt
-from moejax.train import optimizer
+from moejax.train import files, optimizer
 from moejax.train.step import TrainState
 
 if TYPE_CHECKING:
@@ -119,21 +118,12 @@ def open_run(path: str, key: str, step: int) -> Parent:
     ConfigError: there is no such run or checkpoint, or its files are damaged.
   """
   directory = pathlib.Path(path)
-  facts = {}
-  for name in ('config.json', 'run.json'):
-    file = directory / name
-    if not file.exists():
-      fail(key, path, f'the workdir of a run ({name} in it)',
-           'Train that run first, or correct the path.')
-    try:
-      facts[name] = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-      fail(key, path, f'a run whose {name} can be read', f'It is damaged: {error}.')
+  its, run = (files.read_json(directory / name, key) for name in ('config.json', 'run.json'))
   there = native.finished_steps(directory / native.SUBDIR)
   steps = ', '.join(map(str, there)) or '(none)'
   if step < 0:
     which = {TRUNK: 'trunk_step', END: 'end_step'}[step]
-    step = facts['run.json'][which]
+    step = run[which]
     check(step in there, key, path, f'a run that has come to its {which}, {step}',
           f'Its checkpoints are of steps {steps}: let it go on'
           + (', or set config.init.step to one of them.' if which == 'trunk_step' else '.'))
@@ -143,8 +133,7 @@ def open_run(path: str, key: str, step: int) -> Parent:
     again = f'Start that run again after {native.set_away(step, older, "it")}.'
     return f'Set config.init.step={older[-1]}. Or: {again}' if older and free else again
   free = key == 'config.init.parent'   # to start from another step
-  return Parent(native.Reader(directory, step, key, remedy), facts['config.json'],
-                facts['run.json'])
+  return Parent(native.Reader(directory, step, key, remedy), its, run)
 
 
 def check_model(config: 'RunConfig', parent: Parent) -> None:

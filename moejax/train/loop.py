@@ -51,9 +51,9 @@ def run(config: settings.RunConfig, path: str, hosts: Hosts | None = None) -> in
     workdir.check(config)
     hosts.same('config', settings.to_json(config), 'Start the same command on all hosts.')
     finished = native.finished_steps(workdir.path / native.SUBDIR)
-    hosts.same('workdir', f'{workdir.path.exists()} {finished}', SHARED)
+    hosts.same('workdir', f'{workdir.path.exists()} {workdir.whole} {finished}', SHARED)
     plan = Plan.make(config, first_step(config, workdir.path), max(finished, default=0))
-    if plan.end not in finished:
+    if plan.end not in finished or not workdir.whole:   # a file that was lost is written anew
       return _train(config, plan, workdir, hosts)
     if workdir.read('status.json')['phase'] != 'finished':   # killed just before it could say so
       workdir.status('finished', plan.end)

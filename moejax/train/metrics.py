@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moejax import trees
+from moejax.config import fail
 
 # Sums of a layer that are counted per real token, where it has them.
 PER_TOKEN = ('unchosen', 'single', 'entropy', 'z', 'balance', 'importance', 'smooth_load')
@@ -93,12 +94,21 @@ class JsonLines:
 
 
 def read_lines(path: os.PathLike | str) -> list[dict]:
-  """The objects of a JSON-lines file; [] if there is none; a torn last line is left out."""
+  """The objects of a JSON-lines file; [] if there is none; a torn last line is left out.
+
+  Raises ConfigError: another line is damaged.
+  """
   path = pathlib.Path(path)
   if not path.exists():
     return []
-  lines = path.read_text().split('\n')
-  return [json.loads(line) for line in lines[:-1] if line]   # what follows the last \n is torn
+  found = []
+  for number, line in enumerate(path.read_bytes().split(b'\n')[:-1], 1):   # the last one is torn
+    try:
+      found += [json.loads(line)] if line else []
+    except ValueError as error:   # no JSON, or not even text
+      fail(str(path), f'line {number}', 'a JSON object a line',
+           f'It is damaged: {error}. Delete that line, or make the file again.')
+  return found
 
 
 # What people look at first, where it is there; the rest is in metrics.jsonl.

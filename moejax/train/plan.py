@@ -1,7 +1,6 @@
 """What a run is going to do, known before anything is allocated: its steps, its fit, its cost."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
@@ -10,7 +9,7 @@ from jax.sharding import Mesh
 
 from moejax import flops, trees
 from moejax.config import check, check_choice, fail
-from moejax.train import initialize
+from moejax.train import files, initialize
 from moejax.train.groups import check_groups, check_stacked
 from moejax.train.schedule import check_run
 from moejax.train.settings import RunConfig
@@ -75,9 +74,12 @@ class Plan:
 
 
 def first_step(config: RunConfig, workdir: pathlib.Path) -> int:
-  """Global step at which the run of this workdir starts; needs the parent only the first time."""
+  """Global step at which the run of this workdir starts; needs the parent only the first time.
+
+  Raises ConfigError: the parent is not what this run needs, or run.json is damaged.
+  """
   if (workdir / 'run.json').exists():
-    return json.loads((workdir / 'run.json').read_text())['first_step']
+    return files.read_json(workdir / 'run.json')['first_step']
   parent = initialize.open_parent(config.init)
   if parent:
     initialize.check_model(config, parent)

@@ -150,8 +150,8 @@ def _flat(node, prefix: str = '') -> dict:
   return {prefix[:-1]: node}
 
 
-def differing_keys(a: str, b: str) -> list[str]:
-  """'key: value in a -> value in b' for two config.json texts."""
-  a, b = _flat(json.loads(a)), _flat(json.loads(b))
+def differing_keys(a: dict, b: dict) -> list[str]:
+  """'key: value in a -> value in b' for what two config.json hold."""
+  a, b = _flat(a), _flat(b)
   return [f'{k}: {a.get(k, "(absent)")!r} -> {b.get(k, "(absent)")!r}'
           for k in sorted(a | b) if a.get(k) != b.get(k)]

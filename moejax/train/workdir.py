@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from moejax.config import ConfigError, check, fail
-from moejax.train import settings
+from moejax.train import files, settings
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections',
             'numpy', 'tensorflow-datasets', 'moejax')
@@ -41,10 +41,14 @@ class Workdir:
     self._began, self._before = time.process_time(), None
 
   def check(self, config: settings.RunConfig) -> None:
-    """Raises ConfigError, with the differing keys, if a run of another config is here."""
-    there = self.path / 'config.json'
-    if there.exists() and there.read_text() != settings.to_json(config):
-      lines = '\n  '.join(settings.differing_keys(there.read_text(), settings.to_json(config)))
+    """Raises ConfigError, with the differing keys, if a run of another config is here; or if
+    config.json is damaged."""
+    if not (self.path / 'config.json').exists():
+      return
+    there = self.read('config.json', 'If the run here is of this very config, delete that file and '
+                      'start again: it is written anew. If not, give a new --workdir.')
+    if differing := settings.differing_keys(there, json.loads(settings.to_json(config))):
+      lines = '\n  '.join(differing)
       raise ConfigError(f'workdir: {self.path} holds a run of another config; give a new --workdir '
                         f'or undo these changes (there -> now):\n  {lines}')
 
@@ -85,13 +89,15 @@ class Workdir:
       self._before = self.read('status.json').get('cpu_seconds', 0.0) if there else 0.0
     return round(self._before + time.process_time() - self._began, 1)
 
-  def read(self, name: str) -> dict:
-    """A JSON file of this directory. Raises ConfigError if it is missing."""
-    path = self.path / name
-    if not path.exists():
-      fail('workdir', str(self.path), f'the directory of a run, with {name} in it',
-           'Check the path, or run that config first.')
-    return json.loads(path.read_text())
+  def read(self, name: str, fix: str = files.AGAIN) -> dict:
+    """A JSON file of this directory. Raises ConfigError if it is missing or damaged; fix: what to
+    do then."""
+    return files.read_json(self.path / name, fix=fix)
+
+  @property
+  def whole(self) -> bool:
+    """Whether all files are here that a finished run has and a further start would write anew."""
+    return all((self.path / name).exists() for name in ('config.json', 'run.json', 'status.json'))
 
 
 def versions() -> dict[str, str]:

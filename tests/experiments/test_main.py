@@ -87,6 +87,14 @@ def test_a_dry_run_adds_up_by_hand(tmp_path, monkeypatch):
   assert rows['shard 2/2'] == ['1', '0', '1', '7.00e+00', '7.00e+00', 'unknown']
 
 
+@pytest.mark.parametrize('name', ['run.json', 'status.json'])
+def test_a_dry_run_names_a_damaged_file(tmp_path, name):
+  finished(tmp_path, 'known', seconds=36.0, steps=2, flops=50)
+  (next(tmp_path.iterdir()) / name).write_text('{"phas')
+  with pytest.raises(ConfigError, match=f'known-.*a run whose {name} can be read'):
+    dry_run.seconds_per_flop(tmp_path)
+
+
 def test_a_dry_run_of_a_fresh_clone_goes_by_the_committed_times(tmp_path, monkeypatch):
   monkeypatch.setattr(runner, 'cores', lambda: [0, 1, 2, 3])
   rows = made_up.three_pairs()                # 1 s for 300 x 10 FLOPs (dense), 200 x 15 (sparse)

@@ -89,6 +89,22 @@ def test_arms_are_read_from_their_workdirs(tmp_path):
   assert found.suite['suite_command'] == suite.command()
 
 
+def test_torn_last_lines_are_left_out_and_damaged_files_are_named(tmp_path):
+  parent, other = dense(), child(dense())
+  trained(tmp_path, parent, 0, 20, 30)
+  trained(tmp_path, other, 20, 30, 40, gap=0.5)
+  suite = Suite('s', 'mini', (Arm('d', 'child', other, parent),))
+  before = results.collect(suite, tmp_path)
+  for name in ('metrics.jsonl', 'timing.jsonl'):
+    with (tmp_path / other.name / name).open('a') as file:
+      file.write('{"step": 40, "val')
+  assert results.collect(suite, tmp_path) == before
+  for name, fix in (('receipt.json', 'Delete the whole run'), ('run.json', 'Delete that file')):
+    (tmp_path / other.name / name).write_text('{"a')
+    with pytest.raises(ConfigError, match=f'{other.name}.*whose {name} can be read.*{fix}'):
+      results.collect(suite, tmp_path)
+
+
 def test_a_rung_counts_the_steps_of_the_continuation_it_cools(tmp_path):
   parent = dense()
   long = child(parent, steps=30)

@@ -210,6 +210,24 @@ def test_a_stopped_run_goes_on_after_its_folder_moved(tmp_path):
   runner._move_parent(child, path, tmp_path)
   assert config.read_text() == suite_lib.settings.to_json(
       child.resolved(str(tmp_path / child.parent.name)))
+  config.write_text('{"init": {')
+  with pytest.raises(ConfigError, match=f'{child.name}.*a run whose config.json can be read'):
+    runner._move_parent(child, path, tmp_path)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'run.json', 'status.json'])
+def test_a_run_with_a_damaged_file_is_neither_finished_nor_begun_anew(tmp_path, name):
+  job = tiny.parent()
+  path = tmp_path / job.name
+  (path / 'checkpoints').mkdir(parents=True)
+  (path / 'config.json').write_text(suite_lib.settings.to_json(job.settings))
+  for file, content in (('run.json', {'first_step': 0, 'end_step': tiny.STEPS}),
+                        ('status.json', {'phase': 'finished', 'step': tiny.STEPS})):
+    (path / file).write_text(json.dumps(content))
+  assert not job.finished(tmp_path) and job.done(tmp_path) == tiny.STEPS
+  (path / name).write_text('{"a')
+  with pytest.raises(ConfigError, match=f'{job.name}.*a run whose {name} can be read'):
+    runner.Runner({'s': [job]}, tmp_path, 1)
 
 
 @pytest.mark.parametrize('cores, jobs, shares', [

@@ -11,6 +11,7 @@ from moejax.checkpoints import native
 from moejax.config import ConfigError
 from moejax.train import initialize, settings
 from moejax.train.initialize import InitConfig
+from tests.train.test_files import DAMAGED
 from tests.train.test_initialize import DENSE, SPARSE, STEP, one_device, run_config, with_writer
 
 
@@ -47,6 +48,16 @@ def test_a_parent_whose_checkpoint_is_damaged(parent, there, remedy, tmp_path):
   with pytest.raises(ConfigError, match=r'^config.task.teacher: .* Start that run again') as error:
     initialize.open_run(str(other), 'config.task.teacher', STEP)
   assert 'init.step' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'run.json'])
+@pytest.mark.parametrize('content', DAMAGED.values(), ids=DAMAGED)
+def test_a_parent_whose_json_is_damaged(parent, name, content, tmp_path):
+  for file in ('config.json', 'run.json'):
+    shutil.copy(parent / file, tmp_path / file)
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ConfigError, match=f'^config.init.parent: .*{name} can be read. It is da'):
+    initialize.open_parent(InitConfig(mode='continue', parent=str(tmp_path)))
 
 
 def test_a_parent_whose_arrays_are_damaged(parent, tmp_path):

@@ -70,6 +70,29 @@ def test_a_diverged_run_saves_nothing_between_two_lines_either(
   assert native.finished_steps(tmp_path / 'run' / native.SUBDIR) == []
 
 
+def test_a_finished_run_writes_a_file_anew_that_is_damaged_once_it_is_deleted(tmp_path, capsys):
+  path = tmp_path / 'run'
+  assert loop.run(config(), str(path)) == 0
+  names = ('config.json', 'run.json', 'status.json')
+  before = {name: (path / name).read_text() for name in (*names, 'metrics.jsonl')}
+  for name in names:
+    text = (path / name).read_text()
+    (path / name).write_text(text[:len(text) // 2])
+    with pytest.raises(ConfigError, match=f'whose {name} can be read.*delete that|Delete that'):
+      loop.run(config(), str(path))
+    (path / name).unlink()
+    assert loop.run(config(), str(path)) == 0
+    assert (path / name).exists() and status(path) == 'finished'
+  after = {name: (path / name).read_text() for name in before}
+  for name in ('config.json', 'metrics.jsonl'):
+    assert after[name] == before[name]
+  same = lambda text: {k: v for k, v in json.loads(text).items() if k != 'memory'}
+  assert same(after['run.json']) == same(before['run.json'])
+  capsys.readouterr()
+  assert loop.run(config(), str(path)) == 0   # and now it only says that it is finished
+  assert capsys.readouterr().out.startswith(f'{path}: finished at step {STEPS}. validation')
+
+
 def test_each_batch_of_an_evaluation_is_a_sign_of_life(tmp_path):
   moved = []
   told = hosts.Hosts()

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from moejax.config import ConfigError
 from moejax.train import metrics
 
 # 20 real tokens and 4 experts: 40 assignments asked for, 36 placed.
@@ -100,6 +101,23 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
   lines.write(4)
   lines.close()
   assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+@pytest.mark.parametrize('torn', [b'{"step": 4, "x\xc3', bytes(50)])
+def test_a_torn_last_line_may_be_no_text(tmp_path, torn):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 2}\n' + torn)
+  assert steps(path) == [2]
+  metrics.JsonLines(path, resume_at=10).close()
+  assert path.read_text() == '{"step": 2}\n'
+
+
+@pytest.mark.parametrize('line', [b'{"step": 4, "x', b'{"step\xff": 4}'])
+def test_a_damaged_line_that_is_not_the_last_is_named(tmp_path, line):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 2}\n' + line + b'\n{"step": 6}\n')
+  with pytest.raises(ConfigError, match="metrics.jsonl: got 'line 2', .* damaged: .*Delete that"):
+    metrics.read_lines(path)
 
 
 def test_floats_survive_to_the_last_bit(tmp_path):

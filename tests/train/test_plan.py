@@ -18,6 +18,7 @@ from moejax.train import loop, plan, settings
 from moejax.train.initialize import InitConfig
 from moejax.train.optimizer import OptimizerConfig
 from moejax.train.schedule import ScheduleConfig
+from tests.train.test_files import DAMAGED
 
 MOE = MoEConfig(layers='1', num_experts=4)
 SPLITS = dict.fromkeys(('train', 'validation', 'test'), 9)
@@ -111,6 +112,13 @@ def test_first_step_is_the_parents_trunk_and_later_what_run_json_says(tmp_path):
   assert plan.first_step(config, child) == 3
   (parent / 'run.json').unlink()
   assert plan.first_step(config, child) == 3   # a run that has begun needs its parent no more
+
+
+@pytest.mark.parametrize('content', DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_run_json_is_said_to_be_so(tmp_path, content):
+  (tmp_path / 'run.json').write_bytes(content)
+  with pytest.raises(ConfigError, match='^workdir: .*whose run.json can be read. It is damaged: '):
+    plan.first_step(settings.RunConfig(), tmp_path)
 
 
 def test_a_parent_that_is_not_there(tmp_path):

@@ -138,11 +138,14 @@ def test_a_step_that_is_not_finished_is_renamed_and_said(config, uninterrupted, 
   workdir = tmp_path / 'run'
   shutil.copytree(uninterrupted, workdir)
   (workdir / native.SUBDIR / str(STEPS) / 'state/_METADATA').unlink()
+  for name in ('metrics.jsonl', 'timing.jsonl'):
+    with (workdir / name).open('a') as file:
+      file.write('{"step": 30, "tor')
   code, said = start('never', config, workdir)
   assert code == 0 and 'resumed at step 30 ' in said
   assert (f'{workdir}/checkpoints/{STEPS}.unfinished: not a finished checkpoint, and so renamed'
           in said)
-  assert_same(uninterrupted, workdir)
+  assert_same(uninterrupted, workdir)   # and the torn lines are gone
 
 
 def test_the_same_command_again_says_so(uninterrupted, config):

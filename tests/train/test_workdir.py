@@ -10,6 +10,7 @@ from moejax.config import ConfigError
 from moejax.sharding import MeshConfig
 from moejax.train import settings, workdir
 from moejax.train.workdir import Workdir
+from tests.train.test_files import DAMAGED
 
 CONFIG = settings.RunConfig()
 OTHER = dataclasses.replace(CONFIG, seed=7, mesh=MeshConfig(fsdp=2), eval_splits=())
@@ -48,6 +49,22 @@ def test_another_config_is_refused_with_exactly_the_differing_keys(tmp_path):
   assert [line.strip() for line in lines] == [
       "eval_splits: ['test'] -> []", 'mesh.fsdp: 1 -> 2', 'seed: 0 -> 7']
   assert settings.from_dict(json.loads((tmp_path / 'config.json').read_text())) == CONFIG
+
+
+@pytest.mark.parametrize('content', DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_config_is_said_to_be_so(tmp_path, content):
+  there = Workdir(tmp_path)
+  (tmp_path / 'config.json').write_bytes(content)
+  with pytest.raises(ConfigError, match='^workdir: .*whose config.json can be read. It is damaged: '
+                                        '.* If the run here is of this very config, delete that'):
+    there.check(CONFIG)
+  (tmp_path / 'config.json').unlink()   # as it says
+  there.check(CONFIG)
+
+
+def test_the_same_config_written_otherwise_is_the_same(tmp_path):
+  (tmp_path / 'config.json').write_text(json.dumps(json.loads(settings.to_json(CONFIG))))
+  Workdir(tmp_path).check(CONFIG)
 
 
 def test_keys_that_only_one_config_has(tmp_path):
@@ -119,6 +136,22 @@ def test_status_adds_up_the_cpu_time_of_all_processes(tmp_path, monkeypatch):
 def test_reading_what_is_not_there(tmp_path):
   with pytest.raises(ConfigError, match='the directory of a run, with run.json in it'):
     Workdir(tmp_path).read('run.json')
+
+
+def test_reading_what_is_damaged(tmp_path):
+  (tmp_path / 'run.json').write_text('{"first')
+  with pytest.raises(ConfigError, match='run.json can be read. It is damaged: .*written anew.$'):
+    Workdir(tmp_path).read('run.json')
+  with pytest.raises(ConfigError, match=r'It is damaged: .*\. Train it again\.$'):
+    Workdir(tmp_path).read('run.json', fix='Train it again.')
+
+
+def test_a_workdir_is_whole_with_all_that_a_start_writes(tmp_path):
+  there = Workdir(tmp_path)
+  for name in ('config.json', 'run.json', 'status.json'):
+    assert not there.whole
+    there.write(name, {})
+  assert there.whole
 
 
 def test_provenance(monkeypatch):
