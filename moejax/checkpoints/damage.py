@@ -13,7 +13,7 @@ from etils import epath
 
 # What tensorstore says of files, in plain ValueErrors; of memory it says RESOURCE_EXHAUSTED.
 _OF_FILES = re.compile(
-    r'(?:NOT_FOUND|OUT_OF_RANGE|DATA_LOSS|FAILED_PRECONDITION): (.*?)(?: \[tensorstore_spec=|$)',
+    r'((?:NOT_FOUND|OUT_OF_RANGE|DATA_LOSS|FAILED_PRECONDITION): .*?)(?: \[tensorstore_spec=|$)',
     re.DOTALL)
 _WHERE = re.compile(r' in OCDBT database at local file "[^"]*"')   # the step directory, once more
 _LOCATION = re.compile(r'\w+:(.*):(.*):(\d+):(\d+)')   # kind:folder:file:offset:length

@@ -56,7 +56,7 @@ DAMAGES = {
     'array file empty': (lambda s: largest(s / ARRAYS).write_bytes(b''), r'has 0 bytes of \d+'),
     'array file zero': (lambda s: zero(largest(s / ARRAYS)), r'Error reading "params\.w\d+/0\.0"'),
     'arrays gone': (lambda s: shutil.rmtree(s / 'state/ocdbt.process_0'), 'is missing'),
-    'index gone': (lambda s: shutil.rmtree(s / INDEX), 'Error reading Byte range'),
+    'index gone': (lambda s: shutil.rmtree(s / INDEX), 'NOT_FOUND: Error reading Byte range'),
     'index cut': (lambda s: halve(largest(s / INDEX)), 'Requested byte range .* not valid'),
     'index zero': (lambda s: zero(largest(s / INDEX)), 'Error decoding b-tree node'),
     'manifest gone': (lambda s: (s / 'state/manifest.ocdbt').unlink(), 'Manifest not found'),
