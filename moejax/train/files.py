@@ -24,7 +24,7 @@ def read_json(path: pathlib.Path, key: str = 'workdir', fix: str = AGAIN) -> dic
     found = json.loads(path.read_text())
   except (FileNotFoundError, NotADirectoryError):
     fail(key, str(path.parent), f'the directory of a run, with {path.name} in it',
-         'Check the path, or run that config first.')
+         'Train that run first, or correct the path.')
   except ValueError as error:   # no JSON, or not even text
     _damaged(path, key, str(error), fix)
   if not isinstance(found, dict):
