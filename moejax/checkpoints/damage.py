@@ -49,6 +49,13 @@ def of_files(state: epath.Path) -> str | None:
 def _sizes(state: epath.Path) -> dict[str, int]:
   """{file: bytes it has at least} of the files that hold arrays, by the B-tree of tensorstore's
   OCDBT format. Raises its ValueErrors."""
+  try:
+    return _named(state)
+  except (AttributeError, KeyError, IndexError, TypeError):   # an index of another version: the
+    return {}                                                 # read itself must find out
+
+
+def _named(state: epath.Path) -> dict[str, int]:
   base = ts.KvStore.open({'driver': 'file', 'path': f'{state}/'}).result()
   sizes: dict[str, int] = {}
   nodes = [ts.ocdbt.dump(base).result()['versions'][-1]['root']['location']]

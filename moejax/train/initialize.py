@@ -285,12 +285,26 @@ def _table(config: 'RunConfig', source: dict, shapes: dict) -> list[rules.Rule]:
                                new_head=init.new_head)
 
 
-def _from_parent(config: 'RunConfig', target: dict, parent: Parent, fresh_params):
-  """Surgery, leaf by leaf, straight into the target's shardings."""
+def check_surgery(config: 'RunConfig', state: TrainState, parent: Parent) -> None:
+  """Checks by shapes alone what `first_state` would raise of a parent.
+
+  state: shapes of the state, with single blocks.
+  """
+  _plan(config, {'params': state.params, 'opt_state': state.opt_state}, parent)
+
+
+def _plan(config: 'RunConfig', target: dict, parent: Parent):
+  """(rules, shapes of the parent's leaves, of the target's, what the rules will do)."""
   source = {p: s for p, s in parent.reader.shapes.items() if p.split('/')[0] in target}
   shapes = trees.flatten(target)
   table = _table(config, source, shapes)
-  fresh = fresh_params({s.target for s in rules.plan(table, source, shapes)
+  return table, source, shapes, rules.plan(table, source, shapes)
+
+
+def _from_parent(config: 'RunConfig', target: dict, parent: Parent, fresh_params):
+  """Surgery, leaf by leaf, straight into the target's shardings."""
+  table, source, shapes, steps = _plan(config, target, parent)
+  fresh = fresh_params({s.target for s in steps
                         if s.needs_fresh and s.target.startswith('params/')})
   place = lambda path, make, shape, dtype: jax.make_array_from_callback(
       shape, shapes[path].sharding, make)

@@ -67,6 +67,8 @@ def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Host
   path = workdir.path
   program = Program(config, plan)
   hosts.same('data', program.fingerprint, 'Install the same versions on all hosts.')
+  if not (path / 'run.json').exists():
+    program.check_parent()
   hosts.moved('compiling')
   program.compile()
   workdir.claim(config)
@@ -134,6 +136,11 @@ class Program:
   def fingerprint(self) -> str:
     """Of all data that the run reads."""
     return ' '.join(d.fingerprint for d in (self.dataset, self.probe_data) if d)
+
+  def check_parent(self) -> None:
+    """Raises ConfigError: the surgery that begins this run cannot be done."""
+    if parent := initialize.open_parent(self.config.init):
+      initialize.check_surgery(self.config, self.single, parent)
 
   def compile(self) -> None:
     """Makes train_step, (state, batch) -> (state, objective), and `memory`, the Forecast of what it

@@ -259,3 +259,12 @@ def test_leaves_in_the_index_need_no_file(tmp_path):
   shutil.rmtree(tmp_path / native.SUBDIR / '1/state/ocdbt.process_0')
   np.testing.assert_array_equal(
       trees.flatten(Reader(tmp_path).restore({'a': np.zeros(3, np.int64)}))['a'], np.arange(3))
+
+
+@pytest.mark.parametrize('dump', [{}, {'versions': []}, {'versions': [{'root': None}]}, None])
+def test_an_index_of_a_version_that_is_not_known_is_left_to_the_read(saved, monkeypatch, dump):
+  class Done:
+    def result(self):
+      return dump
+  monkeypatch.setattr(ts.ocdbt, 'dump', lambda *_: Done())
+  assert_same(Reader(saved, 20).restore(make_state()), make_state())

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from moejax.config import ConfigError
 from moejax.models import t5, vit
 from moejax.moe.settings import MoEConfig
 from moejax.train import loop, settings
@@ -43,6 +44,20 @@ def test_a_run_says_once_what_its_parent_had_otherwise(home, moe, said, capsys):
   assert loop.run(config(home / 'parent', **moe), path) == 0
   lines = capsys.readouterr().err.splitlines()
   assert [line for line in lines if line.startswith(SAID)] == said
+
+
+@pytest.mark.parametrize('layers, init, said', [
+    ('none', {}, 'do not account for every leaf'),
+    ('last_1', {'mode': 'upcycle', 'optimizer': 'carry'}, 'no layer of the wanted model is a new MoE')
+    ], ids=['sparse to dense', 'sparse upcycled once more'])
+def test_surgery_that_cannot_be_is_refused_before_the_workdir_is_taken(home, layers, init, said,
+                                                                       tmp_path, monkeypatch):
+  monkeypatch.setattr(loop.Program, 'compile', lambda _: pytest.fail('compiled'))
+  run = config(home / 'parent', layers=layers, renormalize=layers != 'none')
+  run = dataclasses.replace(run, init=dataclasses.replace(run.init, **init))
+  with pytest.raises(ConfigError, match=said):
+    loop.run(run, str(tmp_path / 'child'))
+  assert not list(tmp_path.iterdir())
 
 
 def changes(ours, theirs):
