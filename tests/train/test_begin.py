@@ -48,7 +48,7 @@ def test_a_run_says_once_what_its_parent_had_otherwise(home, moe, said, capsys):
 
 @pytest.mark.parametrize('layers, init, said', [
     ('none', {}, 'do not account for every leaf'),
-    ('last_1', {'mode': 'upcycle', 'optimizer': 'carry'}, 'no layer of the wanted model is a new MoE')
+    ('last_1', {'mode': 'upcycle', 'optimizer': 'carry'}, 'no layer of the wanted model is a new')
     ], ids=['sparse to dense', 'sparse upcycled once more'])
 def test_surgery_that_cannot_be_is_refused_before_the_workdir_is_taken(home, layers, init, said,
                                                                        tmp_path, monkeypatch):
