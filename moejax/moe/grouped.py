@@ -4,10 +4,10 @@ The rows of all experts stand in one buffer, sorted by expert (MegaBlocks, Gale 
 no expert has a capacity and no token is dropped). Each expert's run is padded to whole blocks of b
 rows, so that a block meets one matrix. The buffer's size does not depend on the routing.
 
-A matmul walks the blocks in use, expert by expert: N rows cost 2*N*D*F FLOPs, plus those of less
-than b rows of padding per expert. jax.lax.ragged_dot off TPU multiplies every row by every matrix,
-E times as much; on TPU only its gradient for the matrices does. What was measured, and what could
-not be, is in experiments/results/grouped.md.
+A matmul walks the blocks in use, expert by expert and several at a time: N rows cost 2*N*D*F
+FLOPs, plus those of less than b rows of padding per expert. jax.lax.ragged_dot off TPU multiplies
+every row by every matrix, E times as much; on TPU only its gradient for the matrices does. What was
+measured, and what could not be, is in experiments/results/grouped.md.
 
 Dimensions: N assignments, P rows, B blocks, b rows of a block, E experts, D model, F ffn.
 """
@@ -19,6 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from moejax.moe import grouped_gpu
+
+# Blocks that are multiplied at once. A small product spends its time on reading the matrix, or on
+# adding to its gradient, which is as large.
+PIECES = (8, 4, 2, 1)
 
 
 class Rows(NamedTuple):
@@ -93,14 +97,14 @@ def by_expert(expert: jax.Array, valid: jax.Array, num_experts: int) -> Rows:
 
 
 def block_size(N: int, E: int) -> int:
-  """b: a power of two within [8, 128], the least that is N / (4 E) or more.
+  """b: a power of two within [8, 128], the least that is N / (8 E) or more; 16 if N > 32 E.
 
-  Large blocks are fast blocks, but each expert pads half a block on average, and the buffer has
-  room for a whole one: up to a quarter of its share of rows. 128 is where CPUs and the tiles of a
-  TPU's matrix unit gain no more.
+  Each expert pads half a block on average, and the buffer has room for a whole one, so that small
+  blocks waste less; they are multiplied several at a time. The tiles of a GPU's kernels, and of a
+  TPU's, are single blocks: these gain from large ones, up to 128, and Triton takes none below 16.
   """
-  b = 8
-  while b < 128 and 4 * E * b < N:
+  b = 8 if N <= 32 * E else 16
+  while b < 128 and 8 * E * b < N:
     b *= 2
   return b
 
@@ -131,9 +135,10 @@ def _rows(x, w, blocks, b, contract):
     def one_expert(y, of_expert):     # slices its matrix once for all of its blocks
       matrix, first, count = of_expert
 
-      def one_block(i, y):
-        return _put_block(y, _dot(_block(x, i, b), matrix, 1, contract, y.dtype), i)
-      return jax.lax.fori_loop(first, first + count, one_block, y), None
+      def multiply(i, m, y):
+        piece = _dot(_blocks(x, i, m, b), matrix, 1, contract, y.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(y, piece, i * b, 0)
+      return _over_run(first, count, x.shape[0] // b, multiply, y), None
 
     y = _varying_like(jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype), x)
     return jax.lax.scan(one_expert, y, (w, first, blocks))[0]
@@ -156,10 +161,10 @@ def _matrices(x, g, blocks, b):
 
     def one_expert(_, of_expert):
       first, count = of_expert
-      add = lambda i, total: total + _dot(_block(x, i, b), _block(g, i, b), 0, 0, wide)
-      total = jax.lax.fori_loop(first, first + count, add, _varying_like(
-          jnp.zeros((x.shape[1], g.shape[1]), wide), x))
-      return None, total.astype(x.dtype)
+      add = lambda i, m, total: total + _dot(
+          _blocks(x, i, m, b), _blocks(g, i, m, b), 0, 0, wide)
+      zero = _varying_like(jnp.zeros((x.shape[1], g.shape[1]), wide), x)
+      return None, _over_run(first, count, x.shape[0] // b, add, zero).astype(x.dtype)
 
     return jax.lax.scan(one_expert, None, (jnp.cumsum(blocks) - blocks, blocks))[1]
 
@@ -175,14 +180,20 @@ def _dot(a, b, axis_of_a, axis_of_b, dtype):
                              preferred_element_type=dtype)
 
 
-def _block(a, i, b):
-  """Rows of block i."""
-  return jax.lax.dynamic_slice_in_dim(a, i * b, b)
+def _over_run(first, count, most, body, carry):
+  """body(i, m, carry) -> carry over blocks first to first + count: blocks i to i + m at a time, as
+  few times as can be; there are `most` blocks in all."""
+  for m in (m for m in PIECES if m <= most):
+    times = count // m
+    carry = jax.lax.fori_loop(
+        0, times, lambda j, carry, first=first, m=m: body(first + j * m, m, carry), carry)
+    first, count = first + times * m, count - times * m
+  return carry
 
 
-def _put_block(a, block, i):
-  """a with block i replaced."""
-  return jax.lax.dynamic_update_slice_in_dim(a, block, i * block.shape[0], 0)
+def _blocks(a, i, m, b):
+  """Rows of blocks i to i + m."""
+  return jax.lax.dynamic_slice_in_dim(a, i * b, m * b)
 
 
 def _varying_like(a, like):

@@ -71,10 +71,10 @@ def test_the_buffer_has_room_for_the_worst_case_and_no_more():
     assert rows.expert.shape == (most,)
 
 
-def test_block_size_pads_at_most_a_quarter_until_it_is_128():
+def test_block_size_is_an_eighth_of_an_experts_share_within_bounds():
   assert [grouped.block_size(*given) for given in (
-    (10, 8), (256, 8), (257, 8), (1000, 8), (4096, 32), (4096, 8), (10**6, 8))] == [
-      8, 8, 16, 32, 32, 128, 128]
+    (10, 8), (256, 8), (257, 8), (1024, 8), (1025, 8), (4096, 32), (4096, 8), (10**6, 8))] == [
+      8, 8, 16, 16, 32, 16, 64, 128]
 
 
 def naive(rows, x, w):
@@ -119,15 +119,30 @@ def test_matmul_and_gradients_against_numpy(load):
 
 
 def test_matmul_in_bfloat16_accumulates_in_float32():
-  """1 + 2^-9 + 2^-9 + ... is 1 for ever in bfloat16: the gradient must not be summed in it."""
-  rows, _, E = laid_out((256, 0))
+  """The pieces of a run add up to 32 + 3/32 + 3/32 + 3/32. In bfloat16, which resolves 1/4 there,
+  32 + 3/32 is 32 for ever: the gradient must not be summed in it."""
+  rows, _, E = laid_out((240, 0))
   P, b = len(rows.order), rows.block
-  assert b == 32
-  x = jnp.where(jnp.arange(P)[:, None] < b, 1.0, 2.0**-9).astype(jnp.bfloat16)
+  assert b == 16 and list(rows.blocks) == [15, 0] and grouped.PIECES == (8, 4, 2, 1)
+  small = [np.full((m * b, 1), 3 / 32 / (m * b)) for m in (4, 2, 1)]
+  run = np.concatenate([np.ones((32, 1)), np.zeros((8 * b - 32, 1)), *small])
+  x = jnp.zeros((P, 1), jnp.bfloat16).at[:len(run)].set(run.astype(jnp.bfloat16))
   y, gx, gw = compiled()(rows, x, jnp.ones((E, 1, 1), jnp.bfloat16), jnp.ones_like(x))
   assert y.dtype == gx.dtype == gw.dtype == jnp.bfloat16
-  # Block 0 gives 32, each of the seven others 32/512 = 1/16, half of what 32 can resolve.
-  np.testing.assert_array_equal(np.asarray(gw, np.float32).ravel(), [32.5, 0])
+  np.testing.assert_array_equal(np.asarray(gw, np.float32).ravel(), [32.25, 0])
+
+
+@pytest.mark.parametrize('count, pieces', [(0, []), (1, [1]), (7, [4, 2, 1]), (15, [8, 4, 2, 1]),
+                                           (30, [8, 8, 8, 4, 2])])
+def test_a_run_is_walked_in_few_pieces(count, pieces):
+  def add(i, m, seen):
+    starts, sizes, n = seen
+    return starts.at[n].set(i), sizes.at[n].set(m), n + 1
+  none = jnp.zeros(8, jnp.int32)
+  starts, sizes, n = jax.jit(lambda count: grouped._over_run(5, count, 30, add, (none, none, 0)))(
+      count)
+  assert sizes[:n].tolist() == pieces
+  assert starts[:n].tolist() == [5 + sum(pieces[:i]) for i in range(len(pieces))]
 
 
 @CASES

@@ -46,10 +46,11 @@ def test_kernels_against_numpy(load):
 
 
 def test_in_bfloat16_sums_are_float32():
-  """As test_grouped's, of 16 columns."""
+  """Of 16 columns that sum to 32 + 224/512, which is nearest to 32.5."""
   rows, _, _ = laid_out((256, 0))
   P, b = len(rows.order), rows.block
-  x = jnp.where(jnp.arange(P)[:, None] < b, 1.0, 2.0**-9).astype(jnp.bfloat16)
+  x = jnp.where(jnp.arange(P)[:, None] < 32, 1.0, 2.0**-9).astype(jnp.bfloat16)
+  assert b == 16   # each block after the first two gives 1/32; bfloat16 resolves 1/4 at 32
   found = grouped_gpu.matrices(jnp.tile(x, 16), jnp.ones((P, 16), jnp.bfloat16), rows.blocks, b,
                                interpret=INTERPRET)
   assert found.dtype == jnp.bfloat16
