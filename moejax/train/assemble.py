@@ -15,6 +15,7 @@ from moejax.train.plan import Plan, check_batches, check_heads
 from moejax.train.schedule import schedule
 from moejax.train.settings import RunConfig
 from moejax.train.step import TrainState, dispatch, make_train_step
+from moejax.train.teacher import Teacher
 
 # On one H200 a step of a mini ViT takes 3 to 5 ms if it is handed over by itself, in which the GPU
 # could do about a TFLOP; of 25 at once 0.6 to 0.7, and 50 gain no more (experiments/results/gpu).
@@ -22,14 +23,14 @@ SMALL, MOST = 1e12, 25
 
 
 class Step:
-  """A train step, not compiled yet, and the evaluation and decoding that go with it.
+  """A train step, not compiled yet, and the evaluation, decoding and teacher that go with it.
 
   Args:
     config, plan: the run.
     model: models.Model.
     devices: of train.parallel.
     rows: examples per routing group.
-    batch: shapes of a global train batch.
+    batch: shapes of a global train batch, as data has it: without what a teacher says.
     decodes: whether outputs are decoded and scored at the end.
 
   Attributes:
@@ -39,13 +40,14 @@ class Step:
     shapes: the state, as the step takes it, with shardings.
     single: the state as checkpoints have it.
     steps: how many fn takes.
+    teacher: of a distillation, else None; nothing of it is allocated yet.
     shard: examples of a batch on each device.
     batch: as fn takes it.
     fn: (state, batch) -> (state, objective); the batches of several steps are put together by
       step.join.
 
   Raises:
-    ConfigError: model and devices do not fit together.
+    ConfigError: model and devices do not fit together, or the teacher cannot teach it.
   """
 
   def __init__(self, config: RunConfig, plan: Plan, model, devices, rows: int,
@@ -61,13 +63,17 @@ class Step:
     self.layout = Layout(model, devices)
     single = initialize.state_shapes(config, model, devices)
     shapes = self.relaid(single, self.layout.shapes)
-    window = jax.eval_shape(make(outline=True), shapes, batch)[0].window
+    self.steps = steps_per_dispatch(config, plan, devices, batch)
+    batch = of_size(batch, self.steps * config.data.batch_size)
+    self.teacher = Teacher(config, devices, batch) if config.task.teacher else None
+    batch |= self.teacher.outputs if self.teacher else {}
+    window = jax.eval_shape(make(outline=True), shapes, of_size(
+        batch, config.data.batch_size))[0].window
     small = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=devices.replicated())
     window = jax.tree.map(small, window)
     self.single, self.shapes = (dataclasses.replace(s, window=window) for s in (single, shapes))
-    self.steps = steps_per_dispatch(config, plan, devices, batch)
     self.shard = config.data.batch_size // devices.shards
-    self.batch = devices.placed(of_size(batch, self.steps * config.data.batch_size))
+    self.batch = devices.placed(batch)
     self.fn = dispatch(make(reduce=devices.reduce), self.steps, self.shard)
 
   @classmethod
@@ -110,8 +116,7 @@ class Step:
   def _compiled(self, fn: Callable, params: dict) -> Callable:
     if not self.devices.ahead:
       return self.devices.compile(fn)
-    batch = {k: v for k, v in self.examples.items() if k != 'teacher_logits'}
-    batch = self.devices.placed(of_size(batch, self.config.data.eval_batch_size))
+    batch = self.devices.placed(of_size(self.examples, self.config.data.eval_batch_size))
     return self.devices.lower_eval(fn, params, batch).compile()
 
   def first_state(self, parent: initialize.Parent | None

@@ -19,6 +19,7 @@ from moejax.train import memory, remedies
 from moejax.train.assemble import Step
 from moejax.train.groups import untouched
 from moejax.train.settings import RunConfig
+from moejax.train.teacher import Teacher
 
 MIB, GIB = 2**20, 2**30
 
@@ -38,6 +39,9 @@ class Forecast:
       its capacities are larger than a train step's: it then makes nothing more than the step.
     decoding: what decoding asks for beside the state, a copy of scanned blocks as single ones
       included. 0 if there is none, or one that makes nothing that the step does not make.
+    teacher: its parameters, in a distillation; they stay.
+    teaching: what the teacher asks for beside all that to answer a batch, its logits included: it
+      runs between steps. The logits that a step reads are among its activations.
     available: what there is; None if nobody knows.
     compiled: False: gradients and activations are not counted, as the state alone is too much, or
       the step cannot be compiled ahead.
@@ -49,33 +53,43 @@ class Forecast:
   saving: int = 0
   evaluation: int = 0
   decoding: int = 0
+  teacher: int = 0
+  teaching: int = 0
   available: int | None = None
   compiled: bool = False
 
   @property
   def needed(self) -> int:
-    """At the worst moment: in the step, saving, evaluating or decoding."""
-    return self.params + self.optimizer + max(self.gradients + self.activations, self.saving,
-                                              self.evaluation, self.decoding)
+    """At the worst moment: in the step, saving, evaluating, decoding or teaching."""
+    return self.held + max(self.gradients + self.activations, self.saving, self.evaluation,
+                           self.decoding, self.teaching)
+
+  @property
+  def held(self) -> int:
+    """At every moment."""
+    return self.params + self.optimizer + self.teacher
 
   @property
   def fits(self) -> bool:
     return self.available is None or self.needed <= self.available
 
   def as_dict(self) -> dict[str, Any]:
-    """For run.json."""
-    return {**dataclasses.asdict(self), 'needed': self.needed}
+    """For run.json; a teacher is in it if there is one."""
+    values = {**dataclasses.asdict(self), 'needed': self.needed}
+    return {k: v for k, v in values.items() if v or k not in ('teacher', 'teaching')}
 
   def __str__(self) -> str:
     """'params 1.2 GiB, optimizer 2.4, gradients 1.2, activations 3.1 = 7.9 of 15.7 GiB'."""
     parts = [f'params {size(self.params, self.needed)}']
     number = lambda part: size(part, self.needed).split()[0]
-    names = ['optimizer', *(('gradients', 'activations') if self.compiled else ())]
+    names = ['optimizer', *(['teacher'] if self.teacher else []),
+             *(['gradients', 'activations'] if self.compiled else [])]
     parts += [f'{name} {number(getattr(self, name))}' for name in names]
-    total = self.params + self.optimizer + self.gradients + self.activations
+    total = self.held + self.gradients + self.activations
     text = f'{", ".join(parts)} = {size(total, self.needed)}'
     if self.needed > total:
-      moments = {'saving': self.saving, 'evaluating': self.evaluation, 'decoding': self.decoding}
+      moments = {'saving': self.saving, 'evaluating': self.evaluation, 'decoding': self.decoding,
+                 'the teacher answers': self.teaching}
       text += f', {number(self.needed)} while {max(moments, key=moments.get)}'
     if self.available is not None:
       unit = f' {_unit(self.needed)[0]}'
@@ -117,23 +131,24 @@ def measure(step: Step, available: int | None, lowered: jax.stages.Lowered | Non
   found = _of_state(step, available)
   if not (found.fits and step.devices.ahead):
     return None, found
-  held = found.params + found.optimizer
+  state, too_much = found.params + found.optimizer, (available or 0) - found.held + 1
   try:
     compiled = (lowered or step.lower()).compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    compiled, temporary = None, _asked_for(str(error), at_least=(available or 0) - held + 1)
+    compiled, given, temporary = None, state, _asked_for(str(error), too_much)
   else:
     given, temporary, code = sizes(compiled)
-    held, temporary = max(held, given), temporary + code
+    temporary += code
   gradients = min(per_device(_trained(step)), temporary)
   found = dataclasses.replace(
       found, gradients=gradients, compiled=True,
-      activations=held + temporary - found.params - found.optimizer - gradients)
+      activations=max(given - state, 0) + temporary - gradients)
   if compiled is None and available is None:   # less than that, is all that the compiler said
     found = dataclasses.replace(found, available=found.needed - 1)
-  too_much = (available or 0) - found.params - found.optimizer + 1
+  if found.fits and step.teacher:
+    found = dataclasses.replace(found, teaching=_teaching(step.teacher, too_much))
   if found.fits and evaluates_more(step.config):
     found = dataclasses.replace(found, evaluation=_evaluation(step, too_much))
   if found.fits and decodes_more(step):
@@ -168,6 +183,11 @@ def _evaluation(step: Step, too_much: int) -> int:
   return _beside(lambda: step.evaluate, step.shapes.params, too_much)
 
 
+def _teaching(teacher: Teacher, too_much: int) -> int:
+  """Likewise."""
+  return _beside(lambda: teacher.logits, teacher.shapes, too_much)
+
+
 def _decoding(step: Step, too_much: int) -> int:
   """Likewise."""
   copied = per_device(leaf for path, leaf in trees.flatten(step.shapes.params).items()
@@ -191,6 +211,7 @@ def _of_state(step: Step, available: int | None) -> Forecast:
   state = trees.flatten({'params': step.shapes.params, 'opt_state': step.shapes.opt_state})
   return Forecast(per_device(step.shapes.params), per_device(step.shapes.opt_state),
                   saving=per_device(v for k, v in state.items() if stacking.is_stacked(k)),
+                  teacher=per_device(step.teacher.shapes) if step.teacher else 0,
                   available=available)
 
 

@@ -201,12 +201,12 @@ def first_params(config: 'RunConfig', model, parallel, parent: Parent) -> dict:
   No optimizer slot is read or made. Raises ConfigError as it does.
   """
   param_key, _ = jax.random.split(jax.random.key(config.seed))
-  tree, _ = _from_parent(config, {'params': _param_shapes(model, parallel)}, parent,
+  tree, _ = _from_parent(config, {'params': param_shapes(model, parallel)}, parent,
                          lambda paths: _some_params(model, param_key, paths, parallel))
   return tree['params']
 
 
-def _param_shapes(model, parallel) -> dict:
+def param_shapes(model, parallel) -> dict:
   """The parameters' shapes and shardings."""
   return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
                       model.shapes, parallel.shardings(model.shapes))
@@ -321,7 +321,7 @@ def parent_params(parent: Parent, model, parallel) -> dict:
 
   model: of the parent's config. Raises ConfigError if its leaves are not the checkpoint's.
   """
-  flat = trees.flatten({'params': _param_shapes(model, parallel)})
+  flat = trees.flatten({'params': param_shapes(model, parallel)})
   place = lambda path, make, shape, dtype: jax.make_array_from_callback(
       shape, flat[path].sharding, make)
   source = {p: s for p, s in parent.reader.shapes.items() if p.startswith('params/')}

@@ -25,7 +25,6 @@ from moejax.train.pathology import Watch, check_finite
 from moejax.train.plan import Plan, check_fit, check_probe, facts, first_step
 from moejax.train.progress import Log, stop_signals
 from moejax.train.step import TrainState, join
-from moejax.train.teacher import Teacher
 from moejax.train.workdir import Workdir, provenance
 
 SHARED = 'Give a folder that all hosts see: NFS, Lustre, or a mounted bucket.'
@@ -121,12 +120,8 @@ class Program:
     self.dataset = self._data(config.data)
     self.model = models.build(config.model, config.execution)
     rows = check_fit(config, self.dataset, self.model, self.devices.shards)
-    self.teacher = Teacher(config, self.devices) if config.task.teacher else None
     self.probe_data = self._of_probe() if config.probe.source else None
     batch = of_size(self.dataset.train_batch(0), config.data.batch_size)
-    if self.teacher:
-      batch |= {'teacher_logits': jax.eval_shape(
-          models.build(config.model).apply, self.model.shapes, batch)[0]}
     self.step = Step(config, plan, self.model, self.devices, rows, batch,
                      decodes=bool(self.dataset.metric))
     self.final = Final(self.step, self.dataset, self.probe_data)
@@ -144,11 +139,17 @@ class Program:
 
   def compile(self) -> None:
     """Makes train_step, (state, batch) -> (state, objective), and `memory`, the Forecast of what it
-    takes, before anything of it is allocated. Raises ConfigError: the devices have less."""
+    takes, before anything of it is allocated; then reads the teacher, if there is one.
+
+    Raises:
+      ConfigError: the devices have less.
+    """
     if sys.stderr.isatty() and jax.process_index() == 0:
       print('compiling the train step', file=sys.stderr)
     self.train_step, self.memory = forecast.compile_step(self.step, forecast.free(self.devices))
-    memory.free_large(self.memory.gradients + self.memory.activations)
+    memory.free_large(max(self.memory.gradients + self.memory.activations, self.memory.teaching))
+    if self.step.teacher:
+      self.step.teacher.restore()
 
   def about(self) -> dict:
     """Content of run.json, once compiled."""
@@ -181,7 +182,7 @@ class Program:
   def put(self, batch: dict) -> dict:
     """What train_step takes, on its devices, with what the teacher says to it."""
     batch = self.devices.put(batch)
-    return self.teacher(batch) if self.teacher else batch
+    return self.step.teacher(batch) if self.step.teacher else batch
 
   def begin(self, workdir: Workdir, log: Log) -> TrainState:
     """The first state, evaluated; after surgery the receipt is written, with the step-0 gap."""

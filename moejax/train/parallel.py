@@ -3,7 +3,8 @@
 Both have `reduce`, which adds a tree over devices, and `gather`, which puts rows of all devices
 together, for use inside what they compile; and (host, hosts), which of how many equal parts of a
 batch this process loads; and `ahead`, whether a step can be compiled before its arguments are
-there, by `lower` and `lower_eval`, or only at its first call, by `compile_step` and `compile`.
+there, by `lower`, `lower_eval` and `lower_rows`, or only at its first call, by `compile_step`,
+`compile` and `compile_rows`.
 What they compile hands its results to every process whole; `everywhere` makes of a step's state
 what a checkpoint takes.
 
@@ -97,7 +98,14 @@ class MeshParallel:
 
   def compile_rows(self, fn: Callable) -> Callable:
     """Compiles fn(params, batch) -> tree of arrays with the batch's rows, which stay in place."""
-    return self._in_mesh(jax.jit(fn, out_shardings=sharding.batch_sharding(self.mesh)))
+    return self._in_mesh(self._of_rows(fn))
+
+  def lower_rows(self, fn: Callable, params, batch) -> jax.stages.Lowered:
+    """The same, to be compiled for arrays, or shapes with shardings."""
+    return self._in_mesh(self._of_rows(fn).lower)(params, batch)
+
+  def _of_rows(self, fn: Callable):
+    return jax.jit(fn, out_shardings=sharding.batch_sharding(self.mesh))
 
   def _in_mesh(self, jitted):
     def run(*args):
@@ -177,6 +185,10 @@ class PmapParallel:
   def compile_rows(self, fn: Callable) -> Callable:
     """Compiles fn(params, batch) -> tree of arrays with the batch's rows, which stay in place."""
     return jax.pmap(fn, axis_name=PMAP_AXIS, in_axes=(None, 0), devices=self.devices)
+
+  def lower_rows(self, fn: Callable, params, batch) -> jax.stages.Lowered:
+    """The same, to be compiled for arrays, or shapes."""
+    return self.compile_rows(fn).lower(params, batch)
 
 
 def all_rows(devices, batch: dict) -> dict:

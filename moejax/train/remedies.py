@@ -74,6 +74,8 @@ def candidates(step: Step, found: 'Forecast') -> Iterator[Remedy]:
   two passes again, as it does on CPU.
   """
   config, platform = step.config, step.devices.mesh.devices.flat[0].platform
+  if step.teacher and config.steps_per_dispatch > 1:
+    yield Remedy({'steps_per_dispatch': 1}, "logits of one step's examples at a time")
   asked = max(found.evaluation, found.decoding)
   if asked > found.gradients + found.activations:
     parts = _parts(step, found, config.data.eval_batch_size, asked, 0)
@@ -90,14 +92,16 @@ def candidates(step: Step, found: 'Forecast') -> Iterator[Remedy]:
   yield from _splits(step)
   if config.execution.remat == 'none':
     yield Remedy({**scan, 'execution.remat': 'dots'}, 'attention and activations computed twice')
-  parts = _parts(step, found, config.data.batch_size // config.microbatches, found.activations,
-                 found.gradients)
+  examples = config.data.batch_size // config.microbatches
+  parts = _parts(step, found, examples, found.activations, found.gradients)
   if parts > 1:
     yield Remedy({'microbatches': config.microbatches * parts}, 'no FLOPs; smaller matmuls')
   if config.execution.remat != 'full':
     yield Remedy({**scan, 'execution.remat': 'full'}, '+33 % FLOPs at most')
   if config.optimizer.name == 'adamw':
     yield Remedy({'optimizer.name': 'adafactor'}, 'trains differently; another rate')
+  if step.teacher:   # answers a whole batch at once, whatever the microbatches
+    parts = max(parts, _parts(step, found, examples, found.teaching, 0))
   if parts > 1:
     yield Remedy({'data.batch_size': config.data.batch_size // parts}, 'trains differently')
 
@@ -137,7 +141,7 @@ def _parts(step: Step, found: 'Forecast', examples: int, takes: int, beside: int
   takes: bytes that are in proportion to the examples; beside: that are not, but for the state.
   """
   most = examples // (step.rows * step.devices.shards)
-  room = SLACK * (found.available - found.params - found.optimizer - beside)
+  room = SLACK * (found.available - found.held - beside)
   possible = [k for k in range(2, most + 1) if most % k == 0]
   enough = [k for k in possible if takes <= k * room]
   return (enough or possible[-1:] or [1])[0]

@@ -26,4 +26,4 @@ def test_a_teacher_of_other_images_or_classes(changes, said, monkeypatch):
   run = types.SimpleNamespace(config=json.loads(settings.to_json(its)))
   monkeypatch.setattr(initialize, 'open_run', lambda *args: run)
   with pytest.raises(ConfigError, match=f"config.task.teacher: got 'runs/x'.*{said}"):
-    Teacher(STUDENT, parallel.make('mesh', MeshConfig()))
+    Teacher(STUDENT, parallel.make('mesh', MeshConfig()), {})
