@@ -187,13 +187,13 @@ COLUMNS = ('run', 'slice', 'mesh', 'parameters', 'active', 'HBM', 'of', 'FLOPs /
            'all-to-all', 'other', 'step', 'MFU', 'MFU / dense', 'compiled in')
 
 LEGEND = (
-    'Per chip: HBM in GiB, and what a program may use; FLOPs of all matmuls in the program over '
-    "the model's (flops.py), where what is above 1 is computed again in the backward pass; GiB "
-    'sent in all-to-alls and in all other collectives. Step: estimated milliseconds, all '
-    'operations and all communication one after another (moejax/ahead/report.py); MFU is what that '
-    'step would have; beside that of the dense run on the same slice, what is below '
-    f'{scale_plot.LIMIT} is marked !. Nothing of this ran on a TPU. Compiled in: seconds, tracing '
-    'included, on the machine that made the table.')
+    'Per chip: HBM in GiB that the train step takes, and what a program may use; FLOPs of all '
+    "matmuls in the step over the model's (flops.py), where what is above 1 is computed again in "
+    'the backward pass; GiB sent in all-to-alls and in all other collectives. Step: estimated '
+    'milliseconds, all operations and all communication one after another '
+    '(moejax/ahead/report.py); MFU is what that step would have; beside that of the dense run on '
+    f'the same slice, what is below {scale_plot.LIMIT} is marked !. Nothing of this ran on a '
+    'TPU. Compiled in: seconds, tracing included, on the machine that made the table.')
 
 
 OLD = '†: read by an earlier version, which estimated step and MFU otherwise. Not compiled since.'

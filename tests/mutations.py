@@ -520,7 +520,7 @@ TRAINING = (
              'tests/train/test_pathology.py -k diverges'),
     Mutation('out of memory at the last step',
              'decoding does not count', 'moejax/train/forecast.py',
-             'self.decoding, self.teaching)', 'self.teaching)',
+             "'decoding': self.decoding", "'decoding': 0",
              'tests/train/test_forecast_decoding.py -k beams'),
     Mutation('stopping as soon as it is significant',
              'verdicts do not wait for all pairs', 'experiments/verdict.py',

@@ -1,10 +1,11 @@
 """python -m moejax.main --config=FILE --compile_for=v5p:4x4x8: will it fit, and what will it cost?
 
-The real train step is compiled for the slice; no TPU and no data are needed. The estimate of its
-time is a roofline: each operation takes the longer of its FLOPs at the chip's peak and its HBM
-traffic at full bandwidth; communication is reckoned on the slice's links (network.py). `serial`
-adds all of it up, `overlapped` hides the shorter of computation and communication behind the other.
-Real programs lie above `overlapped`: no operation reaches its roof.
+The real train step is compiled for the slice, and the run's evaluation and decoding where they may
+take more memory (train/forecast.py); no TPU and no data are needed. The estimate of the step's time
+is a roofline: each operation takes the longer of its FLOPs at the chip's peak and its HBM traffic
+at full bandwidth; communication is reckoned on the slice's links (network.py). `serial` adds all of
+it up, `overlapped` hides the shorter of computation and communication behind the other. Real
+programs lie above `overlapped`: no operation reaches its roof.
 """
 
 import dataclasses
@@ -44,7 +45,8 @@ def run(config: RunConfig, slice_name: str, path: str | None = None) -> int:
 
   Raises:
     ConfigError: the folder cannot be written; no such slice, or no compiler for it; the mesh or
-      the batch does not fit; or the program needs more memory than a chip has.
+      the batch does not fit; or the step, or another moment of the run, needs more memory than a
+      chip has.
   """
   chips.parse(slice_name)
   folder = pathlib.Path(path) if path else None
@@ -79,12 +81,12 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
         "'' with --compile_for", 'The teacher is not compiled.')
   devices = parallel.make('mesh', config.mesh, chips.topology(slice_name).devices)
   started = time.monotonic()
-  step = step_of(config, devices)
+  step = step_of(config, devices, config.data.scored)
   lowered = step.lower()
   traced = time.monotonic()
   try:
-    compiled, _ = forecast.compile_step(step, int(chip.memory), f'--compile_for: {slice_name}',
-                                        lowered)
+    compiled, needs = forecast.compile_step(step, int(chip.memory), f'--compile_for: {slice_name}',
+                                            lowered)
   except jax.errors.JaxRuntimeError as error:
     message = ' '.join(str(error).split())[:500]
     raise ConfigError(f'--compile_for: {slice_name}: the compiler failed: {message}') from error
@@ -101,7 +103,7 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
       'execution': dataclasses.asdict(config.execution), 'microbatches': config.microbatches,
       'batch_size': config.data.batch_size,
       'parameters': total, 'parameters_active_per_token': active,
-      'memory': _memory(compiled, chip), **_reading(program, chip, devices, work),
+      'memory': _memory(compiled, needs, chip), **_reading(program, chip, devices, work),
       'seconds': {name: round(value, 1) for name, value in seconds.items()},
       'versions': {'jax': jax.__version__},
   }, program
@@ -130,10 +132,13 @@ def _reading(program: str, chip: chips.Chip, devices, work: float) -> dict[str, 
       'loops_of_unknown_length': len(module.unknown_loops)}
 
 
-def step_of(config: RunConfig, devices) -> Step:
-  """The train step, a single one, for devices that need not be there, from shapes alone."""
+def step_of(config: RunConfig, devices, decodes: bool = False) -> Step:
+  """The train step, a single one, for devices that need not be there, from shapes alone.
+
+  decodes: whether outputs are decoded at the end of the run.
+  """
   config = dataclasses.replace(config, steps_per_dispatch=1)
-  return Step.of(config, Plan.make(config, 0), devices, batch_shapes(config))
+  return Step.of(config, Plan.make(config, 0), devices, batch_shapes(config), decodes)
 
 
 def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -150,10 +155,12 @@ def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
           'weight': make(jnp.float32, length), 'index': make(jnp.int32)}
 
 
-def _memory(compiled, chip: chips.Chip) -> dict[str, float]:
-  """Bytes per chip: the state and the batch (updated in place), temporaries, and what there is."""
+def _memory(compiled, needs: forecast.Forecast, chip: chips.Chip) -> dict[str, Any]:
+  """Bytes per chip: of the step, the state and the batch (updated in place), temporaries, the
+  program and all of them; of each other moment that may take more, all; and what there is."""
   held, temporary, code = forecast.sizes(compiled)
   return {'held': held, 'temporary': temporary, 'code': code, 'total': held + temporary + code,
+          'moments': {name: needs.held + size for name, size in needs.moments.items() if size},
           'available': chip.memory}
 
 
@@ -222,9 +229,12 @@ def to_text(found: dict[str, Any]) -> str:
       f'scan {found["execution"]["scan"]}, remat {found["execution"]["remat"]}',
       f'parameters   {found["parameters"]:,}, {found["parameters_active_per_token"]:,} active per '
       'token',
-      f'HBM a chip   {gib(memory["total"])} of {gib(memory["available"])}: '
+      f'HBM a chip   {gib(memory["total"])} of {gib(memory["available"])} in the step: '
       f'{gib(memory["held"])} state and batch, {gib(memory["temporary"])} temporaries, '
-      f'{gib(memory["code"])} program']
+      f'{gib(memory["code"])} program',
+      '  else       ' + ''.join(f'{gib(size)} while {name}, '
+                                for name, size in memory['moments'].items())
+      + 'no more than the step at any other moment']
   lines += [f'  largest    {gib(entry["bytes"])} {entry["shape"]} {entry["origin"]}'
             for entry in found['largest']]
   lines += [f'FLOPs a chip {work["model"]:.3e} of the model (flops.py), {work["executed"]:.3e} in '

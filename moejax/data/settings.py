@@ -7,6 +7,7 @@ from moejax.config import check, check_choice
 AUGMENTS = ('none', 'mild', 'flip_crop')
 EMBEDDED = ('glyphs', 'digits', 'stdlib_text', 'stdlib_tasks', 'cmudict')
 NAMED = (*EMBEDDED, 'super_glue')   # sources that are not simply a TFDS dataset
+SCORED = ('stdlib_tasks', 'cmudict', 'super_glue')   # whose Source has a metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,11 @@ class DataConfig:
   image: ImageConfig = ImageConfig()
   text: TextConfig = TextConfig()
   tfds: TfdsConfig = TfdsConfig()
+
+  @property
+  def scored(self) -> bool:
+    """Whether outputs are decoded and scored, told without the data: if Dataset.metric is set."""
+    return self.source in SCORED or (self.source.startswith('tfds:') and bool(self.tfds.input))
 
   def __post_init__(self):
     if not (self.source.startswith('tfds:') and self.source != 'tfds:'):

@@ -61,13 +61,18 @@ class Forecast:
   @property
   def needed(self) -> int:
     """At the worst moment: in the step, saving, evaluating, decoding or teaching."""
-    return self.held + max(self.gradients + self.activations, self.saving, self.evaluation,
-                           self.decoding, self.teaching)
+    return self.held + max(self.gradients + self.activations, *self.moments.values())
 
   @property
   def held(self) -> int:
     """At every moment."""
     return self.params + self.optimizer + self.teacher
+
+  @property
+  def moments(self) -> dict[str, int]:
+    """What is asked for at others than the step, beside what is held; 0 as above."""
+    return {'saving': self.saving, 'evaluating': self.evaluation, 'decoding': self.decoding,
+            'the teacher answers': self.teaching}
 
   @property
   def fits(self) -> bool:
@@ -88,9 +93,7 @@ class Forecast:
     total = self.held + self.gradients + self.activations
     text = f'{", ".join(parts)} = {size(total, self.needed)}'
     if self.needed > total:
-      moments = {'saving': self.saving, 'evaluating': self.evaluation, 'decoding': self.decoding,
-                 'the teacher answers': self.teaching}
-      text += f', {number(self.needed)} while {max(moments, key=moments.get)}'
+      text += f', {number(self.needed)} while {max(self.moments, key=self.moments.get)}'
     if self.available is not None:
       unit = f' {_unit(self.needed)[0]}'
       text = text.removesuffix(unit) if size(self.available).endswith(unit) else text

@@ -60,6 +60,18 @@ def check(name: str, tokens: int) -> None:
   assert 0 < roof['overlapped'] <= roof['serial'] and 0 < roof['mfu_serial'] < 1
 
 
+def decodes() -> None:
+  """Decoding is compiled for the slice too, where the run's data is scored."""
+  config = importlib.import_module('configs.t5_cmudict').get_config()
+  config.parallel = 'mesh'
+  config.execution.scan = True
+  found, _ = report.compile_for(settings.resolve(config), SLICE)
+  print(report.to_text(found), '\n')
+  moments = found['memory']['moments']
+  assert moments.keys() == {'saving', 'evaluating', 'decoding'}, moments
+  assert all(0 < size < found['memory']['available'] for size in moments.values()), moments
+
+
 def refused() -> None:
   """What does not fit is one line with remedies; a slice that does not exist is one line too."""
   config = importlib.import_module('configs.vit_glyphs').get_config()
@@ -81,6 +93,7 @@ if __name__ == '__main__':
   jax.config.update('jax_platforms', 'cpu')
   for name, tokens in RUNS.items():
     check(name, tokens)
+  decodes()
   refused()
   print('The compiler for TPUs and the report agree.')
   sys.exit(0)

@@ -198,8 +198,9 @@ def tfds_config(folder, decoder_length=32, **kwargs):
 
 
 def test_two_texts_from_tfds(tfds_dir):
-  dataset = data.build(tfds_config(tfds_dir, input='word', target='reversed'), seed=0)
-  assert (dataset.metric, dataset.tasks) == ('exact_match', ())
+  config = tfds_config(tfds_dir, input='word', target='reversed')
+  dataset = data.build(config, seed=0)
+  assert (dataset.metric, dataset.tasks) == ('exact_match', ()) and config.scored
   assert dataset.examples == {'train': 57, 'validation': 3, 'test': 6}
   (batch,) = dataset.eval_batches('test')
   answers = dataset.references('test', batch)

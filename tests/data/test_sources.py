@@ -13,7 +13,8 @@ from PIL import Image
 
 from moejax import data
 from moejax.config import ConfigError
-from moejax.data import embedded, pipeline
+from moejax.data import embedded, pipeline, sources
+from moejax.data.settings import EMBEDDED
 
 GLYPHS = data.DataConfig(source='glyphs')
 
@@ -157,6 +158,12 @@ def test_digits_are_split_once_and_for_all():
   np.testing.assert_array_equal(np.unique(rows, axis=0), np.unique(want, axis=0))
 
 
+@pytest.mark.parametrize('source', EMBEDDED)
+def test_the_config_knows_which_are_scored(source):
+  config = data.DataConfig(source=source, text=data.TextConfig(decoder_length=99))
+  assert config.scored == bool(sources.build(config)[0].metric)
+
+
 def test_text_chunks_give_every_window_a_home():
   # A file of 10 bytes at stride 4: chunks 0..6 and 4..9; one of 3 bytes is left out.
   chunks = embedded.TextChunks([b'0123456789', b'abc', b'ABCD'], 4)
@@ -263,6 +270,7 @@ def test_prepared_text(tfds_dir):
   config = data.DataConfig(source='tfds:moejax_tiny_text', data_dir=str(tfds_dir), batch_size=4,
                            eval_batch_size=4)
   dataset = data.build(config, seed=0)
+  assert not dataset.metric and not config.scored
   # The official validation split reports; choosing uses the last 5 % of train.
   assert dataset.examples == {'train': 19, 'validation': 1, 'test': 3}
   for batch in dataset.train_batches(0, 5):

@@ -126,6 +126,7 @@ def config_of(folder, **kwargs):
 def test_eight_prepared_tasks_are_one_mixture(tfds_dir):
   dataset = data.build(config_of(tfds_dir), seed=0)
   assert (dataset.kind, dataset.metric) == ('seq2seq', 'exact_match')
+  assert config_of(tfds_dir).scored
   assert dataset.tasks == ('boolq', 'cb', 'copa', 'multirc', 'record', 'rte', 'wic', 'wsc')
   # 19 and 1 of 20, three validation examples; record has two answers, so twice 19 to train on.
   assert dataset.examples == {'train': 7 * 19 + 2 * 19, 'validation': 8, 'test': 24}
