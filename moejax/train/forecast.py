@@ -18,6 +18,7 @@ from moejax.config import ConfigError
 from moejax.train import memory, remedies
 from moejax.train.assemble import Step
 from moejax.train.groups import untouched
+from moejax.train.hosts import digests
 from moejax.train.settings import RunConfig
 from moejax.train.teacher import Teacher
 
@@ -250,7 +251,8 @@ def _asked_for(message: str, at_least: int) -> int:
 def free(devices) -> int | None:
   """Bytes that a run may take on each of this process's devices; None if nobody knows.
 
-  Devices that are cores of the host share its memory.
+  Devices that are cores of a host share its memory, those of other processes there included; so
+  all processes have to call this.
 
   devices: of train.parallel.
   """
@@ -258,8 +260,19 @@ def free(devices) -> int | None:
   stats = [device.memory_stats() or {} for device in local]
   if all('bytes_limit' in each for each in stats):
     return min(each['bytes_limit'] - each.get('bytes_in_use', 0) for each in stats)
-  host = memory.free() if local[0].platform == 'cpu' else None
-  return None if host is None else host // len(local)
+  if local[0].platform != 'cpu':
+    return None
+  sharing, host = _sharing(devices, len(local)), memory.free()
+  return None if host is None else host // sharing
+
+
+def _sharing(devices, local: int) -> int:
+  """How many of all processes' devices this host's memory is for; local: of this process's."""
+  if jax.process_count() == 1:
+    return local
+  told = digests(memory.host())
+  here = (told == told[jax.process_index()]).all(1)             # (processes,)
+  return sum(bool(here[d.process_index]) for d in devices.mesh.devices.flat)
 
 
 def _advice(found: Forecast, tried: Iterable[tuple[remedies.Remedy, Forecast]]) -> str:

@@ -115,6 +115,12 @@ def _own_address() -> str:
       return '127.0.0.1'
 
 
+def digests(value: str) -> np.ndarray:
+  """(processes, 2) int32: what each process gave, to be told apart. All have to call it."""
+  digest = np.frombuffer(hashlib.sha256(value.encode()).digest()[:8], np.int32)
+  return multihost_utils.process_allgather(digest)
+
+
 class Hosts:
   """This process among those that train together; all of them call the same methods in order.
 
@@ -159,8 +165,7 @@ class Hosts:
     """
     if self.processes == 1:
       return
-    digest = np.frombuffer(hashlib.sha256(value.encode()).digest()[:8], np.int32)
-    all_ = multihost_utils.process_allgather(digest)              # (processes, 2)
+    all_ = digests(value)
     others = [n for n in range(self.processes) if (all_[n] != all_[0]).any()]
     if others:
       fail(key, f'another in process {", ".join(map(str, others))} than in process 0',

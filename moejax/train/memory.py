@@ -11,6 +11,7 @@ import glob
 import os
 import pathlib
 import re
+import socket
 import sys
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -3, -4, -8   # malloc.h
@@ -19,6 +20,7 @@ MOST = 2**30
 ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/accel*', '/dev/vfio/[0-9]*', '/dev/kfd')
 
 MEMINFO, CGROUPS = pathlib.Path('/proc/meminfo'), pathlib.Path('/sys/fs/cgroup')
+BOOT = pathlib.Path('/proc/sys/kernel/random/boot_id')
 # Of a container, by version 2 and 1 of its cgroup: limit, use, and what of it the system can drop.
 CONTAINER = (('memory.max', 'memory.current', 'memory.stat', 'inactive_file'),
              ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes', 'memory/memory.stat',
@@ -39,6 +41,12 @@ def free() -> int | None:
         cache = re.search(rf'^{dropped} (\d+)$', stat, re.MULTILINE)
         found.append(max(0, int(limit) - int(used) + int(cache[1])))
   return min(found)
+
+
+def host() -> str:
+  """The same in processes that `free` tells of the same memory: those of a machine as it was
+  booted, and of one container, which has a name and may have a limit of its own."""
+  return f'{socket.gethostname()} {BOOT.read_text().strip() if BOOT.exists() else ""}'
 
 
 def keep_freed() -> bool:

@@ -1,6 +1,7 @@
 """Memory before it is allocated: bytes worked out by hand, refusals, remedies that help."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import re
@@ -17,7 +18,7 @@ from moejax.models import vit
 from moejax.models.stack import Execution
 from moejax.moe.layer import MoEConfig
 from moejax.sharding import MeshConfig
-from moejax.train import forecast, loop, memory, parallel, remedies, settings
+from moejax.train import forecast, hosts, loop, memory, parallel, remedies, settings
 from moejax.train.assemble import Step
 from moejax.train.optimizer import OptimizerConfig
 from moejax.train.plan import Plan
@@ -352,6 +353,28 @@ def test_what_is_free_on_a_device(devices, expected, monkeypatch):
   monkeypatch.setattr(memory, 'free', lambda: 1000)
   mesh = types.SimpleNamespace(devices=np.array(devices, object))
   assert forecast.free(types.SimpleNamespace(mesh=mesh)) == expected
+
+
+def test_processes_on_one_host_share_its_memory(monkeypatch):
+  """Of three, with 4, 3 and 2 devices, the first and the last are here."""
+  mesh = types.SimpleNamespace(devices=np.array(
+      [device('cpu', process=n) for n in (0, 0, 0, 0, 1, 1, 1, 2, 2)], object))
+  others = {1: 'another', 2: memory.host()}
+  monkeypatch.setattr(memory, 'free', lambda: 1200)
+  monkeypatch.setattr(jax, 'process_count', lambda: 3)
+  monkeypatch.setattr(hosts.multihost_utils, 'process_allgather', lambda own: np.stack(
+      [own, *(np.frombuffer(hashlib.sha256(others[n].encode()).digest()[:8], np.int32)
+              for n in (1, 2))]))
+  assert forecast.free(types.SimpleNamespace(mesh=mesh)) == 1200 // (4 + 2)
+
+
+@pytest.mark.parametrize('boot, expected', [(None, 'me '), ('1f-e2\n', 'me 1f-e2')])
+def test_a_host_is_known_by_its_name_and_when_it_was_booted(boot, expected, tmp_path, monkeypatch):
+  monkeypatch.setattr(memory, 'BOOT', tmp_path / 'boot_id')
+  monkeypatch.setattr(memory.socket, 'gethostname', lambda: 'me')
+  if boot:
+    (tmp_path / 'boot_id').write_text(boot)
+  assert memory.host() == expected
 
 
 @pytest.mark.parametrize('files, expected', [

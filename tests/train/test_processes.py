@@ -240,6 +240,11 @@ def test_processes_agree_on_when_to_stop(found):
     assert seen['stops'] == [None] * 5 + [15] * 3
 
 
+def test_processes_on_one_host_share_its_memory(found):
+  for seen in found:   # two devices each
+    assert seen['free'] == [1000 // 4, 1000 // 2]
+
+
 def test_processes_find_out_that_they_differ(found):
   for seen in found:
     assert seen['differing'] == (

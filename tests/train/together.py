@@ -14,8 +14,8 @@ from moejax.config import ConfigError
 from moejax.models import t5
 from moejax.moe.settings import MoEConfig
 from moejax.sharding import MeshConfig
+from moejax.train import forecast, memory, parallel
 from moejax.train import hosts as hosts_lib
-from moejax.train import parallel
 
 CONFIG = t5.config('tiny', encoder_layers=1, decoder_layers=1,
                    encoder_moe=MoEConfig(layers='0', num_experts=4, group_size=2 * 5),
@@ -60,6 +60,15 @@ def differing(hosts) -> str:
   return 'nothing'
 
 
+def free(hosts) -> list:
+  """What a device may take of 1,000 bytes, on one host and on a host for each process."""
+  memory.free, host = lambda: 1000, memory.host
+  devices = parallel.make('mesh', MeshConfig())
+  shared = forecast.free(devices)
+  memory.host = lambda: f'{host()} {hosts.process}'
+  return [shared, forecast.free(devices)]
+
+
 def main(port: str, process: str, file: str) -> None:
   hosts = hosts_lib.join(hosts_lib.Launch(
       coordinator=f'localhost:{port}', processes=2, process=int(process), lost_seconds=60))
@@ -69,6 +78,7 @@ def main(port: str, process: str, file: str) -> None:
     found['pmap'] = decoded(parallel.make('pmap', MeshConfig()))
     found['stops'] = stops(hosts)
     found['differing'] = differing(hosts)
+    found['free'] = free(hosts)
     with open(f'{file}.{process}', 'w', encoding='utf-8') as out:
       json.dump(found, out)
 
