@@ -449,7 +449,7 @@ TRAINING = (
              'tests/ahead/test_hlo.py -k hbm'),
     Mutation('an error that ends as an abort',
              'process 0 ends before the others have', 'moejax/train/watchdog.py',
-             'time.sleep(grace + EVERY)', 'time.sleep(EVERY)',
+             'time.sleep(grace + LAST)', 'time.sleep(LAST)',
              'tests/train/test_watchdog.py -k reaches'),
     Mutation('padding reaches gradients',
              "a padded row's output is multiplied by a weight before it is left out",

@@ -31,6 +31,7 @@ from moejax.config import fail
 LOST = 75        # EX_TEMPFAIL of sysexits.h: the same command again may well succeed
 FAILED = 1
 EVERY = 1.0      # seconds between signs of life
+LAST = 1.0       # seconds by which process 0 outlives the others: JAX aborts them when it is gone
 GRACE = 3.0      # seconds for a process to say itself why it failed, as another just did
 AGAIN = 'Start the same command again on all hosts: it goes on from the last checkpoint.'
 
@@ -98,7 +99,7 @@ class Watchdog:
       trouble = self._over.is_set()
       self._over.set()
     if trouble:   # another thread is about to end this process, and to say why
-      time.sleep(GRACE + 2 * EVERY)
+      time.sleep(GRACE + 2 * LAST)
       return
     if not self._listener:
       with contextlib.suppress(OSError):
@@ -106,7 +107,7 @@ class Watchdog:
     elif failed:
       self._tell_all({'trouble': f'{self._name(0)} stopped: {failed}', 'code': FAILED,
                       'grace': GRACE})
-      time.sleep(GRACE + EVERY)
+      time.sleep(GRACE + LAST)
     else:
       self._tell_all({'done': True})
 
@@ -121,9 +122,9 @@ class Watchdog:
       if self._over.is_set():
         return
       self._over.set()
-    if self._listener:   # ends last: JAX aborts the others as soon as process 0 is gone
+    if self._listener:
       self._tell_all({'trouble': what, 'code': code, 'grace': grace})
-      time.sleep(grace + EVERY)
+      time.sleep(grace + LAST)
     self.end(what, code)
 
   # Process 0.
