@@ -147,7 +147,7 @@ class Program:
     if sys.stderr.isatty() and jax.process_index() == 0:
       print('compiling the train step', file=sys.stderr)
     self.train_step, self.memory = forecast.compile_step(self.step, forecast.free(self.devices))
-    memory.free_large(max(self.memory.gradients + self.memory.activations, self.memory.teaching))
+    memory.free_large(self.memory.needed, self.memory.available)
     if self.step.teacher:
       self.step.teacher.restore()
 

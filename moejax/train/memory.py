@@ -15,8 +15,9 @@ import socket
 import sys
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -3, -4, -8   # malloc.h
-LARGE = 2**25   # bytes; glibc's own upper bound of MMAP_THRESHOLD
-MOST = 2**30
+NEVER, MANY = -1, 2**16
+LARGE = 2**25      # bytes; glibc's own upper bound of MMAP_THRESHOLD
+MOST = 2**31 - 1   # bytes; what mallopt can be told
 ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/accel*', '/dev/vfio/[0-9]*', '/dev/kfd')
 
 MEMINFO, CGROUPS = pathlib.Path('/proc/meminfo'), pathlib.Path('/sys/fs/cgroup')
@@ -50,27 +51,34 @@ def host() -> str:
 
 
 def keep_freed() -> bool:
-  """Makes malloc keep what is freed for the next step, from one heap; whether it did.
+  """Makes malloc keep all that is freed for the next step, from one heap; whether it did.
 
   Call it before JAX is used: a thread that exists keeps its own heap. It does nothing where there
   is an accelerator, whose steps take nothing from the host's malloc, nor without glibc.
   """
   if not sys.platform.startswith('linux') or not _computes_on_cpu():
     return False
-  return _set_malloc({MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, ARENA_MAX: 1})
+  return _set_malloc({MMAP_MAX: 0, TRIM_THRESHOLD: NEVER, ARENA_MAX: 1})
 
 
-def free_large(temporaries: int) -> bool:
-  """Makes malloc give freed buffers of at least LARGE back after all, if a step's temporaries are
-  MOST bytes or more; whether it did.
+def free_large(needed: int, available: int | None) -> bool:
+  """Makes malloc give freed buffers of at least LARGE back after all, where memory is scarce;
+  whether it did.
 
-  They are one buffer. Whatever is put into its place between two steps, such as the copy that a
-  checkpoint is written from, sends the next step elsewhere, beside what was kept. Zeroing a
-  gigabyte anew costs such a step little.
+  A step's temporaries are one buffer. Whatever is put into its place between two steps, such as the
+  copy that a checkpoint is written from, sends the next step elsewhere, beside what was kept: the
+  process may come to hold twice what it needs. So all is kept only where three times that is
+  there. Zeroed pages are not cheap: steps with a gigabyte of temporaries took 1.4 to 1.9 times as
+  long with them (experiments/LOG.md).
+
+  Args:
+    needed, available: bytes, of the run at its worst moment, and what it may take; None: not known.
   """
-  if temporaries < MOST or not sys.platform.startswith('linux') or not _computes_on_cpu():
+  if available is None or 3 * needed <= available:
     return False
-  return _set_malloc({MMAP_THRESHOLD: LARGE, MMAP_MAX: 65536})
+  if not sys.platform.startswith('linux') or not _computes_on_cpu():
+    return False
+  return _set_malloc({MMAP_THRESHOLD: LARGE, MMAP_MAX: MANY, TRIM_THRESHOLD: MOST})
 
 
 def _set_malloc(options: dict[int, int]) -> bool:
