@@ -18,6 +18,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -3, -4, -8   # malloc.
 NEVER, MANY = -1, 2**16
 LARGE = 2**25      # bytes; glibc's own upper bound of MMAP_THRESHOLD
 MOST = 2**31 - 1   # bytes; what mallopt can be told
+ROOM = 8
 ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/accel*', '/dev/vfio/[0-9]*', '/dev/kfd')
 
 MEMINFO, CGROUPS = pathlib.Path('/proc/meminfo'), pathlib.Path('/sys/fs/cgroup')
@@ -67,14 +68,14 @@ def free_large(needed: int, available: int | None) -> bool:
 
   A step's temporaries are one buffer. Whatever is put into its place between two steps, such as the
   copy that a checkpoint is written from, sends the next step elsewhere, beside what was kept: the
-  process may come to hold twice what it needs. So all is kept only where three times that is
-  there. Zeroed pages are not cheap: steps with a gigabyte of temporaries took 1.4 to 1.9 times as
-  long with them (experiments/LOG.md).
+  process may come to hold three times what it needs. So all is kept only where ROOM times that is
+  there, enough for others too. Zeroed pages are not cheap: steps with a gigabyte of temporaries
+  took 1.4 to 1.9 times as long with them (experiments/LOG.md).
 
   Args:
     needed, available: bytes, of the run at its worst moment, and what it may take; None: not known.
   """
-  if available is None or 3 * needed <= available:
+  if available is None or ROOM * needed <= available:
     return False
   if not sys.platform.startswith('linux') or not _computes_on_cpu():
     return False

@@ -66,7 +66,7 @@ GROWTH = """
 import ctypes, pathlib
 from moejax.train import memory
 memory.keep_freed()
-if {large}: assert memory.free_large(5, 14)
+if {large}: assert memory.free_large(1, 7)
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
@@ -96,10 +96,10 @@ def test_where_memory_is_scarce_large_temporaries_do_not_stay_behind():
     assert growth(large=False) > 2 * 95   # both steps'
     assert growth(large=True) < 12        # what was not freed
   else:
-    assert not memory.free_large(5, 14)
+    assert not memory.free_large(1, 7)
 
 
-@pytest.mark.parametrize('needed, available', [(5, 15), (0, 0), (5, None)])
+@pytest.mark.parametrize('needed, available', [(1, 8), (0, 0), (1, None)])
 def test_where_there_is_room_or_nobody_knows_they_are_kept(needed, available, monkeypatch):
   monkeypatch.setattr(memory.ctypes, 'CDLL', None)
   assert memory.free_large(needed, available) is False
