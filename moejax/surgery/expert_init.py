@@ -71,12 +71,14 @@ class Gate:
     k: experts per token; expert choice: its capacity factor, the average.
     multiple: whether k is the number for every token and must be a multiple of G.
     score, renormalize, weight_scale: of MoEConfig.
+    key: what sets k, for messages.
   """
   k: float
   multiple: bool = True
   score: str = 'softmax'
   renormalize: bool = False
   weight_scale: float = 1.0
+  key: str = 'moe.k'
 
   def total(self, num_experts: int) -> float:
     """T, the sum of the weights."""
@@ -255,7 +257,7 @@ def _gate(init: ExpertInit, size: _Size, layer: str) -> Gate:
     fail('config.init.scaling', init.scaling, f"'none' in {stack}",
          'What weights sum to is known for the routers top_k and expert_choice.')
   gate = init.gates[stack]
-  check(not gate.multiple or gate.k % size.groups == 0, f'moe.k of the {stack}', gate.k,
+  check(not gate.multiple or gate.k % size.groups == 0, gate.key, gate.k,
         f'a multiple of the granularity, {size.groups}, with scaling={init.scaling!r}',
         'A token would meet some shards of the MLP without the others.')
   return gate

@@ -118,11 +118,12 @@ def open_run(path: str, key: str, step: int) -> Parent:
     ConfigError: there is no such run or checkpoint, or its files are damaged.
   """
   directory = pathlib.Path(path)
-  its, run = (files.read_json(directory / name, key) for name in ('config.json', 'run.json'))
+  its = files.read_json(directory / 'config.json', key)
+  which = {TRUNK: 'trunk_step', END: 'end_step'}.get(step)
+  run = files.read_json(directory / 'run.json', key, needs=(which,) if which else ())
   there = native.finished_steps(directory / native.SUBDIR)
   steps = ', '.join(map(str, there)) or '(none)'
-  if step < 0:
-    which = {TRUNK: 'trunk_step', END: 'end_step'}[step]
+  if which:
     step = run[which]
     check(step in there, key, path, f'a run that has come to its {which}, {step}',
           f'Its checkpoints are of steps {steps}: let it go on'
@@ -258,19 +259,20 @@ def _expert_init(config: InitConfig, run: 'RunConfig | None' = None) -> expert_i
   if run is None:
     return expert_init.ExpertInit(**own)
   model = run.model
-  moes = {'encoder': model.moe} if model.family == 'vit' else {
-      'encoder': model.encoder_moe, 'decoder': model.decoder_moe}
-  gates = {stack: gate for stack, moe in moes.items() if (gate := _gate(moe))}
+  keys = {'encoder': 'moe'} if model.family == 'vit' else {
+      'encoder': 'encoder_moe', 'decoder': 'decoder_moe'}
+  gates = {stack: gate for stack, key in keys.items()
+           if (gate := _gate(getattr(model, key), f'config.model.{key}.k'))}
   return expert_init.ExpertInit(**own, seed=run.seed, gates=gates,
                                 squared=model.activation == 'squared_relu')
 
 
-def _gate(moe) -> expert_init.Gate | None:
-  """What a token's weights sum to at step 0; None for routers that promise nothing."""
+def _gate(moe, key: str = 'moe.k') -> expert_init.Gate | None:
+  """What a token's weights sum to at step 0; None for routers that promise nothing. key: of k."""
   if moe.router == 'expert_choice':
     return expert_init.Gate(moe.capacity_factor, False, 'softmax', moe.renormalize)
   if moe.router == 'top_k':
-    return expert_init.Gate(moe.k, True, moe.score, moe.renormalize, moe.weight_scale)
+    return expert_init.Gate(moe.k, True, moe.score, moe.renormalize, moe.weight_scale, key)
   return None
 
 

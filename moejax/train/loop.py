@@ -54,7 +54,7 @@ def run(config: settings.RunConfig, path: str, hosts: Hosts | None = None) -> in
     plan = Plan.make(config, first_step(config, workdir.path), max(finished, default=0))
     if plan.end not in finished or not workdir.whole:   # a file that was lost is written anew
       return _train(config, plan, workdir, hosts)
-    if workdir.read('status.json')['phase'] != 'finished':   # killed just before it could say so
+    if workdir.read('status.json').get('phase') != 'finished':   # killed before it could say so
       workdir.status('finished', plan.end)
     if workdir.writes:
       print(f'{path}: finished at step {plan.end}. ' + metrics.last_evaluation(workdir.path))

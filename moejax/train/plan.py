@@ -79,7 +79,7 @@ def first_step(config: RunConfig, workdir: pathlib.Path) -> int:
   Raises ConfigError: the parent is not what this run needs, or run.json is damaged.
   """
   if (workdir / 'run.json').exists():
-    return files.read_json(workdir / 'run.json')['first_step']
+    return files.read_json(workdir / 'run.json', needs=('first_step',))['first_step']
   parent = initialize.open_parent(config.init)
   if parent:
     initialize.check_model(config, parent)

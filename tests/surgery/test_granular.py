@@ -125,7 +125,7 @@ def test_deepseek_moe_cannot_be_scaled_unless_k_is_of_whole_mlps():
   mlp, kernel = make_mlp('gated', False), np.zeros((D, E), np.float32)
   scaled = lambda k: upcycle_mlp(mlp, kernel, G, scaling='output', gates={
       'encoder': initialize._gate(presets.deepseek_moe(num_experts=E, k=k))})
-  with pytest.raises(ConfigError, match='moe.k of the encoder: got 6, allowed: a multiple .* 4,'):
+  with pytest.raises(ConfigError, match='moe.k: got 6, allowed: a multiple .* 4,'):
     scaled(presets.deepseek_moe().k)
   for k in (4, 8):
     scaled(k)
@@ -228,6 +228,6 @@ def test_the_stack_decides():
                                c * source[f'params/{stack}/layers/00/mlp/wo'][:3], rtol=1e-6)
   with pytest.raises(ConfigError, match="scaling: got 'output', allowed: 'none' in decoder"):
     make({'encoder': gates['encoder']})
-  with pytest.raises(ConfigError, match='moe.k of the decoder: got 3, allowed: a multiple of .*2'):
-    make(gates | {'decoder': Gate(3)})
+  with pytest.raises(ConfigError, match='decoder_moe.k: got 3, allowed: a multiple of .*2'):
+    make(gates | {'decoder': Gate(3, key='config.model.decoder_moe.k')})
   make(gates | {'decoder': Gate(1.25, multiple=False)})   # expert choice: groups tie anyway

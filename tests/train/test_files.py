@@ -27,6 +27,13 @@ def test_damage_is_one_line_that_names_the_file_and_the_fix(tmp_path, content):
     files.read_json(tmp_path / 'run.json')
 
 
+def test_an_object_without_what_is_needed_is_damaged(tmp_path):
+  (tmp_path / 'run.json').write_text('{"a": 1}')
+  assert files.read_json(tmp_path / 'run.json', needs=['a']) == {'a': 1}
+  with pytest.raises(ConfigError, match='run.json can be read. It is damaged: it has no b, c. '):
+    files.read_json(tmp_path / 'run.json', needs=['a', 'b', 'c'])
+
+
 @pytest.mark.parametrize('path', ['run.json', 'none/run.json', 'file/run.json'])
 def test_what_is_not_there(tmp_path, path):
   (tmp_path / 'file').touch()
