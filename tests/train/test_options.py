@@ -1,0 +1,140 @@
+"""Options that change how a step runs and not what it computes, several of them at once.
+
+Elsewhere each is compared with its absence alone: meshes, pmap and microbatches under plain SGD
+(test_parallel), scans and steps per dispatch on one mesh and one model (test_scan, test_dispatch),
+remat without an optimizer (models/test_scan). Here they meet what they might upset together: noise,
+dropout and random second choices, which go by the example; a bias that the step moves; slots that
+are factored and stacked; and a teacher, whose answers are cut and dealt with the batch.
+"""
+
+import dataclasses
+import functools
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from moejax import trees
+from moejax.data import DataConfig
+from moejax.models import t5, vit
+from moejax.models.stack import Execution
+from moejax.moe.layer import MoEConfig
+from moejax.sharding import MeshConfig
+from moejax.tasks import TaskConfig
+from moejax.train import initialize, parallel, settings
+from moejax.train.assemble import Step
+from moejax.train.optimizer import AdafactorConfig, OptimizerConfig
+from moejax.train.plan import Plan
+from moejax.train.step import join
+from tests.models.helpers import random_params
+from tests.train.test_parallel import ROWS, B, batch
+
+STEPS = 2
+SPARSE = MoEConfig(layers='every_1', num_experts=4, router='top_k')
+TEXT = settings.RunConfig(
+    model=t5.config(
+        'tiny', dropout_rate=0.1,
+        encoder_moe=dataclasses.replace(SPARSE, router='expert_choice', renormalize=True,
+                                        jitter=0.05, group_size=ROWS * 12),
+        decoder_moe=dataclasses.replace(SPARSE, learned_noise=True, second_threshold=0.5,
+                                        bias_rate=0.01, balance_weight=0.02, group_size=ROWS * 6,
+                                        capacity_factor=1.25)),
+    optimizer=OptimizerConfig(name='adafactor', adafactor=AdafactorConfig(
+        min_dim_size_to_factor=8)))
+IMAGES = settings.RunConfig(
+    model=vit.config('tiny', dropout_rate=0.1, moe=dataclasses.replace(
+        SPARSE, dispatch='grouped', noise_std=1.0, shared_experts=1,
+        balance_weight=0.02, group_size=ROWS * 4)),
+    optimizer=OptimizerConfig(eps=1e-4, weight_decay=0.1),
+    task=TaskConfig(teacher='runs/x', distill_weight=0.5))
+RUNS = {name: dataclasses.replace(
+    run, steps=STEPS, log_every=STEPS, eval_every=STEPS, checkpoint_every=STEPS,
+    data=DataConfig(batch_size=B, eval_batch_size=B)) for name, run in (
+        ('text', TEXT), ('images', IMAGES))}
+SPLIT = MeshConfig(data=1, fsdp=2, expert=2, model=2)
+OPTIONS = {   # run, devices, and what it is to change nothing
+    # A scan in a scan over microbatches in one over steps, all inside pmap.
+    'text, pmap': ('text', 4, {'parallel': 'pmap', 'execution': Execution(True, 'full'),
+                               'microbatches': 2, 'steps_per_dispatch': 2}),
+    # What came by all-to-all is kept of stacked blocks, from one-hot dispatch.
+    'text, all axes': ('text', 8, {'mesh': SPLIT, 'execution': Execution(True, 'sent'),
+                                   'microbatches': 2, 'dispatch': 'einsum'}),
+    # Dropless rows and a teacher under pmap.
+    'images, pmap': ('images', 4, {'parallel': 'pmap', 'execution': Execution(False, 'sent'),
+                                   'microbatches': 2}),
+    # The same where the devices of `model` share a group, and its answers to two steps at once.
+    'images, fsdp x model': ('images', 8, {
+        'mesh': MeshConfig(data=1, fsdp=4, model=2), 'execution': Execution(True, 'dots'),
+        'steps_per_dispatch': 2}),
+}
+
+
+@pytest.fixture(autouse=True, scope='module')
+def teacher():
+  """The run 'runs/x', of which there is nothing but a config."""
+  with pytest.MonkeyPatch.context() as patch:
+    its = json.loads(settings.to_json(settings.RunConfig(model=vit.config('tiny'))))
+    patch.setattr(initialize, 'open_run', lambda *args: types.SimpleNamespace(config=its))
+    yield
+
+
+def with_options(run, changes):
+  """The run with some options changed; 'dispatch' is that of all its sparse blocks."""
+  changes = dict(changes)
+  if way := changes.pop('dispatch', None):
+    moe = {name: dataclasses.replace(getattr(run.model, name), dispatch=way)
+           for name in ('encoder_moe', 'decoder_moe')}
+    changes['model'] = dataclasses.replace(run.model, **moe)
+  return dataclasses.replace(run, **changes)
+
+
+def train(config, devices):
+  """Trains STEPS steps from the same parameters, whatever the run.
+
+  Returns:
+    [sums of all steps so far] after each dispatch; parameters and slots at the end, of single
+    blocks.
+  """
+  where = parallel.make(config.parallel, config.mesh, jax.devices()[:devices])
+  batches = [batch(config.model, n) for n in range(STEPS)]
+  step = Step.of(config, Plan.make(config, 0), where, batches[0])
+  train_step, seen = step.lower().compile(), []
+  # Drawn here, since `step.first_state` takes as long to compile as the step; slots begin as zeros.
+  zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), step.single)
+  first = dataclasses.replace(zeros, params=random_params(step.model.shapes))
+  first = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), first, step.single)
+  state = step.relaid(first, step.layout.stack)
+  if step.teacher:
+    step.teacher.params = jax.tree.map(
+        lambda x, s: jax.device_put(x, s.sharding),
+        random_params(step.teacher.shapes, seed=1), step.teacher.shapes)
+  for n in range(0, STEPS, step.steps):
+    given = where.put(join(batches[n:n + step.steps], step.shard))
+    state, _ = train_step(state, step.teacher(given) if step.teacher else given)
+    seen.append(trees.flatten(jax.device_get(state.window)))
+  single = step.layout.unstack({'params': state.params, 'slots': state.opt_state})
+  return seen, trees.flatten(jax.device_get(single))
+
+
+@functools.cache
+def plain(name):
+  return train(RUNS[name], 1)
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_options_together_change_nothing(options):
+  name, devices, changes = OPTIONS[options]
+  seen, last = plain(name)
+  found, again = train(with_options(RUNS[name], changes), devices)
+  assert len(found) == STEPS // changes.get('steps_per_dispatch', 1)
+  for expected, sums in zip(reversed(seen), reversed(found)):
+    assert sums.keys() == expected.keys()
+    for path, value in expected.items():
+      np.testing.assert_allclose(sums[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
+  assert again.keys() == last.keys()
+  for path, leaf in last.items():
+    if 'attention/k/bias' not in path:   # its true gradient is 0: what there is of it is rounding
+      np.testing.assert_allclose(again[path], leaf, rtol=0, atol=1e-4 * np.abs(leaf).max() + 1e-9,
+                                 err_msg=path)
