@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from moejax.train import memory
+from configs import vit_glyphs
+from moejax.train import forecast, loop, memory, settings
+from moejax.train.plan import Plan
 
 FAULTS = """
 import ctypes, resource, sys
@@ -105,6 +107,15 @@ def test_where_there_is_room_or_nobody_knows_they_are_kept(needed, available, mo
   assert memory.free_large(needed, available) is False
 
 
+def test_a_run_says_what_it_needs_and_what_there_is(monkeypatch):
+  config = settings.resolve(vit_glyphs.get_config('runlocal'))
+  found, said = forecast.Forecast(params=3, optimizer=4, saving=2, available=50), []
+  monkeypatch.setattr(forecast, 'compile_step', lambda step, available: (None, found))
+  monkeypatch.setattr(memory, 'free_large', lambda *args: said.append(args))
+  loop.Program(config, Plan.make(config, 0)).compile()
+  assert said == [(3 + 4 + 2, 50)]
+
+
 @pytest.mark.parametrize('platforms, devices, cpu', [
     ('', (), True), ('', ('nvidia0',), False), ('cpu', ('nvidia0',), True), ('tpu', (), True),
     ('', ('accel0', 'accel1'), False), ('', ('nvidiactl',), True)])
@@ -118,6 +129,7 @@ def test_where_an_accelerator_computes_malloc_is_left_alone(platforms, devices, 
   called = []
   monkeypatch.setattr(memory.ctypes, 'CDLL', lambda _: called.append(1))
   assert memory.keep_freed() is False and len(called) == cpu * sys.platform.startswith('linux')
+
 
 CALLED = """
 import sys
