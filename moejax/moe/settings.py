@@ -217,7 +217,6 @@ class MoEConfig:
 
 # Settings that mean nothing to expert choice: a value other than the default is a mistake there.
 TOKEN_CHOICE_ONLY = {
-    'k': 'Experts choose here; moe.capacity_factor is how many of them a token meets on average.',
     'score': 'Experts choose by the softmax over experts.',
     'weight_scale': 'Renormalise instead.',
     'second_threshold': 'Tokens make no second choice here.',

@@ -51,7 +51,7 @@ REFUSED = [
   (dict(dropout_rate=1.0), ['moe.dropout_rate: got 1.0', '[0, 1)']),
   # What expert choice has no use for.
   *((dict([setting]), [f'moe.{setting[0]}: got {setting[1]!r}', 'with router=expert_choice'])
-    for setting in dict(k=1, score='sigmoid', weight_scale=2.0, second_threshold=0.2,
+    for setting in dict(score='sigmoid', weight_scale=2.0, second_threshold=0.2,
                         learned_noise=True, batch_priority=True, order='token', balance_weight=0.1,
                         balance_counts='first', importance_weight=0.1, load_weight=0.1,
                         entropy_weight=0.1, bias_rate=0.1).items()),
