@@ -60,6 +60,18 @@ def test_a_parent_whose_json_is_damaged(parent, name, content, tmp_path):
     initialize.open_parent(InitConfig(mode='continue', parent=str(tmp_path)))
 
 
+@pytest.mark.parametrize('step, name', [(initialize.TRUNK, 'trunk_step'),
+                                        (initialize.END, 'end_step')])
+def test_a_parent_that_does_not_say_where_its_trunk_or_its_end_is(parent, step, name, tmp_path):
+  other = tmp_path / 'other'
+  shutil.copytree(parent, other)
+  (other / 'run.json').write_text('{}')
+  init = InitConfig(mode='continue', parent=str(other), step=step)
+  with pytest.raises(ConfigError, match=f'^config.init.parent: .*damaged: it has no {name}. '):
+    initialize.open_parent(init)
+  assert initialize.open_parent(dataclasses.replace(init, step=STEP)).reader.step == STEP
+
+
 def test_a_parent_whose_arrays_are_damaged(parent, tmp_path):
   """What only shows in the arrays is found when the child is made of them."""
   other = tmp_path / 'other'

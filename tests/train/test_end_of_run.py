@@ -83,6 +83,8 @@ def test_a_finished_run_writes_a_file_anew_that_is_damaged_once_it_is_deleted(tm
     (path / name).unlink()
     assert loop.run(config(), str(path)) == 0
     assert (path / name).exists() and status(path) == 'finished'
+  (path / 'status.json').write_text('{}')   # says nothing, and so not that it is finished
+  assert loop.run(config(), str(path)) == 0 and status(path) == 'finished'
   after = {name: (path / name).read_text() for name in before}
   for name in ('config.json', 'metrics.jsonl'):
     assert after[name] == before[name]

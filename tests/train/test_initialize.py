@@ -148,6 +148,7 @@ def test_gates_are_the_configs():
     init = initialize._expert_init(InitConfig(), run_config(model))
     assert init.gates['encoder'].total(8) == pytest.approx(total)
     assert init.gates['encoder'].multiple == (moe.router == 'top_k')
+    assert moe.router != 'top_k' or init.gates['encoder'].key == 'config.model.moe.k'
     assert init.squared
   model = t5.config('tiny', decoder_moe=MoEConfig(router='top_p'))
   run = dataclasses.replace(run_config(model), seed=5)

@@ -114,7 +114,7 @@ def test_first_step_is_the_parents_trunk_and_later_what_run_json_says(tmp_path):
   assert plan.first_step(config, child) == 3   # a run that has begun needs its parent no more
 
 
-@pytest.mark.parametrize('content', DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize('content', [*DAMAGED.values(), b'{}'], ids=[*DAMAGED, 'no first_step'])
 def test_a_damaged_run_json_is_said_to_be_so(tmp_path, content):
   (tmp_path / 'run.json').write_bytes(content)
   with pytest.raises(ConfigError, match='^workdir: .*whose run.json can be read. It is damaged: '):
