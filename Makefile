@@ -47,7 +47,7 @@ parity: .venv-parity/stamp
 	.venv-parity/bin/python -m tests.parity.make_golden --check
 
 tpu: .venv-tpu/stamp
-	.venv-tpu/bin/python -m tests.ahead.live
+	.venv-tpu/bin/python -m tests.aot.live
 
 clean:
 	rm -rf .venv .venv-parity .venv-tpu .pytest_cache .ruff_cache build *.egg-info

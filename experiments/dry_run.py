@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from experiments import jobs as jobs_lib
-from experiments import page, results, runner
+from experiments import results, results_page, scheduler
 from experiments.jobs import Job
 from experiments.shards import Shard
 from moejax.train import metrics
@@ -29,9 +29,9 @@ def table(groups: Mapping[str, Sequence[Job]], folder: pathlib.Path, slots: int,
     shard: this machine's.
   """
   jobs, keys = jobs_lib.merge(groups)
-  measured, elsewhere = seconds_per_flop(folder), committed(page.FOLDER)
+  measured, elsewhere = seconds_per_flop(folder), committed(results_page.FOLDER)
   finished = {key: job.finished(folder) for key, job in jobs.items()}
-  share = len(runner.share(runner.cores(), slots, 0))
+  share = len(scheduler.share(scheduler.cores(), slots, 0))
   seconds = {name: value / share for name, value in elsewhere.items()} | measured
 
   def line(name: str, chosen: Iterable[str]) -> list[str]:
@@ -75,7 +75,7 @@ def committed(folder: pathlib.Path) -> dict[str, float]:
   spent: dict[str, float] = {}
   for file in sorted(folder.glob(f'*/{results.FILE}')):
     for row in results.read(file.parent).rows:
-      config = re.search(r'--config=configs/(\w+)\.py', row['command'])
+      config = re.search(r'--config=configs/(?:\w+/)?(\w+)\.py', row['command'])
       if config and row['devices'] == '1 x cpu':
         steps = row['end_step'] - row['start_step']
         seconds[config[1]] = seconds.get(config[1], 0) + row['seconds']

@@ -18,7 +18,7 @@ import sys
 
 import jax
 
-from experiments import cli, dry_run, runner, suites, surgeries
+from experiments import cli, dry_run, scheduler, step0, suites
 from experiments import suite as suite_lib
 from experiments.session import Session
 from experiments.shards import Shard
@@ -57,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   if args.list:
     return args
   check(args.jobs >= 0, '--jobs', args.jobs, '1 or more', 'Leave it out for the default.')
-  args.jobs = args.jobs or len(runner.cores())
+  args.jobs = args.jobs or len(scheduler.cores())
   args.shard = Shard.parse(args.shard) if args.shard is not None else None
   args.pairs = _pairs(args.pairs)
   args.suites = _names(args)
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
   check(pathlib.Path('configs').is_dir(), 'working directory', str(pathlib.Path.cwd()),
         'the root of the repository, where configs/ is', 'cd there.')
   chosen = _with_pairs({name: suite_lib.load(name, args.scale) for name in args.suites}, args.pairs)
-  jobs = {name: surgeries.jobs((suite if args.pairs is None else suite.of_pairs(args.pairs)).runs())
+  jobs = {name: step0.jobs((suite if args.pairs is None else suite.of_pairs(args.pairs)).runs())
           for name, suite in chosen.items()}
   if args.dry_run:
     print(dry_run.table(jobs, args.runs, args.jobs, args.shard))

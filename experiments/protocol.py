@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from configs.paper import EXPERT_AXIS
+from experiments.step0 import Surgery
 from experiments.suite import SCALES, Arm, Claim, Run
-from experiments.surgeries import Surgery
 from moejax.config import check_choice
 
 COOLDOWN = 0.4   # of a continuation's steps
@@ -181,11 +181,9 @@ class Pair:
 
     tiling: 'stack' (A B A B) or 'layer' (A A B B).
     """
-    stacks = ('encoder_layers', 'decoder_layers') if len(self.regime.stacks) == 2 else (
-        'num_layers',)
-    model = self.parent.settings.model
+    stacks = self.parent.settings.model.stacks().values()
     changes = {'init.mode': 'depth_tile', 'init.tiling': tiling,
-               **{f'model.{key}': 2 * getattr(model, key) for key in stacks}}
+               **{f'model.{stack.depth_key}': 2 * stack.depth for stack in stacks}}
     return self.equal_flops(like, lambda steps: self.branch(
         'depth tiled', self.regime.config, steps, changes))
 

@@ -12,8 +12,9 @@ results give the same files, byte for byte.
 
 import pathlib
 
-from experiments import cli, page, plots, results, tables, timing
+from experiments import cli, plots, results, results_page, tables
 from experiments import suite as suite_lib
+from experiments.benchmarks import train_step
 from experiments.results import Results
 
 
@@ -32,7 +33,7 @@ def _timed(directory: pathlib.Path, found: Results) -> Results:
   name = found.suite['suite']
   if name not in suite_lib.names():
     return found
-  filled = timing.fill(found, suite_lib.load(name, found.suite['scale']))
+  filled = train_step.fill(found, suite_lib.load(name, found.suite['scale']))
   if filled != found:
     results.write(filled, directory)
   return filled
@@ -47,11 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     print(write(_timed(directory, results.read(directory)), directory))
     print(f'Written to {directory}')
     return 0
-  folder = args.results or page.FOLDER
-  suites = {directory: _timed(directory, found) for directory, found in page.find(folder).items()}
+  folder = args.results or results_page.FOLDER
+  suites = {directory: _timed(directory, found)
+            for directory, found in results_page.find(folder).items()}
   for directory, found in suites.items():
     write(found, directory)
-  print(page.write(folder, suites))
+  print(results_page.write(folder, suites))
   print(f'Written to {folder}')
   return 0
 

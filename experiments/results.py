@@ -18,11 +18,12 @@ import pathlib
 import shlex
 from typing import Any
 
+from experiments import step0
 from experiments import suite as suite_lib
-from experiments import surgeries
 from experiments.suite import Arm, Claim, Run, Suite
 from moejax.config import ConfigError, fail
-from moejax.train import metrics, settings
+from moejax.train import config as run_config
+from moejax.train import metrics
 from moejax.train.workdir import Workdir
 
 FILE = 'results.jsonl'
@@ -50,7 +51,7 @@ def collect(suite: Suite, folder: pathlib.Path) -> Results:
       'suite_command': suite.command(), 'metrics': list(suite.metrics), 'plot': suite.plot,
       'x_label': suite.x_label, 'pairs': _pairs(suite),
       'runs': [_spent(run, folder) for run in suite.runs()
-               if not isinstance(run, surgeries.Surgery)],
+               if not isinstance(run, step0.Surgery)],
   }
   return Results(about, suite.claims,
                  [_record(arm, folder) for arm in suite.arms])
@@ -139,14 +140,14 @@ def _record(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
   run, base = arm.run, Workdir(folder / arm.base.name)
   base_facts = base.read('run.json')
   base_steps = base_facts['trunk_step'] if arm.base_step is None else arm.base_step
-  measured = (surgeries.collect(run, folder) if isinstance(run, surgeries.Surgery) else
+  measured = (step0.collect(run, folder) if isinstance(run, step0.Surgery) else
               _trained(arm, folder))
   return {
       'domain': arm.domain, 'arm': arm.name, 'pair': arm.pair, 'reference': arm.reference,
       'series': arm.series, 'x': arm.x,
       'key': run.key, 'parent': run.parent.key if run.parent else None,
       'command': shlex.join(['python', *run.command(folder)]),
-      'config': json.loads(settings.to_json(run.settings)),
+      'config': json.loads(run_config.to_json(run.settings)),
       'base_steps': base_steps, 'base_flops': base_steps * base_facts['train_flops_per_step'],
       'base_seconds': _seconds(base.path, 0, base_steps),
       'time_ratio': None,

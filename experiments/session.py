@@ -8,7 +8,8 @@ import time
 
 from tqdm import tqdm
 
-from experiments import cli, locks, report, results, runner, tables, timing, verdict
+from experiments import cli, locks, report, results, scheduler, tables, verdict
+from experiments.benchmarks import train_step
 from experiments.jobs import Job
 from experiments.results import Results
 from experiments.suite import Suite
@@ -38,14 +39,15 @@ class Session:
       ConfigError: what cannot work, a report among it unless it is to keep going.
     """
     started, args = time.monotonic(), self.args
-    train = runner.Runner(jobs, args.runs, args.jobs, shard=args.shard, keep_going=args.keep_going,
-                          report=self._report)
+    train = scheduler.Runner(jobs, args.runs, args.jobs, shard=args.shard,
+                             keep_going=args.keep_going,
+                             report=self._report)
     print(f'{", ".join(self.suites)} ({args.scale}): {train.found} jobs finished, '
           f'{len(train.pending)} to do in {args.runs}', file=sys.stderr)
     code = 0
     try:
       train.run()
-    except runner.Failed as error:
+    except scheduler.Failed as error:
       print(f'experiments: {error}', file=sys.stderr)
       code = 1
     except KeyboardInterrupt:
@@ -69,7 +71,7 @@ class Session:
       with locks.waited_for(self.args.runs):
         suite = self.suites[name]
         found = self._collect(suite, directory)
-        results.write(timing.fill(found, suite), directory)
+        results.write(train_step.fill(found, suite), directory)
         found = results.read(directory)
         report.write(found, directory)
     except ConfigError as error:

@@ -18,12 +18,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import common
 from experiments import suites
 from moejax import config as config_lib
 from moejax import data, flops
-from moejax.checkpoints import native
+from moejax.checkpoints import orbax
 from moejax.config import ConfigError, check_choice, unknown_key
-from moejax.train import metrics, settings
+from moejax.train import config as settings
+from moejax.train import metrics
 from moejax.train.workdir import Workdir
 
 KEY_LENGTH, FINGERPRINT_LENGTH = 10, 6   # hex digits of each in a workdir's name
@@ -36,10 +38,10 @@ class Run:
 
   Attributes:
     label: what people call it while it runs; not part of the key.
-    config: name of a file in configs/, such as 't5_stdlib' or 'paper/t5_base'.
+    config: name of a file below configs/, such as 't5_stdlib' or 'paper/t5_base'.
     changes: dotted config keys -> values, what --config.KEY=VALUE would set.
     parent: the run it starts from, if config.init.mode is not 'scratch'.
-    arg: the config file's argument, as in configs/NAME.py:arg.
+    arg: the config file's argument, as in NAME.py:arg.
   """
   label: str
   config: str
@@ -49,8 +51,7 @@ class Run:
 
   def resolved(self, parent: str) -> settings.RunConfig:
     """The validated config, with `parent` as config.init.parent. Raises ConfigError."""
-    module = importlib.import_module(f'configs.{self.config.replace("/", ".")}')
-    config = module.get_config(self.arg or None)
+    config = common.load(self.config, self.arg or None)
     for key, value in {**self.changes, 'init.parent': parent}.items():
       _change(config, key, value)
     return settings.resolve(config)
@@ -67,7 +68,7 @@ class Run:
     Only what differs from the defaults counts, so a new setting changes no key. (A changed default
     does not either; `finished` compares every setting, so no result is taken for another.)
     """
-    changed = json.dumps(_changed(self.settings), sort_keys=True)
+    changed = json.dumps(settings.changes(self.settings), sort_keys=True)
     return hashlib.sha256(changed.encode()).hexdigest()[:KEY_LENGTH]
 
   @functools.cached_property
@@ -80,9 +81,8 @@ class Run:
   def step_flops(self) -> int:
     """FLOPs of one train step."""
     data = self.settings.data
-    lengths = {} if self.settings.model.family == 'vit' else {
-        'encoder_length': data.text.encoder_length, 'decoder_length': data.text.decoder_length}
-    return flops.train_step_flops(self.settings.model, data.batch_size, **lengths)
+    return flops.train_step_flops(self.settings.model, data.batch_size, data.text.encoder_length,
+                                  data.text.decoder_length)
 
   @property
   def work(self) -> int:
@@ -100,7 +100,7 @@ class Run:
 
   def command(self, folder: pathlib.Path) -> list[str]:
     """Words after `python` of the command that trains it with workdirs in `folder`."""
-    file = f'configs/{self.config}.py' + (f':{self.arg}' if self.arg else '')
+    file = f'configs/{common.path(self.config)}.py' + (f':{self.arg}' if self.arg else '')
     changes = {**self.changes, 'init.parent': self.parent_path(folder)}
     return ['-m', 'moejax.main', f'--config={file}',
             *(f'--config.{key}={value}' for key, value in changes.items()),
@@ -113,7 +113,7 @@ class Run:
       return False
     there = workdir.read('config.json')
     there['init']['parent'] = self.settings.init.parent   # its path may have changed, not its key
-    saved = native.finished_steps(workdir.path / native.SUBDIR)
+    saved = orbax.finished_steps(workdir.path / orbax.SUBDIR)
     return (settings.from_dict(there) == self.settings
             and workdir.read('status.json')['phase'] == 'finished'
             and workdir.read('run.json')['end_step'] in saved)
@@ -127,19 +127,6 @@ class Run:
       return 0
     timed = metrics.read_lines(workdir.path / 'timing.jsonl')
     return max(status, timed[-1]['step'] if timed else 0) - first
-
-
-def _changed(run: settings.RunConfig) -> dict[str, Any]:
-  """{dotted key: value} of the settings that are not at their default."""
-  def flat(node: Mapping, prefix: str = '') -> dict[str, Any]:
-    if not isinstance(node, Mapping):
-      return {prefix[:-1]: node}
-    return {k: v for name, child in node.items()
-            for k, v in flat(child, f'{prefix}{name}.').items()}
-
-  default = flat(dataclasses.asdict(settings.RunConfig(model=type(run.model)())))
-  return {k: v for k, v in flat(dataclasses.asdict(run)).items()
-          if k == 'model.family' or v != default[k]}
 
 
 @functools.cache

@@ -17,6 +17,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 UNIONS = (typing.Union, types.UnionType)
+# Keys of earlier versions -> their names now. Files of those versions are read under the new names.
+RENAMED = {'config.steps_per_dispatch': 'config.steps_per_call'}
 
 
 class ConfigError(ValueError):
@@ -52,12 +54,24 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 
 def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
   """The error for a key that does not exist; `known` are the keys that exist beside it."""
+  if key in RENAMED:
+    return ConfigError(f'{key}: is called {RENAMED[key]} now.')
   parent, _, name = key.rpartition('.')
   known = sorted(known)
   near = nearest(name, known)
   hint = f'did you mean {near!r}? ' if near else ''
   return ConfigError(f'{key}: no such key; {hint}Known keys{f" in {parent}" if parent else ""}: '
                      + ', '.join(known))
+
+
+def renamed(values: Mapping[str, Any], where: str = 'config') -> dict[str, Any]:
+  """The nested settings of a run of any version, under the keys of this one (see RENAMED)."""
+  found = {}
+  for name, value in values.items():
+    key = f'{where}.{name}'
+    name = RENAMED.get(key, key).rpartition('.')[2]
+    found[name] = renamed(value, key) if isinstance(value, Mapping) else value
+  return found
 
 
 def as_config_dict(settings: Any) -> ConfigDict:

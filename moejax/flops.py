@@ -18,7 +18,7 @@ import re
 
 from moejax import trees
 from moejax.config import check
-from moejax.moe.routing import capacity
+from moejax.moe.routing import expert_capacity
 
 
 def parameters(shapes: dict, config) -> tuple[int, int]:
@@ -34,12 +34,13 @@ def parameters(shapes: dict, config) -> tuple[int, int]:
     choice. Embeddings and shared experts count in full.
   """
   total = active = 0
+  stacks = config.stacks()
   for path, leaf in trees.flatten(shapes).items():
     size = trees.count({path: leaf})
     total += size
     found = re.match(r'(\w+)/layers/\d+/moe/experts/', path)
     if found:
-      moe, E = _moe(config, found.group(1)), leaf.shape[0]
+      moe, E = stacks[found.group(1)].moe, leaf.shape[0]
       met = moe.k if moe.token_choice else moe.capacity_factor
       size = round(size * min(met, E) / E)
     active += size
@@ -60,18 +61,13 @@ def forward_flops(config, batch_size: int, encoder_length: int = 0, decoder_leng
   Raises:
     ConfigError: a T5 without lengths.
   """
-  B = batch_size
-  if config.family == 'vit':
-    P, L = config.patch_size, config.num_tokens
-    patches = (config.image_size // P) ** 2
-    return (_matmul(B * patches, P * P * config.channels, config.d_model)
-            + _stack(config, 'encoder', B, L, None, train, dispatch)
-            + _matmul(B, config.d_model, config.num_classes))
-  for key, length in (('encoder_length', encoder_length), ('decoder_length', decoder_length)):
-    check(length >= 1, key, length, 'the tokens of an example', 'T5 has no length of its own.')
-  return (_stack(config, 'encoder', B, encoder_length, None, train, dispatch)
-          + _stack(config, 'decoder', B, decoder_length, encoder_length, train, dispatch)
-          + _matmul(B * decoder_length, config.d_model, config.vocab_size))
+  B, total = batch_size, 0
+  for name, stack in config.stacks(encoder_length, decoder_length).items():
+    check(stack.tokens >= 1, f'{name}_length', stack.tokens, 'the tokens of an example',
+          'T5 has no length of its own.')
+    total += _stack(config, stack, B, train, dispatch)
+  return total + sum(_matmul(B * rows, d_in, d_out)
+                     for rows, d_in, d_out in config.outer_matmuls(decoder_length))
 
 
 def train_step_flops(config, batch_size: int, encoder_length: int = 0, decoder_length: int = 0,
@@ -89,28 +85,16 @@ def _matmul(rows: int, d_in: int, d_out: int) -> int:
   return 2 * rows * d_in * d_out
 
 
-def _moe(config, stack: str):
-  """MoE settings of 'encoder' or 'decoder'; a ViT has one stack, its encoder."""
-  return config.moe if config.family == 'vit' else getattr(config, f'{stack}_moe')
-
-
-def _stack(config, stack: str, B: int, L: int, source_length: int | None, train: bool,
-           dispatch: bool) -> int:
-  """All blocks of a stack over B sequences of L tokens, cross-attending to source_length if any."""
-  if config.family == 'vit':
-    depth, sparse = config.num_layers, config.sparse_layers()
-    inner, matrices = config.d_model, 2
-  else:
-    depth, sparse = getattr(config, f'{stack}_layers'), config.sparse_layers(stack)
-    inner, matrices = config.num_heads * config.d_kv, 3             # gated: two in, one out
-  D, F = config.d_model, config.d_ff
-  mlp = lambda rows, d_ff=F: matrices * _matmul(rows, D, d_ff)
-  total = depth * _attention(B, L, L, D, inner)
-  if source_length is not None:
-    total += depth * _attention(B, L, source_length, D, inner)
-  total += (depth - len(sparse)) * mlp(B * L)
-  return total + sum(_moe_layer(_moe(config, stack), E, B, L, D, F, mlp, train, dispatch)
-                     for E in sparse.values())
+def _stack(config, stack, B: int, train: bool, dispatch: bool) -> int:
+  """All blocks of a stack, a models.StackInfo, over B examples."""
+  D, F, L = config.d_model, config.d_ff, stack.tokens
+  mlp = lambda rows, d_ff=F: stack.mlp_matrices * _matmul(rows, D, d_ff)
+  total = stack.depth * _attention(B, L, L, D, stack.inner)
+  if stack.source_tokens:
+    total += stack.depth * _attention(B, L, stack.source_tokens, D, stack.inner)
+  total += (stack.depth - len(stack.sparse)) * mlp(B * L)
+  return total + sum(_moe_layer(stack.moe, E, B, L, D, F, mlp, train, dispatch)
+                     for E in stack.sparse.values())
 
 
 def _attention(B: int, L: int, M: int, D: int, inner: int) -> int:
@@ -125,7 +109,7 @@ def _moe_layer(moe, E: int, B: int, L: int, D: int, d_ff: int, mlp, train: bool,
   S = moe.group_size or L
   groups, F = B * L // S, moe.expert_d_ff(d_ff)
   factor = moe.capacity_factor if train else moe.eval_capacity_factor
-  slots = E * capacity(S, E, factor, moe.min_capacity)
+  slots = E * expert_capacity(S, E, factor, moe.min_capacity)
   if moe.dispatch == 'grouped' and moe.token_choice:
     slots = moe.k * S
   hot = dispatch and moe.dispatch == 'einsum'

@@ -6,22 +6,23 @@ is finished. Everything the run leaves stands in DIR: see moejax/train/workdir.p
 
 For example, a dense run and one that is upcycled from it, with another router:
 
-  python -m moejax.main --config=configs/vit_glyphs.py --workdir=runs/vit_glyphs
-  python -m moejax.main --config=configs/vit_glyphs_upcycled.py:switch --workdir=runs/vit_switch \\
-      --config.init.parent=runs/vit_glyphs --config.steps=2000
+  python -m moejax.main --config=configs/pretrain/vit_glyphs.py --workdir=runs/vit_glyphs
+  python -m moejax.main --config=configs/upcycle/vit_glyphs_upcycled.py:switch \\
+      --workdir=runs/vit_switch --config.init.parent=runs/vit_glyphs --config.steps=2000
 """
 
 import itertools
 import os
+import pathlib
 import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from moejax.cluster.launch import WAYS, Launch
 from moejax.config import ConfigError, unknown_key
-from moejax.train import memory
-from moejax.train.launch import WAYS, Launch
+from moejax.train import malloc
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Run config: FILE.py or FILE.py:arg.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run; made if missing.')
@@ -46,7 +47,7 @@ LOST_SECONDS = flags.DEFINE_float(
 STALL_SECONDS = flags.DEFINE_float(
     'stall_seconds', Launch.stall_seconds, 'No process got further for so long (a step, an '
     'evaluation, compiling): all end, with exit code 75.')
-USAGE = 'python -m moejax.main --config=configs/vit_glyphs.py --workdir=runs/vit_glyphs'
+USAGE = 'python -m moejax.main --config=configs/pretrain/vit_glyphs.py --workdir=runs/vit_glyphs'
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -63,7 +64,9 @@ def _parse(argv: list[str]) -> list[str]:
     app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)   # absl's own --help exits with 1
   for path in _config_files(argv):
     if not os.path.exists(path):
-      raise ConfigError(f'--config: no such file: {path}. Usage: {USAGE}')
+      below = pathlib.Path(os.path.dirname(path) or '.').rglob(os.path.basename(path))
+      near = next((f' Did you mean {file}?' for file in below), '')
+      raise ConfigError(f'--config: no such file: {path}.{near} Usage: {USAGE}')
   try:
     rest = flags.FLAGS(argv)
   except flags.Error as error:
@@ -116,20 +119,21 @@ def main(argv: list[str]) -> int:
     sys.exit(f'moejax: --config: {_last_line(error)}')
   logging.set_verbosity(logging.WARNING)   # libraries' notes on themselves
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  memory.keep_freed()
+  malloc.keep_freed()
   if COMPILE_FOR.value:
     os.environ['JAX_PLATFORMS'] = 'cpu'   # whatever there is, it is not what is compiled for
   import jax  # only now, so that a wrong flag is answered at once
 
-  from moejax.train import loop, settings
-  from moejax.train.hosts import NotAllCame, join
-  from moejax.train.watchdog import LOST
+  from moejax.cluster.processes import NotAllCame, join
+  from moejax.cluster.watchdog import LOST
+  from moejax.train import config as run_config
+  from moejax.train import loop
   if COMPILATION_CACHE.value:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser(COMPILATION_CACHE.value))
   try:
-    run = settings.resolve(config)   # before any other process waits for this one
+    run = run_config.resolve(config)   # before any other process waits for this one
     if COMPILE_FOR.value:
-      from moejax.ahead import report
+      from moejax.aot import report
       return report.run(run, COMPILE_FOR.value, WORKDIR.value)
     hosts = join(Launch(DISTRIBUTED.value, COORDINATOR.value, PROCESSES.value, PROCESS.value,
                         JOIN_SECONDS.value, LOST_SECONDS.value, STALL_SECONDS.value))

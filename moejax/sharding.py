@@ -24,7 +24,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax import config as config_lib
-from moejax import stacking, trees
+from moejax import trees
+from moejax.trees import stacking
 
 AXES = ('data', 'fsdp', 'expert', 'model')
 GROUP_AXES = ('data', 'fsdp', 'expert')   # examples, hence routing groups, are split over these

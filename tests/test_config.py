@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 from ml_collections import ConfigDict
 
-from configs import t5_stdlib_upcycled
+from configs.upcycle import t5_stdlib_upcycled
 from moejax import config
 from moejax.config import ConfigError
-from moejax.train import settings
+from moejax.train import config as settings
 
 
 @dataclasses.dataclass(frozen=True)

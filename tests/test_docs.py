@@ -7,8 +7,8 @@ import re
 import pytest
 
 from moejax.moe import presets
-from moejax.moe.settings import MoEConfig
-from moejax.train.settings import RunConfig
+from moejax.moe.config import MoEConfig
+from moejax.train.config import RunConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 MENU = (ROOT / 'docs' / 'methods.md').read_text()

@@ -65,7 +65,7 @@ def test_a_t5_has_no_length_of_its_own():
     with pytest.raises(ConfigError, match='decoder_length: got 0'):
       of(sparse, 2, 8)
   with pytest.raises(ConfigError, match='model.encoder_moe.group_size: got 8, allowed: 0 without'):
-    models.rows_per_group(sparse)
+    models.examples_per_group(sparse)
 
 
 def test_forward_of_a_tiny_vit_by_hand():

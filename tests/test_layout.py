@@ -11,22 +11,22 @@ MODULES = [p for p in sorted((ROOT / 'moejax').rglob('*.py')) if p.parent != ROO
 
 # Each row may import the rows above it and its own row; a name stands for everything under it.
 ORDER = [
-    ['trees', 'stacking', 'config', 'moe.routing', 'flops'],
+    ['trees', 'config', 'moe.routing', 'flops'],
     ['sharding', 'moe.balance'],
-    ['moe.dispatch', 'moe.grouped', 'moe.grouped_gpu'],
+    ['moe.dispatch', 'moe.grouped_matmul', 'moe.grouped_matmul_gpu'],
     ['moe', 'models.layers'],
     ['models'],
-    ['tasks', 'scores'],
-    ['evaluate', 'decoding', 'probe'],
-    ['train'],
-    ['ahead'],
+    ['losses'],
+    ['evaluation'],
+    ['train', 'cluster'],
+    ['aot'],
     ['main'],
 ]
 # Rooms beside that order: what each may import, apart from itself.
 APART = {'surgery': {'trees', 'config'}, 'checkpoints': {'trees', 'config'}, 'data': {'config'}}
 # Where the rooms beside the order are allowed in.
 GUESTS = {
-    'train.settings': {'data'},
+    'train.config': {'data'},
     'train.loop': {'data', 'checkpoints'},
     'train.initialize': {'surgery', 'checkpoints'},
 }
@@ -90,7 +90,7 @@ def test_imports_run_one_way(path):
 
 def test_a_wrong_import_is_seen():
   assert violations('moe.dispatch', {'models'}) == {'models'}
-  assert violations('surgery.rules', {'train.step'}) == {'train.step'}
+  assert violations('surgery.upcycle', {'train.step'}) == {'train.step'}
   assert violations('train.step', {'data'}) == {'data'}
   assert not violations('moe.layer', {'moe.dispatch', 'sharding', 'config'})
 
@@ -107,7 +107,7 @@ def test_moejax_does_not_import_what_uses_it():
                          ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_small(path):
   lines = path.read_text().splitlines()
-  assert len(lines) <= 400
+  assert len(lines) <= 500
   for node in ast.walk(ast.parse('\n'.join(lines))):
     if isinstance(node, ast.FunctionDef):
       assert node.end_lineno - node.lineno < 60, f'{node.name} has over 60 lines'

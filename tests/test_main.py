@@ -9,10 +9,12 @@ import sys
 
 import pytest
 
-from configs import t5_stdlib, t5_stdlib_upcycled, vit_glyphs, vit_glyphs_upcycled
+from configs.pretrain import t5_stdlib, vit_glyphs
+from configs.upcycle import t5_stdlib_upcycled, vit_glyphs_upcycled
+from moejax.cluster.watchdog import LOST
 from moejax.config import ConfigError
-from moejax.train import loop, settings
-from moejax.train.watchdog import LOST
+from moejax.train import config as run_config
+from moejax.train import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -25,30 +27,32 @@ def command(*args):
 
 
 @pytest.mark.parametrize('args, expected', [
-    (['--config=configs/vit_glyphs.py', '--config.optimizer.learning_rat=1', '--workdir={tmp}'],
+    (['--config=configs/pretrain/vit_glyphs.py', '--config.optimizer.learning_rat=1',
+      '--workdir={tmp}'],
      r"config\.optimizer\.learning_rat: no such key; did you mean 'learning_rate'\?"),
-    (['--config=configs/vit_glyphs.py', '--config.steps=many', '--workdir={tmp}'],
+    (['--config=configs/pretrain/vit_glyphs.py', '--config.steps=many', '--workdir={tmp}'],
      r"flag --config\.steps=many"),
     (['--config=configs/no_such.py', '--workdir={tmp}'],
      r'--config: no such file: configs/no_such\.py'),
     (['--config', 'configs/no_such.py:runlocal', '--workdir={tmp}'],
      r'--config: no such file: configs/no_such\.py\. Usage: '),
     (['--config', '--workdir={tmp}'], r'--config: no such file: --workdir='),
-    (['--config=configs/vit_glyphs_upcycled.py', '--workdir={tmp}',
+    (['--config=configs/upcycle/vit_glyphs_upcycled.py', '--workdir={tmp}',
       '--config.model.moe.experts_per_layer=(4,x)'],
      r"config\.model\.moe\.experts_per_layer: got \('\(4,x\)',\), allowed: integers >= 1, one per "
      r"sparse block, as in '\(4, 8\)'\. Or leave it empty and set num_experts\."),
-    (['--config=configs/vit_glyphs.py:runlocla', '--workdir={tmp}'],
+    (['--config=configs/pretrain/vit_glyphs.py:runlocla', '--workdir={tmp}'],
      r"config argument: got 'runlocla'.*Did you mean 'runlocal'\?"),
-    (['--config=configs/vit_glyphs.py'], r'--workdir: missing'),
-    (['--config=configs/vit_glyphs.py', '--workdir='], r'--workdir: missing'),
-    (['--config=configs/vit_glyphs.py', '--config.microbatches=0', '--workdir={tmp}',
+    (['--config=configs/pretrain/vit_glyphs.py'], r'--workdir: missing'),
+    (['--config=configs/pretrain/vit_glyphs.py', '--workdir='], r'--workdir: missing'),
+    (['--config=configs/pretrain/vit_glyphs.py', '--config.microbatches=0', '--workdir={tmp}',
       '--coordinator=localhost:9', '--processes=2', '--process=1'],   # said without the other one
      r'microbatches: got 0'),
-    (['--confg=configs/vit_glyphs.py'], r"Unknown command line flag 'confg'"),
-    (['--config=configs/vit_glyphs.py', '--compile_for=v5q:2x2', '--workdir={tmp}'],
+    (['--confg=configs/pretrain/vit_glyphs.py'], r"Unknown command line flag 'confg'"),
+    (['--config=configs/pretrain/vit_glyphs.py', '--compile_for=v5q:2x2', '--workdir={tmp}'],
      r"--compile_for: got 'v5q'.*Did you mean 'v5"),
-    (['--config=configs/vit_glyphs_upcycled.py', '--workdir={tmp}', '--config.init.parent=none'],
+    (['--config=configs/upcycle/vit_glyphs_upcycled.py', '--workdir={tmp}',
+      '--config.init.parent=none'],
      r"config\.init\.parent: got 'none'.*Train that run first"),
 ])
 def test_command_line_mistakes(args, expected, tmp_path):
@@ -65,7 +69,8 @@ def test_command_line_mistakes(args, expected, tmp_path):
 def test_a_process_that_stays_alone_says_so_and_may_be_started_again(process, tmp_path):
   with socket.create_server(('', 0)) as server:
     port = server.getsockname()[1]
-  result = command('--config=configs/vit_glyphs.py:runlocal', f'--workdir={tmp_path / "run"}',
+  result = command('--config=configs/pretrain/vit_glyphs.py:runlocal',
+                   f'--workdir={tmp_path / "run"}',
                    f'--coordinator=localhost:{port}', '--processes=2', f'--process={process}',
                    '--join_seconds=2')
   assert result.returncode == LOST, result.stderr
@@ -76,7 +81,7 @@ def test_a_process_that_stays_alone_says_so_and_may_be_started_again(process, tm
 
 @pytest.mark.parametrize('asked', ['--help', '-h'])
 def test_help_says_how_to_use_it(asked):
-  result = command('--config', 'configs/vit_glyphs.py', asked)
+  result = command('--config', 'configs/pretrain/vit_glyphs.py', asked)
   assert (result.returncode, result.stderr) == (0, '')
   assert '--config=FILE[:arg] --workdir=DIR' in result.stdout
   assert '--workdir' in result.stdout and 'Directory of the run' in result.stdout
@@ -84,7 +89,8 @@ def test_help_says_how_to_use_it(asked):
 
 
 def test_a_config_may_stand_after_its_flag(tmp_path):
-  result = command('--config', 'configs/vit_glyphs.py:runlocal', '--workdir', str(tmp_path / 'run'),
+  result = command('--config', 'configs/pretrain/vit_glyphs.py:runlocal',
+                   '--workdir', str(tmp_path / 'run'),
                    '--config.steps=3')
   assert 'config.schedule.cooldown_steps: got 4, allowed: at most steps = 3' in result.stderr
 
@@ -129,7 +135,7 @@ def test_settings_that_cannot_work(config, changes, expected, tmp_path):
   config.update_from_flattened_dict(NO_PARENT | changes)
   workdir = tmp_path / 'run'
   with pytest.raises(ConfigError, match=expected):
-    loop.run(settings.resolve(config), str(workdir))
+    loop.run(run_config.resolve(config), str(workdir))
   assert not workdir.exists()
 
 
@@ -138,14 +144,14 @@ def test_a_file_that_sets_a_wrong_type_or_key():
   values = config.to_dict()
   values['optimizer']['learning_rate'] = 'high'
   with pytest.raises(ConfigError, match=r"config\.optimizer\.learning_rate: got 'high'.*float"):
-    settings.resolve(values)
+    run_config.resolve(values)
   values = config.to_dict()
   values['optimizer']['lerning_rate'] = 1.0
   with pytest.raises(ConfigError, match=r"config\.optimizer\.lerning_rate.*'learning_rate'"):
-    settings.resolve(values)
+    run_config.resolve(values)
 
 
 def test_an_unwritable_workdir(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ConfigError, match='workdir: .*a directory that can be written'):
-    loop.run(settings.resolve(vit_glyphs.get_config('runlocal')), str(tmp_path / 'file' / 'run'))
+    loop.run(run_config.resolve(vit_glyphs.get_config('runlocal')), str(tmp_path / 'file' / 'run'))

@@ -89,18 +89,20 @@ def test_the_table_has_a_line_for_each_and_names_tests_that_exist():
 def test_what_is_broken_is_caught_and_what_is_not_survives(monkeypatch, tmp_path):
   """On the real tree, by the command itself."""
   [skip] = [m for m in MUTATIONS if m.trap == 'a test file skipped as a whole']
-  broken = Mutation('a', 'paths come unsorted', 'moejax/trees.py', 'dict(sorted(flat.items()))',
-                    'dict(flat.items())', 'tests/test_trees.py')
-  harmless = Mutation('b', 'a comment', 'moejax/trees.py', '\nimport jax\n',
-                      '\nimport jax  # the library\n', 'tests/test_trees.py')
+  broken = Mutation('a', 'paths come unsorted', 'moejax/trees/paths.py',
+                    'dict(sorted(flat.items()))',
+                    'dict(flat.items())', 'tests/trees/test_paths.py')
+  harmless = Mutation('b', 'a comment', 'moejax/trees/paths.py', '\nimport jax\n',
+                      '\nimport jax  # the library\n', 'tests/trees/test_paths.py')
   monkeypatch.setattr(mutate, 'MUTATIONS', (broken, harmless, skip))
   monkeypatch.setattr(mutate, 'TABLE', tmp_path / 'docs' / 'mutations.md')
   assert mutate.main([]) == 1
   text = mutate.TABLE.read_text()
-  assert ('| a | paths come unsorted | `moejax/trees.py` | '
-          '`tests/test_trees.py::test_flatten_sorts_by_path_and_unflatten_undoes_it` |') in text
-  assert '| b | a comment | `moejax/trees.py` | **nothing** |' in text
-  assert '| `tests/test_trees.py` | `tests/conftest.py::pytest_sessionfinish` |' in text
+  assert ('| a | paths come unsorted | `moejax/trees/paths.py` | '
+          '`tests/trees/test_paths.py::test_flatten_sorts_by_path_and_unflatten_undoes_it` |'
+          ) in text
+  assert '| b | a comment | `moejax/trees/paths.py` | **nothing** |' in text
+  assert '| `tests/trees/test_paths.py` | `tests/conftest.py::pytest_sessionfinish` |' in text
   lines = text.splitlines()
   assert mutate.table([(harmless, mutate.Verdict('tests/x.py::test_y[1]', '', 0))], text) == (
       text.replace(mutate.SURVIVED + ' |', '`tests/x.py::test_y` |'))   # one line anew

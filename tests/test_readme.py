@@ -1,14 +1,14 @@
 """The README's numbers are those of the committed results; commands of all docs can be typed."""
 
 import ast
-import importlib
 import pathlib
 import re
 import shlex
 
 import pytest
 
-from moejax.train import settings
+from configs import common
+from moejax.train import config as run_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -39,7 +39,7 @@ TEXTS = [ROOT / 'README.md', *(path for room in ('docs', 'configs', 'experiments
 def test_what_is_called_a_command_is_one():
   """A module without a main would do nothing, and say so with exit code 0."""
   found = {name for path in TEXTS for name in re.findall(
-      r'python -m\s+((?:moejax|experiments|tests)\.\w+)', path.read_text())}
+      r'python -m\s+((?:moejax|experiments|tests)(?:\.\w+)+)', path.read_text())}
   assert len(found) > 8
   for name in found:
     assert "__name__ == '__main__'" in (ROOT / f'{name.replace(".", "/")}.py').read_text(), name
@@ -67,15 +67,15 @@ def test_runs_can_be_typed_and_find_their_parents(text):
   found, there = runs(text), set()
   assert len(found) >= 2
   for name, arg, changes, workdir in found:
-    config = importlib.import_module(f'configs.{name}').get_config(arg)
+    config = common.load(name, arg)
     for key, value in changes.items():
       number = re.fullmatch(r'[\d.]+', value)
       config.update_from_flattened_dict({key: ast.literal_eval(value) if number else value})
-    run = settings.resolve(config)
+    run = run_config.resolve(config)
     if not arg and not changes:
       assert workdir == f'runs/{name}'
     if 'init.parent' in changes:
       assert run.init.parent in there
     elif run.init.mode != 'scratch':
-      assert (ROOT / f'configs/{run.init.parent.removeprefix("runs/")}.py').exists()
+      assert common.path(run.init.parent.removeprefix('runs/'))
     there.add(workdir)

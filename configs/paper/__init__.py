@@ -12,7 +12,7 @@ that a config runs from end to end, and nothing about the sizes above.
 
 from ml_collections import ConfigDict
 
-from configs import shrink, words
+from configs.common import shrink, words
 from moejax.models import t5, vit
 from moejax.moe import presets
 

@@ -10,14 +10,14 @@ document, where t5 packs several; how often and on how much is evaluated.
 --config.data.text.vocabulary=PATH names T5's SentencePiece model (cc_all.32000.100extra).
 """
 
-from configs import words
+from configs.common import words
 from configs.paper import place, shrink_t5
 from moejax.models import t5
-from moejax.train import settings
+from moejax.train import config as run_config
 
 
 def get_config(arg=None, size='base'):
-  config = settings.default(t5.config(size, dtype='bfloat16'))
+  config = run_config.default(t5.config(size, dtype='bfloat16'))
   config.steps = 1_000_000
   config.log_every = 100
   config.eval_every = config.checkpoint_every = 10_000

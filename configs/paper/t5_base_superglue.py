@@ -1,4 +1,5 @@
-"""Fine-tunes a run of t5_base.py on the mixture of all SuperGLUE tasks (moejax/data/superglue.py).
+"""Fine-tunes a run of t5_base.py on the mixture of all SuperGLUE tasks
+(data/datasets/superglue.py).
 
 --config.init.parent=DIR names the run; with :upcycled it is one of t5_base_upcycled.py, with
 :switch one of t5_base_upcycled.py:switch, and so for its other words. From t5x's fine-tuning
@@ -9,7 +10,7 @@ scored at the end, on each task and on average; superglue.py says in what these 
 the benchmark's.
 """
 
-from configs import of_parent
+from configs.common import of_parent
 from configs.paper import ABLATIONS, place, shrink_t5, stacks, t5_base, t5_base_upcycled
 
 

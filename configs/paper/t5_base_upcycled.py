@@ -12,7 +12,7 @@ preset's name as an argument replaces the routing, as in t5_stdlib_upcycled.py; 
 configs.paper.ABLATIONS changes what the paper varies.
 """
 
-from configs import preset, set_moe
+from configs.common import preset, set_moe
 from configs.paper import ABLATIONS, place, shrink_t5, stacks, t5_base, vary
 from moejax.moe import presets
 

@@ -9,10 +9,10 @@ Adafactor with momentum, which moejax has not. Our choices: 112,000 steps to the
 epochs), then a cooldown of 22,400; bfloat16; flips and shifted crops, and no mixup.
 """
 
-from configs import words
+from configs.common import words
 from configs.paper import place, shrink_vit
 from moejax.models import vit
-from moejax.train import settings
+from moejax.train import config as run_config
 
 
 def short_name(size: str) -> str:
@@ -21,7 +21,7 @@ def short_name(size: str) -> str:
 
 
 def get_config(arg=None, size='B/16'):
-  config = settings.default(vit.config(size, dtype='bfloat16'))
+  config = run_config.default(vit.config(size, dtype='bfloat16'))
   config.steps = 134_400
   config.log_every = 100
   config.eval_every = config.checkpoint_every = 5_600

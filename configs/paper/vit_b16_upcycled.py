@@ -9,7 +9,7 @@ FLOPs of the experts at 196 tokens). A preset's name as an argument replaces the
 configs.paper.ABLATIONS changes what the paper varies.
 """
 
-from configs import preset, set_moe
+from configs.common import preset, set_moe
 from configs.paper import ABLATIONS, place, shrink_vit, vary, vit_b16
 
 

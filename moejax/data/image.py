@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.data.settings import ImageConfig
+from moejax.data.config import ImageConfig
 
 # Each draw is uniform: rotation (rad), log of scale, shear and shift (output pixels) between minus
 # and plus the value; contrast from the value to 1; noise's standard deviation from 0 to the value.

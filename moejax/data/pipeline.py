@@ -16,10 +16,10 @@ import grain
 import numpy as np
 
 from moejax.config import check, check_choice
-from moejax.data import sources
+from moejax.data import registry
+from moejax.data.config import DataConfig
 from moejax.data.image import ImageProcessor
-from moejax.data.pairs import references
-from moejax.data.settings import DataConfig
+from moejax.data.text_pairs import references
 
 EVAL_SEED = 20221209   # the same examples, windows and distortions whatever the run's seed
 # Settings that change how fast or where from, not what a split contains.
@@ -38,7 +38,7 @@ class Dataset:
     evaluation batch are all zero but for index. Batches of pairs have task (B,) and example (B,)
     int32 too, the example's number in its split.
   tasks: names of what is learnt from pairs, which a batch's task indexes; () if it is one thing.
-  metric: how answers to pairs are scored, see moejax.scores; '' where there are no pairs.
+  metric: how answers to pairs are scored, see text_scores.py; '' where there are no pairs.
   num_classes, image_shape / vocab_size, encoder_length, decoder_length: 0 or () where they do not
     apply.
   vocabulary: of text (encode, decode), else None.
@@ -56,7 +56,7 @@ class Dataset:
       check(given % hosts == 0, f'data.{key}', given, f'a multiple of the {hosts} hosts',
             f'Use {max(given // hosts, 1) * hosts}.')
     self._config, self._host, self._hosts = config, host, hosts
-    source, self._processor = sources.build(config)
+    source, self._processor = registry.build(config)
     self.kind = source.kind
     self.tasks, self.metric, self._pairs = source.tasks, source.metric, source.pairs
     self.num_classes = source.num_classes
@@ -105,7 +105,7 @@ class Dataset:
   def answers(self, split: str) -> tuple[list[tuple[str, ...]], list[int]]:
     """(right answers, task) of every example that `examples[split]` counts.
 
-    For the score of always giving the commonest answer (moejax.scores.baseline). It reads the
+    For the score of always giving the commonest answer (text_scores.baseline). It reads the
     split once.
     """
     examples, n = self._pairs_of(split), self.examples[split]
@@ -179,7 +179,7 @@ def _stack(examples: list[Batch]) -> Batch:
   return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
 
-def _fingerprint(config: DataConfig, source: sources.Source) -> str:
+def _fingerprint(config: DataConfig, source: registry.Source) -> str:
   shaping = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SHAPING}
   shaping.pop('text' if source.kind == 'classification' else 'image')
   if source.pairs:

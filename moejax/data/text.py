@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moejax.config import ConfigError, check
-from moejax.data.settings import TextConfig
+from moejax.data.config import TextConfig
 
 PAD, EOS = 0, 1
 

@@ -9,7 +9,7 @@ V vocabulary.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 
 from moejax.config import check, check_choice
 from moejax.models import attention, layers
-from moejax.models.stack import UNROLLED, BlockSpec, Execution, Stack
+from moejax.models.blocks import UNROLLED, BlockSpec, Execution, Stack, StackInfo
 from moejax.moe.layer import MoEConfig
 
 PAD, EOS = 0, 1   # PAD also starts every decoder input
@@ -40,6 +40,9 @@ class T5Config:
     dtype: compute dtype; parameters are float32.
     encoder_moe, decoder_moe: MoE blocks of each stack.
   """
+  data_kind: ClassVar[str] = 'seq2seq'   # what it learns from, see data.Source
+  image_shape: ClassVar[tuple] = ()      # it reads no images
+
   family: str = 't5'
   vocab_size: int = 384
   d_model: int = 32
@@ -82,6 +85,33 @@ class T5Config:
     """{block number: number of experts} of the 'encoder' or the 'decoder'."""
     moe, depth = getattr(self, f'{stack}_moe'), getattr(self, f'{stack}_layers')
     return moe.sparse_layers(depth, f'model.{stack}_moe')
+
+  def stacks(self, encoder_length: int = 0, decoder_length: int = 0) -> dict[str, StackInfo]:
+    """{'encoder': its StackInfo, 'decoder': ...}, given the tokens of an example in each."""
+    tokens = {'encoder': encoder_length, 'decoder': decoder_length}
+    return {name: StackInfo(
+        f'{name}_moe', f'{name}_layers', getattr(self, f'{name}_moe'),
+        getattr(self, f'{name}_layers'), self.sparse_layers(name), length,
+        encoder_length if name == 'decoder' else 0, self.num_heads * self.d_kv, mlp_matrices=3,
+        biased=True) for name, length in tokens.items()}
+
+  def outer_matmuls(self, decoder_length: int = 0) -> list[tuple[int, int, int]]:
+    """(rows of an example, d_in, d_out) of the head."""
+    return [(decoder_length, self.d_model, self.vocab_size)]
+
+  def batch_shapes(self, batch_size: int, encoder_length: int = 0, decoder_length: int = 0
+                   ) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch to train on; see data.Dataset for what is in it."""
+    make = lambda dtype, *dims: jax.ShapeDtypeStruct((batch_size, *dims), dtype)
+    return {'encoder_input': make(jnp.int32, encoder_length),
+            'decoder_input': make(jnp.int32, decoder_length),
+            'target': make(jnp.int32, decoder_length),
+            'weight': make(jnp.float32, decoder_length), 'index': make(jnp.int32)}
+
+  @property
+  def outputs(self) -> tuple[str, int]:
+    """(the field that sets how many logits there are, that number)."""
+    return 'vocab_size', self.vocab_size
 
 
 def _size(d_model, d_ff, num_heads, depth, d_kv=64, vocab_size=32128) -> dict:

@@ -4,6 +4,7 @@ Dimensions: B batch, L tokens (patches, and [cls] if any), D model, P patch side
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 
 from moejax.config import check, check_choice
 from moejax.models import layers
-from moejax.models.stack import UNROLLED, BlockSpec, Execution, Stack
+from moejax.models.blocks import UNROLLED, BlockSpec, Execution, Stack, StackInfo
 from moejax.models.t5 import DTYPES
 from moejax.moe.layer import MoEConfig
 
@@ -34,6 +35,8 @@ class ViTConfig:
     dtype: compute dtype; parameters are float32.
     moe: MoE blocks.
   """
+  data_kind: ClassVar[str] = 'classification'   # what it learns from, see data.Source
+
   family: str = 'vit'
   image_size: int = 24
   channels: int = 1
@@ -70,6 +73,37 @@ class ViTConfig:
   def sparse_layers(self) -> dict[int, int]:
     """{block number: number of experts}."""
     return self.moe.sparse_layers(self.num_layers, 'model.moe')
+
+  def stacks(self, encoder_length: int = 0, decoder_length: int = 0) -> dict[str, StackInfo]:
+    """{'encoder': its StackInfo}; the lengths are a T5's and mean nothing here."""
+    del encoder_length, decoder_length
+    return {'encoder': StackInfo('moe', 'num_layers', self.moe, self.num_layers,
+                                 self.sparse_layers(), self.num_tokens, 0, self.d_model,
+                                 mlp_matrices=2, biased=False)}
+
+  def outer_matmuls(self, decoder_length: int = 0) -> list[tuple[int, int, int]]:
+    """(rows of an example, d_in, d_out) of patch embedding and head."""
+    del decoder_length
+    patches, pixels = (self.image_size // self.patch_size) ** 2, self.patch_size ** 2
+    return [(patches, pixels * self.channels, self.d_model), (1, self.d_model, self.num_classes)]
+
+  def batch_shapes(self, batch_size: int, encoder_length: int = 0, decoder_length: int = 0
+                   ) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch to train on; see data.Dataset for what is in it."""
+    del encoder_length, decoder_length
+    make = lambda dtype, *dims: jax.ShapeDtypeStruct((batch_size, *dims), dtype)
+    return {'image': make(jnp.float32, *self.image_shape), 'label': make(jnp.int32),
+            'weight': make(jnp.float32), 'index': make(jnp.int32)}
+
+  @property
+  def image_shape(self) -> tuple[int, ...]:
+    """(height, width, channels) of the input; () of a model that reads no images."""
+    return (self.image_size, self.image_size, self.channels)
+
+  @property
+  def outputs(self) -> tuple[str, int]:
+    """(the field that sets how many logits there are, that number)."""
+    return 'num_classes', self.num_classes
 
   @property
   def num_tokens(self) -> int:

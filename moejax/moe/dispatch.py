@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import config as config_lib
-from moejax.moe.grouped import by_expert
+from moejax.moe.grouped_matmul import by_expert
 from moejax.moe.routing import SlotRouting, TokenRouting
 
 Apply = Callable[..., jax.Array]

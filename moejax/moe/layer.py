@@ -13,8 +13,8 @@ from flax import nnx
 
 from moejax import sharding
 from moejax.config import check
-from moejax.moe import balance, dispatch, grouped, routing
-from moejax.moe.settings import MoEConfig
+from moejax.moe import balance, dispatch, grouped_matmul, routing
+from moejax.moe.config import MoEConfig
 
 PLACES = 5  # where a layer draws: experts' dropout, noise, jitter, second choices, shared's dropout
 
@@ -110,7 +110,7 @@ class MoELayer(nnx.Module):
       ConfigError: B is not a multiple of the group's sequences.
     """
     B, L, D = x.shape
-    rows = 1 if no_drop else self.config.rows_per_group(L)
+    rows = 1 if no_drop else self.config.examples_per_group(L)
     check(B % rows == 0, 'batch size (per microbatch)', B,
           f'a multiple of the {rows} sequences of a routing group',
           'Change batch_size or group_size.')
@@ -149,7 +149,7 @@ class MoELayer(nnx.Module):
     logits, mask = groups['logits'], groups['mask']
     S = logits.shape[1]
     factor = config.capacity_factor if train else config.eval_capacity_factor
-    C = S if no_drop else routing.capacity(S, E, factor, config.min_capacity)
+    C = S if no_drop else routing.expert_capacity(S, E, factor, config.min_capacity)
     probs = routing.probabilities(logits, config.score)
     if config.token_choice:
       wanted = self._choose(groups)
@@ -260,7 +260,7 @@ class Drop:
 class DropRows:
   """Dropout of (P, F) hidden activations, one row per assignment: one key per group."""
   keys: jax.Array   # (G,)
-  rows: grouped.Rows
+  rows: grouped_matmul.Rows
   per_group: int    # assignments of a group, N / G
   rate: float
 

@@ -3,7 +3,7 @@
 A preset says what a paper says about routing, balancing and experts; where a source is silent or
 was not read, the docstring says "our choice". Model sizes are not part of it. Any field can be
 replaced, as in `presets.switch(num_experts=16)`; config files take a preset's name as argument:
-`--config=configs/t5_stdlib_upcycled.py:switch`.
+`--config=configs/upcycle/t5_stdlib_upcycled.py:switch`.
 
 Three conventions differ between sources, and presets convert:
 - capacity_factor counts slots per expert over S / E, without k (vmoe multiplies by k);
@@ -15,7 +15,7 @@ Three conventions differ between sources, and presets convert:
 import dataclasses
 
 from moejax.config import check_choice
-from moejax.moe.settings import MoEConfig
+from moejax.moe.config import MoEConfig
 
 
 def sparsely_gated(**changes) -> MoEConfig:

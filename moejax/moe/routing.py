@@ -49,7 +49,7 @@ class TokenRouting(NamedTuple):
   valid: jax.Array
 
 
-def capacity(tokens: int, num_experts: int, factor: float, minimum: int = 1) -> int:
+def expert_capacity(tokens: int, num_experts: int, factor: float, minimum: int = 1) -> int:
   """Slots per expert and group: factor * S / E, rounded half to even, within [minimum, S].
 
   No K in the formula: a factor of 2 gives every token two slots on average whichever the router

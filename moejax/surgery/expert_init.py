@@ -54,9 +54,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.config import check, check_choice, fail
-from moejax.surgery import rules
-from moejax.surgery.rules import Rule
-from moejax.surgery.transforms import Noise, Reinit, Repeat, Shard, Slice, Subset, Tile, Transform
+from moejax.trees import rules
+from moejax.trees.rules import Rule
+from moejax.trees.transforms import Noise, Reinit, Repeat, Shard, Slice, Subset, Tile, Transform
 
 EXPERTS = ('copy', 'random', 'subset', 'noise', 'drop')
 SCALINGS = ('none', 'output', 'all')

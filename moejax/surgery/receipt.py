@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from moejax.surgery.rules import FATES, Entry
+from moejax.trees.rules import FATES, Entry
 
 
 @dataclasses.dataclass(frozen=True)

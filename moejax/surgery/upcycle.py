@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from moejax.config import ConfigError, check_choice, fail
-from moejax.surgery import depth_tile, expert_init, rules
+from moejax.surgery import depth_tile, expert_init
 from moejax.surgery.expert_init import OPT_STATE, ExpertInit
-from moejax.surgery.rules import Rule
+from moejax.trees import rules
+from moejax.trees.rules import Rule
 
 Shapes = Mapping[str, Any]   # path -> anything with a shape
 COPIES = ExpertInit()

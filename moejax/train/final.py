@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moejax import evaluate, probe, scores
-from moejax.train.assemble import Step
+from moejax.evaluation import evaluate, few_shot, text_scores
+from moejax.train.compiled import Step
 from moejax.train.parallel import all_rows
 
 
@@ -44,8 +44,8 @@ class Final:
                                  self.dataset.vocabulary, self.step.config.decode.examples)
     metric, names = self.dataset.metric, self.dataset.tasks
     answers = references[:len(texts)], tasks[:len(texts)]
-    commonest = scores.baseline(metric, self._trained_on, answers, names)
-    return {**scores.score(metric, texts, *answers, names),
+    commonest = text_scores.baseline(metric, self._trained_on, answers, names)
+    return {**text_scores.score(metric, texts, *answers, names),
             **{f'commonest/{name}': value for name, value in commonest.items()}}
 
   @functools.cached_property
@@ -64,5 +64,5 @@ class Final:
       for batch in watched(self.probe_data.eval_batches(split)):
         known = all_rows(self.devices, {k: batch[k] for k in ('label', 'weight')})
         yield {**known, 'own': batch}
-    return probe.run(self.step.config.probe, features, params, batches('train'), batches('test'),
+    return few_shot.run(self.step.config.probe, features, params, batches('train'), batches('test'),
                      seed=self.step.config.seed)

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import trees
-from moejax.checkpoints import native
-from moejax.config import check, check_choice
-from moejax.surgery import depth_tile, expert_init, rules, upcycle
+from moejax.checkpoints import orbax
+from moejax.config import check, check_choice, renamed
+from moejax.surgery import depth_tile, expert_init, upcycle
 from moejax.surgery.receipt import Receipt
 from moejax.train import files, optimizer
 from moejax.train.step import TrainState
+from moejax.trees import rules
 
 if TYPE_CHECKING:
-  from moejax.train.settings import RunConfig
+  from moejax.train.config import RunConfig
 
 MODES = ('scratch', 'continue', 'upcycle', 'depth_tile')
 TRUNK, END = -1, -2   # what InitConfig.step may be in place of a number
@@ -94,7 +95,7 @@ class InitConfig:
 @dataclasses.dataclass(frozen=True)
 class Parent:
   """A checkpoint to start from: its reader, and config.json and run.json of the run it is of."""
-  reader: native.Reader
+  reader: orbax.Reader
   config: dict
   run: dict
 
@@ -118,10 +119,10 @@ def open_run(path: str, key: str, step: int) -> Parent:
     ConfigError: there is no such run or checkpoint, or its files are damaged.
   """
   directory = pathlib.Path(path)
-  its = files.read_json(directory / 'config.json', key)
+  its = renamed(files.read_json(directory / 'config.json', key))
   which = {TRUNK: 'trunk_step', END: 'end_step'}.get(step)
   run = files.read_json(directory / 'run.json', key, needs=(which,) if which else ())
-  there = native.finished_steps(directory / native.SUBDIR)
+  there = orbax.finished_steps(directory / orbax.SUBDIR)
   steps = ', '.join(map(str, there)) or '(none)'
   if which:
     step = run[which]
@@ -131,10 +132,10 @@ def open_run(path: str, key: str, step: int) -> Parent:
   check(step in there, 'config.init.step', step, f'{steps}: the checkpoints of {path}',
         f'Choose one of them, {TRUNK} (its trunk) or {END} (its end).')
   def remedy(older: list[int]) -> str:
-    again = f'Start that run again after {native.set_away(step, older, "it")}.'
+    again = f'Start that run again after {orbax.set_away(step, older, "it")}.'
     return f'Set config.init.step={older[-1]}. Or: {again}' if older and free else again
   free = key == 'config.init.parent'   # to start from another step
-  return Parent(native.Reader(directory, step, key, remedy), its, run)
+  return Parent(orbax.Reader(directory, step, key, remedy), its, run)
 
 
 def check_model(config: 'RunConfig', parent: Parent) -> None:
@@ -146,11 +147,12 @@ def check_model(config: 'RunConfig', parent: Parent) -> None:
   Raises:
     ConfigError: naming the first that differs.
   """
-  free = {'dtype', 'dropout_rate', 'moe', 'encoder_moe', 'decoder_moe'}
+  stacks = config.model.stacks().values()
+  free = {'dtype', 'dropout_rate', *(stack.moe_key for stack in stacks)}
   if config.init.new_head:
     free |= {'num_classes', 'head'}
   if config.init.mode == 'depth_tile':
-    free |= {'num_layers', 'encoder_layers', 'decoder_layers'}
+    free |= {stack.depth_key for stack in stacks}
   theirs, ours = parent.config.get('model', {}), dataclasses.asdict(config.model)
   for name in (name for name in ours if name in theirs and name not in free):
     check(ours[name] == theirs[name], f'config.model.{name}', ours[name],
@@ -259,10 +261,8 @@ def _expert_init(config: InitConfig, run: 'RunConfig | None' = None) -> expert_i
   if run is None:
     return expert_init.ExpertInit(**own)
   model = run.model
-  keys = {'encoder': 'moe'} if model.family == 'vit' else {
-      'encoder': 'encoder_moe', 'decoder': 'decoder_moe'}
-  gates = {stack: gate for stack, key in keys.items()
-           if (gate := _gate(getattr(model, key), f'config.model.{key}.k'))}
+  gates = {name: gate for name, stack in model.stacks().items()
+           if (gate := _gate(stack.moe, f'config.model.{stack.moe_key}.k'))}
   return expert_init.ExpertInit(**own, seed=run.seed, gates=gates,
                                 squared=model.activation == 'squared_relu')
 
@@ -295,23 +295,22 @@ def check_surgery(config: 'RunConfig', state: TrainState, parent: Parent) -> Non
   _plan(config, {'params': state.params, 'opt_state': state.opt_state}, parent)
 
 
-def _plan(config: 'RunConfig', target: dict, parent: Parent):
-  """(rules, shapes of the parent's leaves, of the target's, what the rules will do)."""
+def _plan(config: 'RunConfig', target: dict, parent: Parent) -> rules.Plan:
+  """The run's surgery on its parent."""
   source = {p: s for p, s in parent.reader.shapes.items() if p.split('/')[0] in target}
   shapes = trees.flatten(target)
-  table = _table(config, source, shapes)
-  return table, source, shapes, rules.plan(table, source, shapes)
+  return rules.plan(_table(config, source, shapes), source, shapes)
 
 
 def _from_parent(config: 'RunConfig', target: dict, parent: Parent, fresh_params):
   """Surgery, leaf by leaf, straight into the target's shardings."""
-  table, source, shapes, steps = _plan(config, target, parent)
-  fresh = fresh_params({s.target for s in steps
-                        if s.needs_fresh and s.target.startswith('params/')})
+  plan = _plan(config, target, parent)
+  shapes = plan.target_shapes
+  fresh = fresh_params({path for path in plan.fresh if path.startswith('params/')})
   place = lambda path, make, shape, dtype: jax.make_array_from_callback(
       shape, shapes[path].sharding, make)
   flat, entries = rules.apply(
-      table, source, shapes, read=parent.reader.read,
+      plan, read=parent.reader.read,
       make_fresh=upcycle.fresh_values(shapes, fresh.__getitem__), place=place)
   tree = trees.map_with_path(lambda path, _: flat[path], target)
   about = config.init.settings | {'seed': config.seed, 'step': parent.reader.step}
@@ -327,5 +326,6 @@ def parent_params(parent: Parent, model, parallel) -> dict:
   place = lambda path, make, shape, dtype: jax.make_array_from_callback(
       shape, flat[path].sharding, make)
   source = {p: s for p, s in parent.reader.shapes.items() if p.startswith('params/')}
-  read, _ = rules.apply([rules.copy('.+')], source, flat, parent.reader.read, None, place)
+  plan = rules.plan([rules.copy('.+')], source, flat)
+  read, _ = rules.apply(plan, parent.reader.read, None, place)
   return trees.unflatten(read)['params']

@@ -5,25 +5,26 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moejax import stacking, trees
+from moejax import trees
+from moejax.trees import stacking
 
 
 class Layout:
   """Stacks and unstacks trees of parameters and optimizer slots on their devices.
 
   Args:
-    model: models.Model, whose `held` says what is stacked.
+    model: models.Model, whose `param_paths` says what is stacked.
     devices: of train.parallel.
   """
 
   def __init__(self, model, devices):
-    self.held, self.devices = model.held, devices
+    self.param_paths, self.devices = model.param_paths, devices
 
   def shapes(self, tree: dict) -> dict:
     """Tree of shapes with single blocks -> that of the stacked ones, with their shardings."""
     def join(path, leaves):
       return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    stacked = stacking.stack(jax.tree.map(lambda x: x, tree), self.held, join)
+    stacked = stacking.stack(jax.tree.map(lambda x: x, tree), self.param_paths, join)
     return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
                         stacked, self.devices.shardings(stacked))
 
@@ -31,7 +32,8 @@ class Layout:
     """Arrays of single blocks -> stacked ones. The tree is emptied: beside the result there is
     never more than one leaf's blocks."""
     shardings = trees.flatten(jax.tree.map(lambda s: s.sharding, self.shapes(tree)))
-    return stacking.stack(tree, self.held, lambda path, leaves: _join(shardings[path])(leaves))
+    return stacking.stack(tree, self.param_paths,
+                          lambda path, leaves: _join(shardings[path])(leaves))
 
   def unstack(self, tree: dict) -> dict:
     """Stacked arrays -> those of single blocks, beside the ones given, on the devices where these

@@ -13,24 +13,36 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from moejax import data, evaluate, models
-from moejax.checkpoints import native
+from moejax import data, models
+from moejax.checkpoints import orbax
+from moejax.cluster.processes import Hosts
 from moejax.config import ConfigError
-from moejax.train import forecast, initialize, memory, metrics, parallel, settings
-from moejax.train.assemble import Step, of_size
+from moejax.evaluation import evaluate
+from moejax.train import (
+  config as run_config,
+)
+from moejax.train import (
+  initialize,
+  malloc,
+  metrics,
+  parallel,
+)
+from moejax.train import (
+  memory as forecast,
+)
+from moejax.train.compiled import Step, of_size
 from moejax.train.final import Final
-from moejax.train.hosts import Hosts
 from moejax.train.layout import Layout
-from moejax.train.pathology import Watch, check_finite
 from moejax.train.plan import Plan, check_fit, check_probe, facts, first_step
-from moejax.train.progress import Log, stop_signals
+from moejax.train.router_health import Watch, check_finite
+from moejax.train.run_log import Log, stop_signals
 from moejax.train.step import TrainState, join
 from moejax.train.workdir import Workdir, provenance
 
 SHARED = 'Give a folder that all hosts see: NFS, Lustre, or a mounted bucket.'
 
 
-def run(config: settings.RunConfig, path: str, hosts: Hosts | None = None) -> int:
+def run(config: run_config.RunConfig, path: str, hosts: Hosts | None = None) -> int:
   """Trains to the end, or resumes and does.
 
   Args:
@@ -48,8 +60,8 @@ def run(config: settings.RunConfig, path: str, hosts: Hosts | None = None) -> in
   with hosts.leaving():
     workdir = Workdir(path)
     workdir.check(config)
-    hosts.same('config', settings.to_json(config), 'Start the same command on all hosts.')
-    finished = native.finished_steps(workdir.path / native.SUBDIR)
+    hosts.same('config', run_config.to_json(config), 'Start the same command on all hosts.')
+    finished = orbax.finished_steps(workdir.path / orbax.SUBDIR)
     hosts.same('workdir', f'{workdir.path.exists()} {workdir.whole} {finished}', SHARED)
     plan = Plan.make(config, first_step(config, workdir.path), max(finished, default=0))
     if plan.end not in finished or not workdir.whole:   # a file that was lost is written anew
@@ -61,7 +73,7 @@ def run(config: settings.RunConfig, path: str, hosts: Hosts | None = None) -> in
     return 0
 
 
-def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Hosts) -> int:
+def _train(config: run_config.RunConfig, plan: Plan, workdir: Workdir, hosts: Hosts) -> int:
   """A run that is not finished; the exit code."""
   path = workdir.path
   program = Program(config, plan)
@@ -72,7 +84,7 @@ def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Host
   program.compile()
   workdir.claim(config)
   hosts.same('workdir', str(workdir.seen()), SHARED)
-  writer = native.Writer(path, config.keep_checkpoints, plan.kept)
+  writer = orbax.Writer(path, config.keep_checkpoints, plan.kept)
   done = writer.latest_step()
   workdir.write('run.json', program.about())
   with Log(workdir, plan.first, done, plan.end, hosts.moved) as log, stop_signals() as told:
@@ -114,7 +126,7 @@ def _train(config: settings.RunConfig, plan: Plan, workdir: Workdir, hosts: Host
 class Program:
   """The parts of a run put together: data, model, devices, and the compiled steps."""
 
-  def __init__(self, config: settings.RunConfig, plan: Plan):
+  def __init__(self, config: run_config.RunConfig, plan: Plan):
     self.config, self.plan = config, plan
     self.devices = parallel.make(config.parallel, config.mesh)
     self.dataset = self._data(config.data)
@@ -147,7 +159,7 @@ class Program:
     if sys.stderr.isatty() and jax.process_index() == 0:
       print('compiling the train step', file=sys.stderr)
     self.train_step, self.memory = forecast.compile_step(self.step, forecast.free(self.devices))
-    memory.free_large(self.memory.needed, self.memory.available)
+    malloc.free_large(self.memory.needed, self.memory.available)
     if self.step.teacher:
       self.step.teacher.restore()
 
@@ -190,7 +202,7 @@ class Program:
       parent = initialize.open_parent(self.config.init)
       state, receipt = self.step.first_state(parent)
     if self.config.init.mode == 'continue' and (
-        changes := settings.moe_changes(self.config, parent.config)):
+        changes := run_config.moe_changes(self.config, parent.config)):
       log.say(f"moe settings other than the parent's: {', '.join(changes)}")
     values = self.evaluate(self.plan.first, state.params, log, {})
     if receipt:
@@ -204,7 +216,7 @@ class Program:
     """What a checkpoint holds of a state: single blocks, whether or not they are scanned."""
     return self.devices.everywhere(Step.relaid(state, self.layout.unstack).as_dict())
 
-  def restore(self, writer: native.Writer, step: int, log: Log) -> TrainState:
+  def restore(self, writer: orbax.Writer, step: int, log: Log) -> TrainState:
     """The state of a finished checkpoint."""
     state = TrainState(**writer.restore(step, self.single.as_dict()))
     log.say(f'{log.workdir.path}: resumed at step {step} of {self.plan.end}')
@@ -217,7 +229,7 @@ class Program:
       return {'loss': child['loss'], **lost}
     # Plain attention: the fused one may not take the parent's dtype.
     execution = dataclasses.replace(self.config.execution, attention='plain')
-    model = models.build(settings.model_of(parent.config, self.config), execution)
+    model = models.build(run_config.model_of(parent.config, self.config), execution)
     with log.pause('evaluating', self.plan.first):
       params = initialize.parent_params(parent, model, self.devices)
       params = Layout(model, self.devices).stack(params)

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moejax import stacking, trees
+from moejax import trees
 from moejax.config import check, check_choice
-from moejax.train import groups
-from moejax.train.groups import NO_GRAD, untouched
-from moejax.train.groups import frozen as frozen
+from moejax.train import parameter_groups as groups
+from moejax.train.parameter_groups import NO_GRAD, untouched
+from moejax.train.parameter_groups import frozen as frozen
+from moejax.trees import stacking
 
 Tree = trees.Tree
 EXPERTS = re.compile(r'/experts/')  # leaves with a leading expert axis
@@ -138,7 +139,7 @@ def update(config: OptimizerConfig, grads: Tree, opt_state: Tree, params: Tree,
   """One step of the optimizer; pure, for use under jit. Does not clip by global norm.
 
   Leaves that are frozen or under `/no_grad/` come back as they are, slots too, whatever their
-  gradients. Those of stacked blocks (moejax.stacking) are updated block by block.
+  gradients. Those of stacked blocks (moejax.trees.stacking) are updated block by block.
 
   Args:
     config: which optimizer.

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from moejax import flops, trees
 from moejax.config import check, check_choice, fail
 from moejax.train import files, initialize
-from moejax.train.groups import check_groups, check_stacked
+from moejax.train.config import RunConfig
+from moejax.train.parameter_groups import check_groups, check_stacked
 from moejax.train.schedule import check_run
-from moejax.train.settings import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Plan:
     plan = cls(first, end - config.schedule.cooldown_steps, end,
                tuple(first + step for step in config.branch_steps), config.log_every,
                config.eval_every, config.checkpoint_every, done)
-    check(plan.whole % (config.steps_per_dispatch or 1) == 0, 'config.steps_per_dispatch',
-          config.steps_per_dispatch, f'a divisor of {plan.whole}',
+    check(plan.whole % (config.steps_per_call or 1) == 0, 'config.steps_per_call',
+          config.steps_per_call, f'a divisor of {plan.whole}',
           'Everything falls due at a multiple of that: log_every and the first and last step; the '
           'cooldown and branch_steps, if any.')
     return plan
@@ -103,20 +103,20 @@ def check_fit(config: RunConfig, dataset, model, shards: int) -> int:
   """
   for split in config.eval_splits:
     check_choice('config.eval_splits', split, dataset.examples)
-  if (dataset.kind == 'classification') != (config.model.family == 'vit'):
+  if dataset.kind != config.model.data_kind:
     fail('config.data.source', config.data.source, f'a source for {config.model.family!r}',
          'ViT learns from images (glyphs, digits), T5 from text (stdlib_text).')
-  if dataset.kind == 'classification':
-    _check_at_least('num_classes', config.model.num_classes, dataset.num_classes)
-    given = (config.model.image_size, config.model.image_size, config.model.channels)
-    check(given == tuple(dataset.image_shape), 'config.model.image_size and channels', given,
-          f'the images of {config.data.source}, {tuple(dataset.image_shape)}',
-          'Change the model or data.image.')
-  else:
-    _check_at_least('vocab_size', config.model.vocab_size, dataset.vocab_size)
+  check(config.model.image_shape == tuple(dataset.image_shape),
+        'config.model.image_size and channels', config.model.image_shape,
+        f'the images of {config.data.source}, {tuple(dataset.image_shape)}',
+        'Change the model or data.image.')
+  key, outputs = config.model.outputs
+  needed = dataset.num_classes or dataset.vocab_size
+  check(outputs >= needed, f'config.model.{key}', outputs, f'at least {needed}, the data\'s',
+        f'Set config.model.{key}={needed}.')
   check_groups(config.optimizer, trees.flatten(model.shapes).keys())
-  check_stacked(config.optimizer, model.held)
-  rows = model.rows_per_group(dataset.encoder_length, dataset.decoder_length)
+  check_stacked(config.optimizer, model.param_paths)
+  rows = model.examples_per_group(dataset.encoder_length, dataset.decoder_length)
   check_batches(config, rows, shards)
   return rows
 
@@ -131,9 +131,9 @@ def check_probe(config: RunConfig, probe_data) -> None:
         'images with a class each', "Try 'digits'.")
   check(split in probe_data.examples, 'config.probe.source', source, f'data with a {split!r} split',
         f'It has {", ".join(probe_data.examples)}.')
-  given = (config.model.image_size, config.model.image_size, config.model.channels)
-  check(given == tuple(probe_data.image_shape), 'config.probe.source', source,
-        f"images of the model's size and channels, {given}",
+  wanted = config.model.image_shape
+  check(wanted == tuple(probe_data.image_shape), 'config.probe.source', source,
+        f"images of the model's size and channels, {wanted}",
         f'Those are {tuple(probe_data.image_shape)}; change the model or data.image.')
 
 
@@ -162,11 +162,6 @@ def check_heads(config: RunConfig, mesh: Mesh) -> None:
   parts, heads = mesh.shape.get('model', 1), config.model.num_heads
   check(heads % parts == 0, 'config.mesh.model', parts, f'a divisor of the {heads} heads',
         'Change config.mesh.model or num_heads.')
-
-
-def _check_at_least(key: str, given: int, needed: int) -> None:
-  check(given >= needed, f'config.model.{key}', given, f'at least {needed}, the data\'s',
-        f'Set config.model.{key}={needed}.')
 
 
 def facts(config: RunConfig, plan: Plan, model, dataset, probe_data=None) -> dict[str, Any]:

@@ -5,14 +5,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moejax import models, stacking, trees
+from moejax import models, trees
 from moejax.config import ConfigError
-from moejax.train import parallel, settings
-from moejax.train.assemble import Step
-from moejax.train.groups import check_stacked
+from moejax.train import config as run_config
+from moejax.train import parallel
+from moejax.train.compiled import Step
+from moejax.train.parameter_groups import check_stacked
+from moejax.trees import stacking
 
 if TYPE_CHECKING:
-  from moejax.train.forecast import Forecast
+  from moejax.train.memory import Forecast
 
 WANTED = 3
 # Of the room beside the state. Not all in it shrinks with the batch: a sixteenth of ViT-B/16's took
@@ -61,7 +63,7 @@ def changed(step: Step, changes: Mapping[str, Any]) -> Step:
   """The step of the run with other settings, on the same devices. Raises ConfigError."""
   values = trees.flatten(dataclasses.asdict(step.config))
   values |= {key.replace('.', '/'): value for key, value in changes.items()}
-  config = settings.from_dict(trees.unflatten(values))
+  config = run_config.from_dict(trees.unflatten(values))
   devices = parallel.make(config.parallel, config.mesh, list(step.devices.mesh.devices.flat))
   return Step.of(config, step.plan, devices, step.examples, step.decodes)
 
@@ -74,8 +76,8 @@ def candidates(step: Step, found: 'Forecast') -> Iterator[Remedy]:
   two passes again, as it does on CPU.
   """
   config, platform = step.config, step.devices.mesh.devices.flat[0].platform
-  if step.teacher and config.steps_per_dispatch > 1:
-    yield Remedy({'steps_per_dispatch': 1}, "logits of one step's examples at a time")
+  if step.teacher and config.steps_per_call > 1:
+    yield Remedy({'steps_per_call': 1}, "logits of one step's examples at a time")
   asked = max(found.evaluation, found.decoding)
   if asked > found.gradients + found.activations:
     parts = _parts(step, found, config.data.eval_batch_size, asked, 0)
@@ -106,14 +108,14 @@ def candidates(step: Step, found: 'Forecast') -> Iterator[Remedy]:
     yield Remedy({'data.batch_size': config.data.batch_size // parts}, 'trains differently')
 
 
-def _can_scan(config: settings.RunConfig) -> bool:
+def _can_scan(config: run_config.RunConfig) -> bool:
   """Whether blocks may run in one scan, and there are blocks that repeat."""
   model = models.build(config.model, dataclasses.replace(config.execution, scan=True))
   try:
-    check_stacked(config.optimizer, model.held)
+    check_stacked(config.optimizer, model.param_paths)
   except ConfigError:
     return False
-  return any(map(stacking.is_stacked, model.held))
+  return any(map(stacking.is_stacked, model.param_paths))
 
 
 def _splits(step: Step) -> Iterator[Remedy]:
@@ -141,7 +143,7 @@ def _parts(step: Step, found: 'Forecast', examples: int, takes: int, beside: int
   takes: bytes that are in proportion to the examples; beside: that are not, but for the state.
   """
   most = examples // (step.rows * step.devices.shards)
-  room = SLACK * (found.available - found.held - beside)
+  room = SLACK * (found.available - found.resident - beside)
   possible = [k for k in range(2, most + 1) if most % k == 0]
   enough = [k for k in possible if takes <= k * room]
   return (enough or possible[-1:] or [1])[0]

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import stacking, tasks, trees
+from moejax import losses, trees
 from moejax.moe import balance
 from moejax.train import optimizer
+from moejax.trees import stacking
 
 KERNEL, BIAS = '/moe/router/kernel', '/moe/router/no_grad/bias'   # ends of paths
 
@@ -45,8 +46,8 @@ class TrainState:
 
 
 def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning_rate: Callable, *,
-                    task: tasks.TaskConfig = tasks.PLAIN, microbatches: int = 1,
-                    rows_per_group: int = 1, reduce: Callable = lambda x: x,
+                    task: losses.TaskConfig = losses.PLAIN, microbatches: int = 1,
+                    examples_per_group: int = 1, reduce: Callable = lambda x: x,
                     outline: bool = False) -> Callable:
   """Builds train_step(state, batch) -> (state, objective of this batch).
 
@@ -57,7 +58,7 @@ def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning
     learning_rate: step -> float32.
     task: what is trained on, beside the auxiliary losses of routers.
     microbatches: the batch is worked through in this many parts, gradients added up.
-    rows_per_group: examples that are routed together and must stay in one microbatch.
+    examples_per_group: examples that are routed together and must stay in one microbatch.
     reduce: adds a tree over devices (psum under pmap); the identity where arrays are global.
     outline: for jax.eval_shape alone, in a fraction of the time: the result has the right shapes,
       but parameters stand for their gradients and nothing is updated.
@@ -66,7 +67,7 @@ def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning
     """Numerators of this batch over global denominators `tokens`; and all sums."""
     params = trees.unflatten(trained | fixed)
     logits, aux = model.apply(params, batch, train=True, key=key)
-    sums = tasks.loss_sums(logits, batch, task)
+    sums = losses.loss_sums(logits, batch, task)
     task_objective = sums.pop('objective') / tokens['loss']
     aux_loss = auxiliary_loss(aux, tokens)
     sums |= {'task_objective': task_objective, 'aux_loss': aux_loss}
@@ -85,7 +86,7 @@ def make_train_step(model, optimizer_config: optimizer.OptimizerConfig, learning
     tokens = reduce({'loss': batch['weight'].sum(), **model.token_counts(batch)})
     tokens = jax.tree.map(lambda n: jnp.maximum(n.astype(jnp.float32), 1), tokens)
     params = partition(state.params, optimizer_config)
-    parts = split(batch, microbatches, rows_per_group)
+    parts = split(batch, microbatches, examples_per_group)
     total = (gradients(params, parts[0], key, tokens) if microbatches == 1 else
              accumulate(lambda part: gradients(params, part, key, tokens), parts))
     grads, sums = reduce(total)
@@ -139,8 +140,7 @@ def move_biases(model, config: optimizer.OptimizerConfig, params: dict, layers: 
   let tokens know of later ones.
 
   Args:
-    model: models.Model; config.moe of a ViT, config.encoder_moe and decoder_moe of a T5 have the
-      rates.
+    model: models.Model; its config has the rates.
     config: a frozen bias stays.
     params: nested dict; leaves '<layer>/moe/router/no_grad/bias' (E,).
     layers: sums of this step over the global batch, nested by layer; 'asked' (E,) is read, and
@@ -149,12 +149,12 @@ def move_biases(model, config: optimizer.OptimizerConfig, params: dict, layers: 
   Returns:
     params with new biases.
   """
+  stacks = model.config.stacks()
+
   def one(path, bias):
     stack, node = path.split('/')[0], layer_of(layers, path)
     if not optimizer.frozen(config, path):
-      moe = model.config.moe if model.config.family == 'vit' else getattr(
-          model.config, f'{stack}_moe')
-      bias = balance.update_bias(bias, node['asked'], moe.bias_rate)
+      bias = balance.update_bias(bias, node['asked'], stacks[stack].moe.bias_rate)
     node['router_bias_max'] = jnp.abs(bias).max()
     return bias
 
@@ -167,7 +167,7 @@ def move_biases(model, config: optimizer.OptimizerConfig, params: dict, layers: 
   return trees.map_with_path(leaf, params)
 
 
-def split(batch: dict, parts: int, rows_per_group: int) -> list[dict] | dict:
+def split(batch: dict, parts: int, examples_per_group: int) -> list[dict] | dict:
   """Cuts a batch into microbatches without cutting a routing group or moving rows between devices.
 
   Consecutive groups go to the microbatches in turn, so each device's rows fall evenly into all of
@@ -179,7 +179,7 @@ def split(batch: dict, parts: int, rows_per_group: int) -> list[dict] | dict:
   if parts == 1:
     return [batch]
   def cut(x):
-    x = x.reshape(-1, parts, rows_per_group, *x.shape[1:])
+    x = x.reshape(-1, parts, examples_per_group, *x.shape[1:])
     return x.swapaxes(0, 1).reshape(parts, -1, *x.shape[3:])
   return jax.tree.map(cut, batch)
 

@@ -7,7 +7,8 @@ import jax
 
 from moejax import models
 from moejax.config import check
-from moejax.train import initialize, settings
+from moejax.train import config as run_config
+from moejax.train import initialize
 
 
 class Teacher:
@@ -28,20 +29,18 @@ class Teacher:
     ConfigError: no such run, or its outputs are of another kind or number than the student's.
   """
 
-  def __init__(self, config: settings.RunConfig, devices,
+  def __init__(self, config: run_config.RunConfig, devices,
                batch: Mapping[str, jax.ShapeDtypeStruct]):
     self._run = initialize.open_run(config.task.teacher, 'config.task.teacher', initialize.END)
-    self._model = model = models.build(settings.model_of(self._run.config, config))
+    self._model = model = models.build(run_config.model_of(self._run.config, config))
     self._devices, self.params = devices, None
-    outputs = lambda c: ('num_classes', c.num_classes) if c.family == 'vit' else (
-        'vocab_size', c.vocab_size)
-    check(outputs(model.config) == outputs(config.model), 'config.task.teacher',
-          config.task.teacher, f'a run with {" ".join(map(str, outputs(config.model)))}',
-          f'That one has {" ".join(map(str, outputs(model.config)))}.')
-    inputs = lambda c: (c.image_size, c.channels) if c.family == 'vit' else ()
-    check(inputs(model.config) == inputs(config.model), 'config.task.teacher', config.task.teacher,
-          f"a run with the student's image_size and channels, {inputs(config.model)}",
-          f'That one has {inputs(model.config)}.')
+    theirs, ours = model.config, config.model
+    check(theirs.outputs == ours.outputs, 'config.task.teacher', config.task.teacher,
+          f'a run with {" ".join(map(str, ours.outputs))}',
+          f'That one has {" ".join(map(str, theirs.outputs))}.')
+    check(theirs.image_shape == ours.image_shape, 'config.task.teacher', config.task.teacher,
+          f"a run with the student's images, {ours.image_shape}",
+          f'That one has {theirs.image_shape}.')
     self.shapes = initialize.param_shapes(model, devices)
     self.batch = devices.placed(batch)
     self.outputs = {'teacher_logits': jax.eval_shape(model.apply, model.shapes, batch)[0]}

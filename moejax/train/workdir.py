@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 
-from moejax.config import ConfigError, check, fail
-from moejax.train import files, settings
+from moejax.config import ConfigError, check, fail, renamed
+from moejax.train import config as run_config
+from moejax.train import files
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections',
             'numpy', 'tensorflow-datasets', 'moejax')
@@ -40,23 +41,24 @@ class Workdir:
     self.writes = jax.process_index() == 0
     self._began, self._before = time.process_time(), None
 
-  def check(self, config: settings.RunConfig) -> None:
+  def check(self, config: run_config.RunConfig) -> None:
     """Raises ConfigError, with the differing keys, if a run of another config is here; or if
     config.json is damaged."""
     if not (self.path / 'config.json').exists():
       return
-    there = self.read('config.json', 'If the run here is of this very config, delete that file and '
-                      'start again: it is written anew. If not, give a new --workdir.')
-    if differing := settings.differing_keys(there, json.loads(settings.to_json(config))):
+    there = renamed(self.read(
+        'config.json', 'If the run here is of this very config, delete that file and start again: '
+        'it is written anew. If not, give a new --workdir.'))
+    if differing := run_config.differing_keys(there, json.loads(run_config.to_json(config))):
       lines = '\n  '.join(differing)
       raise ConfigError(f'workdir: {self.path} holds a run of another config; give a new --workdir '
                         f'or undo these changes (there -> now):\n  {lines}')
 
-  def claim(self, config: settings.RunConfig) -> None:
+  def claim(self, config: run_config.RunConfig) -> None:
     """Makes the directory and writes config.json. Raises ConfigError if it cannot be written."""
     try:
       self.path.mkdir(parents=True, exist_ok=True)
-      self.write('config.json', settings.to_json(config))
+      self.write('config.json', run_config.to_json(config))
     except OSError as error:
       fail('workdir', str(self.path), 'a directory that can be written',
            f'{type(error).__name__}: {error.strerror}. Choose another --workdir.')

@@ -14,10 +14,10 @@ import tensorstore as ts
 from etils import epath
 
 from moejax import trees
-from moejax.checkpoints import damage, native
-from moejax.checkpoints.native import Reader, Writer
+from moejax.checkpoints import damage, orbax
+from moejax.checkpoints.orbax import Reader, Writer
 from moejax.config import ConfigError
-from tests.checkpoints.test_native import assert_same
+from tests.checkpoints.test_orbax import assert_same
 
 
 def make_state() -> dict:
@@ -76,7 +76,7 @@ def damaged(saved, tmp_path):
   """damaged(name): a workdir whose step 30 of 10, 20, 30, 40 is damaged in that way."""
   def make(name):
     shutil.copytree(saved, tmp_path / 'run')
-    DAMAGES[name][0](tmp_path / 'run' / native.SUBDIR / '30')
+    DAMAGES[name][0](tmp_path / 'run' / orbax.SUBDIR / '30')
     return tmp_path / 'run'
   return make
 
@@ -120,36 +120,36 @@ def test_the_own_run_is_told_to_rename_it(damaged):
                                         'the run resumes from step 20'):
     writer.restore(30, on_device(make_state()))
   writer.close()
-  assert native.set_away(10, [], 'the run') == 'renaming it to 10.damaged: the run begins anew'
+  assert orbax.set_away(10, [], 'the run') == 'renaming it to 10.damaged: the run begins anew'
 
 
 def test_a_step_renamed_so_is_in_nobodys_way(damaged):
   workdir = damaged('manifest cut')
-  step = workdir / native.SUBDIR / '30'
+  step = workdir / orbax.SUBDIR / '30'
   step.rename(step.with_name('30.damaged'))
-  assert native.finished_steps(step.parent) == [10, 20, 40]
+  assert orbax.finished_steps(step.parent) == [10, 20, 40]
   writer = Writer(workdir, 9)
   assert writer.save(30, make_state(), {})
   writer.close()
-  assert native.finished_steps(step.parent) == [10, 20, 30, 40]
+  assert orbax.finished_steps(step.parent) == [10, 20, 30, 40]
   assert step.with_name('30.damaged').exists() and not writer.aside
 
 
 def test_damaged_extra(damaged):
   workdir = damaged('array file zero')
   reader = Reader(workdir, 20)
-  halve(workdir / native.SUBDIR / '20/extra/metadata')
+  halve(workdir / orbax.SUBDIR / '20/extra/metadata')
   with pytest.raises(ConfigError, match="checkpoints/20', .*damaged: .*Older.*: 10. Take one of"):
     _ = reader.extra
-  (workdir / native.SUBDIR / '20/extra/metadata').unlink()
+  (workdir / orbax.SUBDIR / '20/extra/metadata').unlink()
   with pytest.raises(ConfigError, match='damaged: File .*extra/metadata not found. Older'):
     _ = reader.extra
   assert Reader(workdir, 40).extra == {'step': 40}
 
 
 def test_the_first_step_damaged_leaves_none(saved, tmp_path):
-  shutil.copytree(saved / native.SUBDIR / '10', tmp_path / native.SUBDIR / '10')
-  halve(tmp_path / native.SUBDIR / '10/state/_METADATA')
+  shutil.copytree(saved / orbax.SUBDIR / '10', tmp_path / orbax.SUBDIR / '10')
+  halve(tmp_path / orbax.SUBDIR / '10/state/_METADATA')
   with pytest.raises(ConfigError, match='Older finished steps there: none. Copy it again.'):
     Reader(tmp_path)
 
@@ -157,8 +157,8 @@ def test_the_first_step_damaged_leaves_none(saved, tmp_path):
 @pytest.mark.parametrize('content', ['[]', 'null', '3', '', '{"commit'])
 def test_a_commit_file_of_another_kind_is_of_no_finished_step(saved, tmp_path, content):
   shutil.copytree(saved, tmp_path / 'run')
-  (tmp_path / 'run' / native.SUBDIR / '40/_CHECKPOINT_METADATA').write_text(content)
-  assert native.finished_steps(tmp_path / 'run' / native.SUBDIR) == [10, 20, 30]
+  (tmp_path / 'run' / orbax.SUBDIR / '40/_CHECKPOINT_METADATA').write_text(content)
+  assert orbax.finished_steps(tmp_path / 'run' / orbax.SUBDIR) == [10, 20, 30]
 
 
 def caused(error, cause):
@@ -221,7 +221,7 @@ def test_nothing_but_the_line_is_printed(damaged):
       import sys
       import jax
       from moejax import trees
-      from moejax.checkpoints.native import Reader
+      from moejax.checkpoints.orbax import Reader
 
       where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
       reader = Reader(sys.argv[1], 30)
@@ -256,7 +256,7 @@ def test_leaves_in_the_index_need_no_file(tmp_path):
   writer = Writer(tmp_path, 1)
   writer.save(1, {'a': np.arange(3)}, {})
   writer.close()
-  shutil.rmtree(tmp_path / native.SUBDIR / '1/state/ocdbt.process_0')
+  shutil.rmtree(tmp_path / orbax.SUBDIR / '1/state/ocdbt.process_0')
   np.testing.assert_array_equal(
       trees.flatten(Reader(tmp_path).restore({'a': np.zeros(3, np.int64)}))['a'], np.arange(3))
 

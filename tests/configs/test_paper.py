@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import json
 import math
 import pathlib
@@ -11,16 +10,18 @@ import jax
 import numpy as np
 import pytest
 
-from configs import paper, t5_stdlib, vit_glyphs
+from configs import common, paper
+from configs.pretrain import t5_stdlib, vit_glyphs
 from moejax import config as config_lib
-from moejax import data, models, stacking, trees
-from moejax.ahead import chips, report
+from moejax import data, models, trees
+from moejax.aot import chips, report
 from moejax.config import ConfigError
 from moejax.sharding import MeshConfig
-from moejax.surgery import rules
-from moejax.train import groups, initialize, parallel, plan, settings
+from moejax.train import config as run_config
+from moejax.train import initialize, parallel, parameter_groups, plan
 from moejax.train.schedule import schedule
 from moejax.train.step import make_train_step
+from moejax.trees import rules, stacking
 
 EVERY = sorted(p.stem for p in pathlib.Path('configs/paper').glob('*.py') if p.stem != '__init__')
 NAMES = [name for name in EVERY if name.startswith(('t5_base', 'vit_b16'))]   # as the others
@@ -29,12 +30,11 @@ RUNS = [(name, '') for name in NAMES] + UPCYCLED
 
 
 def get_config(name, *words):
-  module = importlib.import_module(f'configs.paper.{name}')
-  return module.get_config(','.join(filter(None, words)) or None)
+  return common.load(f'paper/{name}', ','.join(filter(None, words)) or None)
 
 
 def resolved(name, *words):
-  return settings.resolve(get_config(name, *words))
+  return run_config.resolve(get_config(name, *words))
 
 
 def test_the_configs_are_found():
@@ -46,8 +46,8 @@ def test_the_configs_are_found():
 @pytest.mark.parametrize('local', ['', 'runlocal'])
 def test_resolves_and_survives_json(name, word, local):
   edited = get_config(name, word, local)
-  run = settings.resolve(edited)
-  assert settings.from_dict(json.loads(settings.to_json(run))) == run
+  run = run_config.resolve(edited)
+  assert run_config.from_dict(json.loads(run_config.to_json(run))) == run
   assert edited.to_dict() == config_lib.as_config_dict(run).to_dict()   # no key lost, none added
 
 
@@ -103,12 +103,12 @@ def test_what_the_paper_varies(name, word):
   same = {'model': plain.model, 'mesh': plain.mesh, 'microbatches': plain.microbatches}
   assert dataclasses.replace(varied, **same) == plain
   assert varied.mesh.expert == min(plain.mesh.expert, paper.ABLATIONS[word].get('num_experts', 32))
-  settings.resolve(get_config(name, word, 'runlocal'))
+  run_config.resolve(get_config(name, word, 'runlocal'))
 
 
 @pytest.mark.parametrize('config', [vit_glyphs, t5_stdlib])
 def test_the_shapes_of_a_batch_are_those_that_the_data_has(config):
-  run = settings.resolve(config.get_config('runlocal'))
+  run = run_config.resolve(config.get_config('runlocal'))
   batch = dataset_of(run.data).train_batch(0)
   shapes = report.batch_shapes(run)
   assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
@@ -156,10 +156,10 @@ def test_every_run_has_a_slice_that_its_mesh_and_batches_fill():
     sizes = [run.mesh.fsdp, run.mesh.expert, run.mesh.model]
     assert run.mesh.data == -1 and count % math.prod(sizes) == 0
     model = models.build(run.model, run.execution)
-    rows = model.rows_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
+    rows = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
     plan.check_batches(run, rows, count // run.mesh.model)
     assert (run.mesh.expert > 1) == ('upcycled' in name + word)
-    assert any(stacking.is_stacked(path) for path in model.held)
+    assert any(stacking.is_stacked(path) for path in model.param_paths)
 
 
 @functools.cache
@@ -175,8 +175,8 @@ def state_shapes(name, word=''):
 def test_sizes(name, word):
   run, model, devices, shapes = state_shapes(name, word)
   assert count(model.shapes) == pytest.approx(MILLIONS[name, word], rel=2e-3)
-  groups.check_groups(run.optimizer, trees.flatten(model.shapes).keys())
-  rows = model.rows_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
+  parameter_groups.check_groups(run.optimizer, trees.flatten(model.shapes).keys())
+  rows = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
   assert run.data.batch_size % (rows * devices.shards) == 0
   assert run.data.eval_batch_size % (rows * devices.shards) == 0
   experts = [s for p, s in trees.flatten(shapes.params).items() if '/experts/' in p]
@@ -198,11 +198,11 @@ def test_the_train_step_at_the_real_batch_size(name, word):
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, **dict.fromkeys(depths, 2)))
     model = models.build(run.model)
     shapes = initialize.state_shapes(run, model, devices)
-  rows = model.rows_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
+  rows = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
   step = make_train_step(
       model, run.optimizer, schedule(run.schedule, run.optimizer.learning_rate, start_step=0,
                                      end_step=run.steps),
-      task=run.task, microbatches=run.microbatches, rows_per_group=rows, reduce=devices.reduce)
+      task=run.task, microbatches=run.microbatches, examples_per_group=rows, reduce=devices.reduce)
   with jax.set_mesh(devices.mesh):
     after, objective = jax.eval_shape(step, shapes, report.batch_shapes(run))
   assert objective.shape == ()
@@ -224,9 +224,9 @@ def test_surgery_at_the_real_sizes(name, word, parent):
   flat = lambda shapes: trees.flatten({'params': shapes.params, 'opt_state': shapes.opt_state})
   source, (run, *_, target) = flat(state_shapes(*parent)[-1]), state_shapes(name, word)
   target = flat(target)
-  steps = rules.plan(initialize._table(run, source, target), source, target)
-  assert {step.target for step in steps} >= set(target)
-  fresh = {step.target for step in steps if step.needs_fresh and step.target.startswith('params/')}
+  planned = rules.plan(initialize._table(run, source, target), source, target)
+  assert {move.target for move in planned.moves} >= set(target)
+  fresh = {path for path in planned.fresh if path.startswith('params/')}
   assert fresh == {p for p in target if p.startswith('params/') and '/router/' in p
                    and 'upcycled' in name}
   assert pathlib.PurePath(run.init.parent).name == parent[0]
@@ -271,7 +271,8 @@ def test_a_word_of_the_upcycled_parent_is_one_of_its_fine_tuning(word):
 def test_what_the_sources_say_of_vit():
   run, upcycled = resolved('vit_b16'), resolved('vit_b16_upcycled')
   assert run.model.head == 'gap' and run.data.batch_size == 4096
-  decay = {path: run.optimizer.weight_decay * groups.group(run.optimizer, path).weight_decay
+  decay = {path: run.optimizer.weight_decay
+           * parameter_groups.group(run.optimizer, path).weight_decay
            for path in ('head/kernel', 'encoder/layers/00/attention/q/kernel')}
   assert list(decay.values()) == [pytest.approx(3.0), pytest.approx(0.03)]
   assert rate(run, 5_000) == pytest.approx(5e-4) and rate(run, 40_000) == pytest.approx(5e-4)

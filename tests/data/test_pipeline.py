@@ -10,8 +10,8 @@ import pytest
 from moejax import data
 from moejax.config import ConfigError, as_config_dict
 from moejax.config import build as build_config
-from moejax.data import pipeline, sources
-from moejax.data.base import Source
+from moejax.data import pipeline, registry
+from moejax.data.source import Source
 
 DIGITS = data.DataConfig(source='digits', batch_size=16, eval_batch_size=64)
 TEXT = data.DataConfig(source='stdlib_text', batch_size=8, eval_batch_size=32, eval_examples=70)
@@ -36,7 +36,7 @@ def numbered(monkeypatch):
   """A 'digits' of 40 / 13 / 7 numbered examples."""
   splits = {'train': Numbered(40), 'validation': Numbered(13), 'test': Numbered(7)}
   source = Source('classification', splits, 'digest', 40, 1, True)
-  monkeypatch.setitem(sources.REGISTRY, 'digits', lambda config, window_bytes: source)
+  monkeypatch.setitem(registry.REGISTRY, 'digits', lambda config, window_bytes: source)
   return splits
 
 
@@ -193,14 +193,14 @@ def test_fingerprint_follows_the_data_and_what_shapes_it():
 
 def test_fingerprint_follows_every_pixel(monkeypatch):
   base = data.build(DIGITS, seed=0).fingerprint
-  build = sources.REGISTRY['digits']
+  build = registry.REGISTRY['digits']
 
   def changed(config, window_bytes):
-    from moejax.data import embedded
+    from moejax.data.datasets import embedded
     source = build(config, window_bytes)
     source.splits['train'].images[7, 3, 3] ^= 1
     return embedded._image_source(source.splits, source.num_classes)
-  monkeypatch.setitem(sources.REGISTRY, 'digits', changed)
+  monkeypatch.setitem(registry.REGISTRY, 'digits', changed)
   assert data.build(DIGITS, seed=0).fingerprint != base
 
 

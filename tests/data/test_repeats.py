@@ -3,7 +3,8 @@
 import numpy as np
 
 from moejax import data
-from moejax.data import DataConfig, ImageConfig, embedded
+from moejax.data import DataConfig, ImageConfig
+from moejax.data.datasets import embedded
 
 CONFIG = dict(image=ImageConfig(classes=64), eval_examples=24, eval_batch_size=16)
 

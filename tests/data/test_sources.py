@@ -13,8 +13,9 @@ from PIL import Image
 
 from moejax import data
 from moejax.config import ConfigError
-from moejax.data import embedded, pipeline, sources
-from moejax.data.settings import EMBEDDED
+from moejax.data import pipeline, registry
+from moejax.data.config import EMBEDDED
+from moejax.data.datasets import embedded
 
 GLYPHS = data.DataConfig(source='glyphs')
 
@@ -161,7 +162,7 @@ def test_digits_are_split_once_and_for_all():
 @pytest.mark.parametrize('source', EMBEDDED)
 def test_the_config_knows_which_are_scored(source):
   config = data.DataConfig(source=source, text=data.TextConfig(decoder_length=99))
-  assert config.scored == bool(sources.build(config)[0].metric)
+  assert config.scored == bool(registry.build(config)[0].metric)
 
 
 def test_text_chunks_give_every_window_a_home():

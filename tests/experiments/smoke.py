@@ -10,10 +10,10 @@ import json
 import pathlib
 import sys
 
-from experiments import report, results, surgeries
+from experiments import report, results, step0
 from experiments import suite as suite_lib
+from experiments.step0 import Measure
 from experiments.suite import Suite
-from experiments.surgeries import Measure
 from moejax.train import loop
 
 BOTH = ('dense_vs_upcycled',)   # the others in one domain each, for the sake of time
@@ -32,9 +32,9 @@ def load(name: str) -> Suite:
 def run(name: str, folder: pathlib.Path) -> pathlib.Path:
   """Trains and reports a suite at smoke scale; the folder of its results."""
   suite = load(name)
-  for job in surgeries.jobs(suite.runs()):
+  for job in step0.jobs(suite.runs()):
     if isinstance(job, Measure):
-      assert surgeries.main(job.command(folder)[2:]) == 0
+      assert step0.main(job.command(folder)[2:]) == 0
     elif not job.finished(folder):
       assert loop.run(job.resolved(job.parent_path(folder)), str(folder / job.name)) == 0
     assert job.finished(folder), job.label

@@ -148,12 +148,13 @@ esac
 def test_a_slurm_run_is_started_again_when_that_may_help(shell, tmp_path, code, restarts, requeued):
   (tmp_path / 'srun').write_text(SRUN)
   (tmp_path / 'srun').chmod(0o755)
-  process = shell('bash', str(RUN), '--config=configs/vit_glyphs.py', '--workdir=/shared/my run',
+  process = shell('bash', str(RUN), '--config=configs/pretrain/vit_glyphs.py',
+                  '--workdir=/shared/my run',
                   MOEJAX_PYTHON='python', SLURM_JOB_ID='77', SLURM_RESTART_COUNT=str(restarts),
                   CODE=str(code))
   assert process.wait() == code
   assert (tmp_path / 'arguments').read_text().splitlines() == [
-      '-m', 'moejax.main', '--distributed=slurm', '--config=configs/vit_glyphs.py',
+      '-m', 'moejax.main', '--distributed=slurm', '--config=configs/pretrain/vit_glyphs.py',
       '--workdir=/shared/my run']
   assert (tmp_path / 'requeued').exists() == requeued
   assert (tmp_path / 'srun_flags').read_text() == '--wait=120 --cpus-per-task=8\n'
@@ -179,7 +180,7 @@ def tpu_slice(shell, tmp_path, states, codes):
     (tmp_path / name).write_text(''.join(f'{line}\n' for line in lines))
   (tmp_path / 'gcloud').write_text(GCLOUD)
   (tmp_path / 'gcloud').chmod(0o755)
-  process = shell('bash', str(SLICE), 'a-run', '--config=configs/vit_glyphs.py',
+  process = shell('bash', str(SLICE), 'a-run', '--config=configs/pretrain/vit_glyphs.py',
                   '--config.data.source=two words', MOEJAX_BUCKET='bucket', MOEJAX_ZONE='zone',
                   MOEJAX_TYPE='v5e-16', MOEJAX_POLL='0', HOME=str(tmp_path))
   code = process.wait(timeout=60)
@@ -199,7 +200,7 @@ def test_a_preempted_slice_is_asked_for_again_until_the_run_is_finished(shell, t
   assert subprocess.run(['bash', '-n'], input=remote, text=True, check=False).returncode == 0
   command = next(line for line in remote.splitlines() if 'moejax.main' in line)
   assert command == ('~/venv/bin/python -m moejax.main --distributed=tpu '
-                     '--workdir=$bucket/runs/a-run --config=configs/vit_glyphs.py '
+                     '--workdir=$bucket/runs/a-run --config=configs/pretrain/vit_glyphs.py '
                      r'--config.data.source=two\ words || code=$?')
 
 

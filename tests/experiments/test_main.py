@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from experiments import cli, dry_run, main, page, results, runner
+from experiments import cli, dry_run, main, results, results_page, scheduler
 from experiments.shards import Shard
 from moejax.config import ConfigError
 from tests.experiments import made_up, tiny
@@ -70,7 +70,7 @@ def finished(folder, family, *, seconds, steps, flops):
 
 def test_a_dry_run_adds_up_by_hand(tmp_path, monkeypatch):
   monkeypatch.setattr(dry_run.page, 'FOLDER', tmp_path / 'none')
-  monkeypatch.setattr(runner, 'cores', lambda: [0, 1, 2, 3])   # two workers have two cores each
+  monkeypatch.setattr(scheduler, 'cores', lambda: [0, 1, 2, 3])   # two workers have two cores each
   finished(tmp_path, 'known', seconds=36.0, steps=2, flops=50)   # 0.36 s per FLOP
   parent = Fake('known-p-f', cost=20_000, work=100)
   child = Fake('known-c-f', parent, cost=6_000, work=12, begun=2)
@@ -96,7 +96,7 @@ def test_a_dry_run_names_a_damaged_file(tmp_path, name):
 
 
 def test_a_dry_run_of_a_fresh_clone_goes_by_the_committed_times(tmp_path, monkeypatch):
-  monkeypatch.setattr(runner, 'cores', lambda: [0, 1, 2, 3])
+  monkeypatch.setattr(scheduler, 'cores', lambda: [0, 1, 2, 3])
   rows = made_up.three_pairs()                # 1 s for 300 x 10 FLOPs (dense), 200 x 15 (sparse)
   for row in rows:
     row['command'] = f'python -m moejax.main --config=configs/{row["arm"]}.py --steps=1'
@@ -110,7 +110,7 @@ def test_a_dry_run_of_a_fresh_clone_goes_by_the_committed_times(tmp_path, monkey
   assert (a.split()[-1], b.split()[-1], c.split()[-1]) == ('0.10', '4.00', 'unknown')
   assert said == 'Times of dense: of the committed results, on another machine.'
   monkeypatch.undo()
-  whole = dry_run.committed(page.FOLDER)
+  whole = dry_run.committed(results_page.FOLDER)
   assert {'t5_stdlib', 'vit_glyphs_upcycled'} <= set(whole) and all(v > 0 for v in whole.values())
 
 

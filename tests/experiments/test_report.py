@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from experiments import lines, page, plots, report, results, tables
+from experiments import lines, plots, report, results, results_page, tables
 from moejax.config import ConfigError
 from tests.experiments import made_up
 
@@ -91,7 +91,7 @@ def test_a_held_out_family_stands_beside_the_verdicts_where_it_was_measured():
   assert seen[-1].strip(' |') == '+0.2000 (-0.0484 to +0.4484)'
   assert other[-1].strip(' |') == tables.NONE
   assert tables.HELD_OUT_LEGEND in ' '.join(tables.to_markdown(found).split())
-  assert ' '.join(page.to_markdown({'s': found, 't': found}).split()).count(
+  assert ' '.join(results_page.to_markdown({'s': found, 't': found}).split()).count(
       tables.HELD_OUT_LEGEND) == 1
   assert 'held-out' not in tables.to_markdown(made_up.results(rows, made_up.claim()))
 
@@ -107,7 +107,7 @@ def test_extra_steps_of_a_fine_tuning_are_called_its_own():
 def test_the_page_has_the_suites_in_the_order_they_are_run(tmp_path):
   for name in ('zebra', 'balancing', 'initial_drop', 'finetuning', 'aardvark'):
     results.write(made_up.results(made_up.one_pair()), tmp_path / name)
-  assert [path.name for path in page.find(tmp_path)] == [
+  assert [path.name for path in results_page.find(tmp_path)] == [
       'finetuning', 'initial_drop', 'balancing', 'aardvark', 'zebra']
 
 
@@ -349,11 +349,11 @@ def test_the_page_has_claims_counts_and_costs_worked_by_hand():
   second = made_up.results(rows, made_up.claim(domain='e'), name='t')
   third = made_up.results(made_up.one_pair(), name='u')
   second.suite['pairs'] = 5
-  early = page.to_markdown({'s': first, 't': second, 'u-smoke': third})
+  early = results_page.to_markdown({'s': first, 't': second, 'u-smoke': third})
   assert cells(early, '[t, scale mini](#t-scale-mini)')[1:] == ['3 of 5', '1', '0', '0', '1']
   assert early.count('3 of 5 pairs are trained so far; verdicts wait for the others.') == 1
   second.suite['pairs'] = 3
-  text = page.to_markdown({'s': first, 't': second, 'u-smoke': third})
+  text = results_page.to_markdown({'s': first, 't': second, 'u-smoke': third})
   assert cells(text, '[s, scale mini](#s-scale-mini)')[1:] == ['3', '2', '0', '0', '2']
   assert cells(text, '[t, scale mini](#t-scale-mini)')[1:] == ['3', '1', '1', '0', '0']
   assert 'trained so far' not in text
@@ -377,15 +377,16 @@ def test_the_page_has_claims_counts_and_costs_worked_by_hand():
 def test_a_run_that_was_trained_twice_counts_twice():
   first, again = made_up.results(made_up.one_pair()), made_up.results(made_up.one_pair(), name='t')
   again.suite['runs'][0]['seconds'] = 3600.0
-  text = page.to_markdown({'s': first, 't': again})
+  text = results_page.to_markdown({'s': first, 't': again})
   assert 'Train steps of 4 runs on 1 x cpu each' in text and ': 2.50 hours' in text
 
 
 def test_cpu_time_is_that_of_the_runs_that_recorded_it():
   found = made_up.results(made_up.one_pair())
-  assert 'CPU time' not in page.to_markdown({'s': found})
+  assert 'CPU time' not in results_page.to_markdown({'s': found})
   found.suite['runs'][0]['cpu_seconds'], found.suite['runs'][1]['cpu_seconds'] = 5400.0, None
-  assert 'CPU time of the processes of 1 of the 3 runs' in (text := page.to_markdown({'s': found}))
+  text = results_page.to_markdown({'s': found})
+  assert 'CPU time of the processes of 1 of the 3 runs' in text
   assert 'start-up not: 1.50 core-hours' in text
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from experiments import results, surgeries
+from experiments import results, step0
 from experiments import suite as suite_lib
 from experiments.suite import Arm, Claim, Run, Suite
 from moejax.config import ConfigError
@@ -130,10 +130,10 @@ def test_a_rung_counts_the_steps_of_the_continuation_it_cools(tmp_path):
 
 def test_surgeries_are_arms_that_cost_no_training(tmp_path, monkeypatch):
   parent = dense()
-  cell = surgeries.Surgery('cell', 'vit_glyphs', {'init.mode': 'continue'}, parent, 'runlocal')
+  cell = step0.Surgery('cell', 'vit_glyphs', {'init.mode': 'continue'}, parent, 'runlocal')
   trained(tmp_path, parent, 0, 20, 30)
   measured = {'start_step': 20, 'end_step': 20, 'final': {}, 'step0': {'step0_gap': 0.5}}
-  monkeypatch.setattr(surgeries, 'collect', lambda run, folder: measured)
+  monkeypatch.setattr(step0, 'collect', lambda run, folder: measured)
   found = results.collect(Suite('s', 'mini', (Arm('d', 'cell', cell, parent, x=8),)), tmp_path)
   row, = found.rows
   assert measured.items() <= row.items() and (row['x'], row['base_steps']) == (8, 20)

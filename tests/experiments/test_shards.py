@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from experiments import locks, main, results, runner
+from experiments import locks, main, results, scheduler
 from experiments.shards import Shard
-from moejax.checkpoints import native
+from moejax.checkpoints import orbax
 from moejax.config import ConfigError
 from moejax.train import metrics
 from tests.experiments import tiny
@@ -23,8 +23,8 @@ from tests.experiments.fakes import Fake, order
 @pytest.fixture
 def quick(monkeypatch):
   """Looks at workers and at other machines all the time."""
-  monkeypatch.setattr(runner, 'POLL', 0.02)
-  monkeypatch.setattr(runner, 'LOOK', 0.1)
+  monkeypatch.setattr(scheduler, 'POLL', 0.02)
+  monkeypatch.setattr(scheduler, 'LOOK', 0.1)
 
 
 def chains(*costs):
@@ -56,14 +56,14 @@ def test_wrong_shards_are_refused(text):
 
 def test_a_shard_does_its_own_first_and_then_what_others_have_left(tmp_path, quick):
   jobs = chains(8, 1, 5, 3)
-  runner.Runner({'s': jobs}, tmp_path, 1, shard=Shard(2, 2)).run()
+  scheduler.Runner({'s': jobs}, tmp_path, 1, shard=Shard(2, 2)).run()
   assert order(tmp_path) == ['p2', 'p3', 'cp2', 'cp3', 'p0', 'p1', 'cp0', 'cp1']
 
 
 def test_others_have_time_to_begin_and_a_worker_keeps_its_lock(tmp_path):
   go = tmp_path / 'go'
   own, other = Fake('own', cost=2, until=str(go)), Fake('other')
-  train = runner.Runner({'s': [own, other]}, tmp_path, 2, shard=Shard(1, 2))
+  train = scheduler.Runner({'s': [own, other]}, tmp_path, 2, shard=Shard(1, 2))
   train._start_ready(train._bar())
   assert [worker.job for worker in train.workers] == [own]   # with room for another
   assert locks.take(tmp_path / 'own') is None
@@ -84,13 +84,13 @@ def test_a_shard_waits_for_what_another_does(tmp_path, quick):
 
   other = threading.Timer(0.5, finish)
   other.start()
-  train = runner.Runner({'s': [parent, child]}, tmp_path, 2, shard=Shard(1, 1))
+  train = scheduler.Runner({'s': [parent, child]}, tmp_path, 2, shard=Shard(1, 1))
   train.run()
   assert order(tmp_path) == ['c'] and not other.is_alive()
 
 
 def test_what_another_finished_before_the_lock_was_free_is_not_done_again(tmp_path, quick):
-  train = runner.Runner({'s': [Fake('late')]}, tmp_path, 1)
+  train = scheduler.Runner({'s': [Fake('late')]}, tmp_path, 1)
   assert list(train.pending) == ['late']
   (tmp_path / 'late').mkdir()
   (tmp_path / 'late' / 'done').write_text('')
@@ -138,7 +138,7 @@ def test_one_of_two_shards_is_killed_and_the_other_finishes_everything_once(tmp_
   assert Shard(1, 2).own(jobs) == {parent.key, child.key}   # the costlier chain
   dying, living = Machine(folder, '1/2'), Machine(folder, '2/2')
   # It dies with a checkpoint made. Its worker lives on, and nobody else may train that run.
-  saved = lambda: native.finished_steps(folder / parent.name / native.SUBDIR)
+  saved = lambda: orbax.finished_steps(folder / parent.name / orbax.SUBDIR)
   dying.until(lambda _: saved())
   dying.process.kill()
   dying.process.wait()
@@ -152,14 +152,14 @@ def test_one_of_two_shards_is_killed_and_the_other_finishes_everything_once(tmp_
   assert living.process.wait() == 0, living.said.read_text()
 
   assert all(job.finished(folder) for job in jobs)
-  assert f'resumed at step {last} of' in (folder / parent.name / runner.LOG).read_text()
+  assert f'resumed at step {last} of' in (folder / parent.name / scheduler.LOG).read_text()
   for job in jobs:
     path, every = folder / job.name, job.settings.log_every
     first = json.loads((path / 'run.json').read_text())['first_step']
     steps = [line['step'] for line in metrics.read_lines(path / 'metrics.jsonl')
              if 'train/loss' in line]
     assert steps == list(range(first + every, first + job.work + 1, every))
-    assert (path / runner.LOG).read_text().count('finished at step') == 1
+    assert (path / scheduler.LOG).read_text().count('finished at step') == 1
   assert [row['key'] for row in results.read(folder / 'chains').rows] == [
       arm.run.key for arm in suite.arms]
 

@@ -9,8 +9,8 @@ import pytest
 from configs import paper
 from experiments import protocol, suites
 from experiments import suite as suite_lib
-from experiments.surgeries import Surgery
-from moejax.ahead import chips
+from experiments.step0 import Surgery
+from moejax.aot import chips
 from moejax.config import ConfigError
 
 NAMES = [name for name in suite_lib.names() if name != 'quickstart']

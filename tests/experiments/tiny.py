@@ -10,7 +10,7 @@ import sys
 import types
 
 from experiments import main as main_lib
-from experiments import runner, suites
+from experiments import scheduler, suites
 from experiments import suite as suite_lib
 from experiments.suite import Arm, Run, Suite
 from tests import xla
@@ -65,7 +65,7 @@ def use(set_attribute=setattr) -> None:
 
 if __name__ == '__main__':
   use()
-  runner.LOOK = 0.5   # others' work is looked at every 20 s, which no test waits for
+  scheduler.LOOK = 0.5   # others' work is looked at every 20 s, which no test waits for
   try:
     sys.exit(main_lib.main())
   except suite_lib.ConfigError as error:

@@ -78,18 +78,18 @@ def test_init_is_a_plain_float32_tree_of_the_promised_shapes(config):
 def test_rows_per_group():
   group = lambda size: dataclasses.replace(MOE, group_size=size)
   dense = t5.config('tiny')
-  assert models.rows_per_group(dense, 12, 5) == 1
-  assert models.rows_per_group(dataclasses.replace(dense, encoder_moe=MOE), 12, 5) == 1
+  assert models.examples_per_group(dense, 12, 5) == 1
+  assert models.examples_per_group(dataclasses.replace(dense, encoder_moe=MOE), 12, 5) == 1
   both = dataclasses.replace(dense, encoder_moe=group(48), decoder_moe=group(30))
-  assert models.rows_per_group(both, 12, 5) == 12                   # lcm of 4 and 6
-  assert models.build(both).rows_per_group(24, 10) == 6             # of 2 and 3
-  assert models.rows_per_group(dataclasses.replace(both, decoder_moe=dataclasses.replace(
+  assert models.examples_per_group(both, 12, 5) == 12                   # lcm of 4 and 6
+  assert models.build(both).examples_per_group(24, 10) == 6             # of 2 and 3
+  assert models.examples_per_group(dataclasses.replace(both, decoder_moe=dataclasses.replace(
       group(30), layers='none')), 12, 5) == 4
   with pytest.raises(config_lib.ConfigError, match=r'model\.decoder_moe\.group_size: got 30'):
-    models.rows_per_group(both, 12, 7)
-  assert models.rows_per_group(vit.config('tiny', moe=group(8))) == 2
+    models.examples_per_group(both, 12, 7)
+  assert models.examples_per_group(vit.config('tiny', moe=group(8))) == 2
   with pytest.raises(config_lib.ConfigError, match=r'model\.moe\.group_size: got 8.*5 tokens'):
-    models.rows_per_group(vit.config('tiny', head='cls', moe=group(8)))
+    models.examples_per_group(vit.config('tiny', head='cls', moe=group(8)))
 
 
 @dataclasses.dataclass(frozen=True)

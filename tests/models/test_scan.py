@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import models, stacking, trees
+from moejax import models, trees
 from moejax.config import ConfigError
 from moejax.models import attention, t5, vit
-from moejax.models.stack import REMAT, Execution
+from moejax.models.blocks import REMAT, Execution
 from moejax.moe.layer import MoEConfig
+from moejax.trees import stacking
 from tests.models.helpers import random_params
 
 CHOSEN = MoEConfig(layers='every_2', num_experts=4, capacity_factor=1.5, group_size=24, z_weight=1.)
@@ -52,7 +53,7 @@ def objective(model, config, train=True):
 
 def stacked(params, model):
   copy = jax.tree.map(lambda x: x, params)
-  return stacking.stack(copy, model.held, lambda path, leaves: jnp.stack(leaves))
+  return stacking.stack(copy, model.param_paths, lambda path, leaves: jnp.stack(leaves))
 
 
 @pytest.fixture(scope='module', params=CONFIGS)
@@ -69,10 +70,11 @@ def test_the_same_values_and_gradients(unrolled, scan, remat):
   model = models.build(config, Execution(scan, remat))
   if scan:
     for stack, names in HELD[family].items():
-      found = {path.split('/')[2] for path in model.held if path.startswith(f'{stack}/layers/')}
+      found = {path.split('/')[2] for path in model.param_paths
+               if path.startswith(f'{stack}/layers/')}
       assert found == names
   held = stacked(params, model)
-  assert set(trees.flatten(held)) == set(model.held)
+  assert set(trees.flatten(held)) == set(model.param_paths)
   (again, same), slopes = jax.jit(objective(model, config))(held)
   np.testing.assert_allclose(again, loss, rtol=1e-5)
   assert list(same) == list(aux)

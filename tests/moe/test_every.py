@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.moe.settings import MoEConfig
+from moejax.moe.config import MoEConfig
 
 from . import naive
 from .test_layer import build, tokens

@@ -12,7 +12,7 @@ from moejax import models, trees
 from moejax.config import ConfigError
 from moejax.models import t5, vit
 from moejax.moe import presets
-from moejax.moe.settings import MoEConfig
+from moejax.moe.config import MoEConfig
 
 DROPLESS = dict(dispatch='grouped')
 TWICE = dict(capacity_factor=2.0, eval_capacity_factor=2.0)

@@ -58,11 +58,12 @@ def test_token_order_is_neither():
 ])
 def test_capacity_of_flaxformer(tokens, experts, factor, slots):
   """round(factor * S / E) with K nowhere, and min_expert_capacity 4."""
-  assert routing.capacity(tokens, experts, factor, minimum=4) == slots
+  assert routing.expert_capacity(tokens, experts, factor, minimum=4) == slots
 
 
 def test_capacity_never_exceeds_the_group_unlike_flaxformers():
-  assert routing.capacity(3, 8, 1.0, minimum=4) == 3   # flaxformer: 4, one of them always empty
+  # flaxformer: 4, one of them always empty
+  assert routing.expert_capacity(3, 8, 1.0, minimum=4) == 3
 
 
 @pytest.mark.parametrize('tokens, experts, k, factor, slots, rounded', [
@@ -78,8 +79,8 @@ def test_capacity_of_vmoe(tokens, experts, k, factor, slots, rounded):
 
   With K times vmoe's factor ours is vmoe's but for the rounding.
   """
-  assert routing.capacity(tokens, experts, k * factor) == rounded
-  assert routing.capacity(tokens, experts, slots * experts / tokens) == slots
+  assert routing.expert_capacity(tokens, experts, k * factor) == rounded
+  assert routing.expert_capacity(tokens, experts, slots * experts / tokens) == slots
 
 
 # Column sums of ODDS' probabilities: 92/60, 69/60, 79/60; first choices e2 e0 e0 e1.

@@ -32,13 +32,13 @@ from .tables import ODDS, assert_buffers, buffers, choices, logs, real
   (1, 64, 1.0, 1, 1),     # decoding one token
 ])
 def test_capacity(tokens, experts, factor, minimum, expected):
-  found = routing.capacity(tokens, experts, factor, minimum)
+  found = routing.expert_capacity(tokens, experts, factor, minimum)
   assert found == expected
   assert type(found) is int
 
 
 def test_capacity_minimum_is_one_by_default():
-  assert routing.capacity(4, 64, 1.0) == 1
+  assert routing.expert_capacity(4, 64, 1.0) == 1
 
 
 def test_expert_choice_takes_each_experts_most_probable_tokens():

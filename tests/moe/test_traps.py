@@ -9,7 +9,7 @@ from moejax import models
 from moejax.models import layers
 from moejax.models.t5 import T5Config
 from moejax.models.vit import ViTConfig
-from moejax.moe.settings import MoEConfig
+from moejax.moe.config import MoEConfig
 
 MOE = MoEConfig(layers='1', num_experts=3, shared_experts=1, router='top_k', renormalize=True)
 MODELS = [T5Config(vocab_size=40, d_model=8, d_ff=16, d_kv=4, encoder_moe=MOE, decoder_moe=MOE),

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import models, trees
-from moejax.models import ViTConfig, t5
+from moejax.models import t5
+from moejax.models.vit import ViTConfig
 from tests.parity import names
 
 FOLDER = pathlib.Path(__file__).parent

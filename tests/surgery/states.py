@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import trees
-from moejax.surgery import rules, upcycle
+from moejax.surgery import upcycle
 from moejax.train import optimizer
 from moejax.train.optimizer import AdafactorConfig, OptimizerConfig
+from moejax.trees import rules
 
 D, F, E = 4, 6, 3
 T5 = {'wi_gate': (D, F), 'wi_up': (D, F), 'wo': (F, D)}
@@ -54,7 +55,7 @@ def make_state(params: dict, config: OptimizerConfig, steps: int = 3) -> dict:
 def surgery(table, source, target):
   """(flat new state, entries); fresh parameters are all 7."""
   values = upcycle.fresh_values(target, lambda path: np.full(target[path].shape, 7, np.float32))
-  return rules.apply(table, source, target, lambda p: np.asarray(source[p]), values)
+  return rules.apply(rules.plan(table, source, target), lambda p: np.asarray(source[p]), values)
 
 
 def nested(flat: dict) -> dict:

@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax import trees
-from moejax.checkpoints.native import Reader, Writer
-from moejax.surgery import rules, upcycle
+from moejax.checkpoints.orbax import Reader, Writer
+from moejax.surgery import upcycle
+from moejax.trees import rules
 from moejax.surgery.receipt import Receipt
 
 assert jax.device_count() == 8
@@ -66,8 +67,8 @@ def place(path, make, shape, dtype):
 
 reader = Reader(sys.argv[1])
 made, entries = rules.apply(
-    upcycle.upcycle_rules(reader.shapes, target, 'carry'), reader.shapes, target, reader.read,
-    upcycle.fresh_values(target, lambda path: router), place)
+    rules.plan(upcycle.upcycle_rules(reader.shapes, target, 'carry'), reader.shapes, target),
+    reader.read, upcycle.fresh_values(target, lambda path: router), place)
 
 assert sorted(made) == sorted(target)
 for path, leaf in made.items():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError
-from moejax.surgery import rules, upcycle
+from moejax.surgery import upcycle
+from moejax.trees import rules
 from tests.surgery.states import ADAFACTOR, ADAMW, T5, VIT, make_params, make_state, surgery
 
 STACKS = ('encoder', 'decoder')
@@ -51,7 +52,8 @@ def test_each_leaf_is_read_once():
   source = make_state(make_params(VIT, {}, depth=2), ADAMW)
   target = make_state(make_params(VIT, {}, depth=6), ADAMW, steps=0)
   reads = []
-  rules.apply(upcycle.depth_tile_rules(source, target, 'carry', 'stack'), source, target,
+  table = upcycle.depth_tile_rules(source, target, 'carry', 'stack')
+  rules.apply(rules.plan(table, source, target),
               lambda p: reads.append(p) or np.asarray(source[p]), None)
   assert sorted(reads) == sorted(source)
 

@@ -10,9 +10,10 @@ import pytest
 from moejax.config import ConfigError
 from moejax.models.layers import ACTIVATIONS
 from moejax.moe import presets
-from moejax.surgery import rules, upcycle
+from moejax.surgery import upcycle
 from moejax.surgery.expert_init import ExpertInit, Gate
 from moejax.train import initialize
+from moejax.trees import rules
 from tests.surgery.states import ADAFACTOR, ADAMW, T5, VIT, make_params, make_state, surgery
 
 D, F, E, G = 8, 16, 8, 4
@@ -69,7 +70,7 @@ def upcycle_mlp(mlp, kernel, granularity, **init):
             for n, w in mlp.items()}
   target |= {f'{LAYER}/moe/router/kernel': kernel, 'params/rest': kernel}
   table = upcycle.upcycle_rules(source, target, 'reset', ExpertInit(**init))
-  made, _ = rules.apply(table, source, target, source.__getitem__, lambda path: kernel)
+  made, _ = rules.apply(rules.plan(table, source, target), source.__getitem__, lambda path: kernel)
   pick = lambda part: {p.split('/')[-1]: v for p, v in made.items() if f'/moe/{part}/' in p}
   return pick('experts'), pick('router')['kernel'].astype(np.float64)
 

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
-from moejax.surgery import rules
 from moejax.surgery.receipt import Receipt
+from moejax.trees import rules
 
 
 def make_receipt() -> Receipt:
@@ -15,7 +15,8 @@ def make_receipt() -> Receipt:
             'router': np.ones((2, 8), np.float32), 'step': np.int32(0)}
   table = [rules.tile('a/wi', 'a/experts/wi'), rules.copy('b|step'), rules.fresh('router'),
            rules.drop('old')]
-  _, entries = rules.apply(table, source, target, source.__getitem__, target.__getitem__)
+  _, entries = rules.apply(rules.plan(table, source, target),
+                           source.__getitem__, target.__getitem__)
   return Receipt.of(entries, parent='runs/dense', step=3).with_measured(
       parent_loss=1.25, step_0_gap=0.1234567891)
 

@@ -6,8 +6,8 @@ python -m tests.train.failing PORT PROCESSES PROCESS; number 1 fails.
 import sys
 import time
 
+from moejax.cluster import processes as hosts
 from moejax.config import ConfigError
-from moejax.train import hosts
 
 
 def main(port: int, processes: int, process: int) -> None:

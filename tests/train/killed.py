@@ -14,9 +14,11 @@ import sys
 import threading
 import time
 
-from moejax.checkpoints import native
+from moejax.checkpoints import orbax
+from moejax.cluster import processes as hosts
 from moejax.data import pipeline
-from moejax.train import hosts, loop, progress, settings
+from moejax.train import config as run_config
+from moejax.train import loop, run_log
 
 AT_STEP = 27   # between two checkpoints and inside a window of train metrics
 
@@ -49,15 +51,15 @@ def prepare(moment, path):
   elif moment in ('step', 'sigterm', 'hang'):
     act = {'step': kill, 'sigterm': lambda: kill(signal.SIGTERM),
            'hang': lambda: time.sleep(600)}[moment]
-    before(progress.Log, 'tick', lambda step, _: step == AT_STEP and act())
+    before(run_log.Log, 'tick', lambda step, _: step == AT_STEP and act())
   elif moment == 'saving':
     def on_save(step, *_):
       if step == 20:
-        directory = pathlib.Path(path) / native.SUBDIR
+        directory = pathlib.Path(path) / orbax.SUBDIR
         threading.Thread(target=die_while_saving, args=(step, directory), daemon=True).start()
-    before(native.Writer, 'save', on_save)
+    before(orbax.Writer, 'save', on_save)
   elif moment == 'evaluating':
-    before(progress.Log, 'report', lambda step, split, _: (
+    before(run_log.Log, 'report', lambda step, split, _: (
         step == 20 and split == 'validation' and kill()))
 
 
@@ -79,7 +81,7 @@ if __name__ == '__main__':
   moment, config, path, *among = sys.argv[1:]
   port, processes, process = map(int, among or (0, 0, -1))
   prepare(moment, path)
-  run = settings.from_dict(json.loads(pathlib.Path(config).read_text()))
+  run = run_config.from_dict(json.loads(pathlib.Path(config).read_text()))
   if run.model.family == 'vit':
     note_batches(f'{path}.{max(process, 0)}.batches')
   launch = hosts.Launch(coordinator=f'localhost:{port}' if port else '', processes=processes,

@@ -3,8 +3,8 @@
 import pathlib
 from typing import Any
 
-from configs import vit_glyphs
-from moejax.train import settings
+from configs.pretrain import vit_glyphs
+from moejax.train import config as run_config
 
 STEPS = 40
 
@@ -18,5 +18,5 @@ def write(path: pathlib.Path, moe: dict[str, Any], **changes: Any) -> pathlib.Pa
   config.model.update(d_model=16, d_ff=32, num_layers=3, dropout_rate=0.1)
   config.model.moe.update(layers='last_1', num_experts=4, **moe)
   config.update_from_flattened_dict(changes)
-  path.write_text(settings.to_json(settings.resolve(config)))
+  path.write_text(run_config.to_json(run_config.resolve(config)))
   return path

@@ -7,8 +7,9 @@ import pytest
 
 from moejax.config import ConfigError
 from moejax.models import t5, vit
-from moejax.moe.settings import MoEConfig
-from moejax.train import loop, settings
+from moejax.moe.config import MoEConfig
+from moejax.train import config as run_config
+from moejax.train import loop
 
 MOE = MoEConfig(layers='last_1', num_experts=2, renormalize=True)
 SAID = "moe settings other than the parent's: "
@@ -23,7 +24,7 @@ def home(tmp_path_factory):
 
 
 def config(parent='', **moe):
-  edited = settings.default(vit.config('tiny', num_layers=1))
+  edited = run_config.default(vit.config('tiny', num_layers=1))
   edited.data.source, edited.data.image.size = 'digits', 8
   edited.data.batch_size = edited.data.eval_batch_size = edited.data.eval_examples = 16
   edited.steps = edited.log_every = edited.eval_every = edited.checkpoint_every = 2
@@ -31,7 +32,7 @@ def config(parent='', **moe):
   edited.model.moe.update(dataclasses.asdict(dataclasses.replace(MOE, **moe)))
   if parent:
     edited.init.update(mode='continue', parent=str(parent))
-  return settings.resolve(edited)
+  return run_config.resolve(edited)
 
 
 @pytest.mark.parametrize('moe, said', [
@@ -62,8 +63,8 @@ def test_surgery_that_cannot_be_is_refused_before_the_workdir_is_taken(home, lay
 
 def changes(ours, theirs):
   """Of two models, of which the parent's stands in JSON."""
-  return settings.moe_changes(settings.RunConfig(model=ours),
-                              json.loads(settings.to_json(settings.RunConfig(model=theirs))))
+  return run_config.moe_changes(run_config.RunConfig(model=ours),
+                              json.loads(run_config.to_json(run_config.RunConfig(model=theirs))))
 
 
 def test_only_sparse_stacks_and_keys_that_both_have_are_compared():
@@ -73,5 +74,5 @@ def test_only_sparse_stacks_and_keys_that_both_have_are_compared():
                     decoder_moe=dataclasses.replace(decoder, experts_per_layer=(4,)))
   assert changes(model, model) == []
   assert changes(model, other) == ['model.decoder_moe.experts_per_layer: [4] -> [2]']
-  assert settings.moe_changes(settings.RunConfig(model=model), {'model': {'decoder_moe': {
+  assert run_config.moe_changes(run_config.RunConfig(model=model), {'model': {'decoder_moe': {
       'layers': 'last_1', 'routers': 'top_k'}}}) == []

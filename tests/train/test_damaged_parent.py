@@ -7,9 +7,10 @@ import shutil
 import pytest
 
 from moejax import models
-from moejax.checkpoints import native
+from moejax.checkpoints import orbax
 from moejax.config import ConfigError
-from moejax.train import initialize, settings
+from moejax.train import config as settings
+from moejax.train import initialize
 from moejax.train.initialize import InitConfig
 from tests.train.test_files import DAMAGED
 from tests.train.test_initialize import DENSE, SPARSE, STEP, one_device, run_config, with_writer
@@ -34,7 +35,7 @@ def parent(tmp_path_factory):
 def test_a_parent_whose_checkpoint_is_damaged(parent, there, remedy, tmp_path):
   other = tmp_path / 'other'
   shutil.copytree(parent, other)
-  steps = other / native.SUBDIR
+  steps = other / orbax.SUBDIR
   for step in there:
     shutil.copytree(steps / str(STEP), steps / str(step))
   (steps / str(STEP) / 'state/_METADATA').write_text('{"tree')
@@ -76,7 +77,7 @@ def test_a_parent_whose_arrays_are_damaged(parent, tmp_path):
   """What only shows in the arrays is found when the child is made of them."""
   other = tmp_path / 'other'
   shutil.copytree(parent, other)
-  for file in (other / native.SUBDIR / str(STEP) / 'state').glob('ocdbt.process_0/d/*'):
+  for file in (other / orbax.SUBDIR / str(STEP) / 'state').glob('ocdbt.process_0/d/*'):
     file.write_bytes(bytes(file.stat().st_size))
   config = run_config(SPARSE['vit'], mode='upcycle', parent=str(other))
   found = initialize.open_parent(config.init)

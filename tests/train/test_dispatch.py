@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from moejax import flops
-from moejax.checkpoints import native
+from moejax.checkpoints import orbax
 from moejax.config import ConfigError
-from moejax.train import assemble, loop, metrics, settings
+from moejax.train import compiled, loop, metrics
+from moejax.train import config as run_config
 from moejax.train.plan import Plan
 from moejax.train.step import join, split
 from tests.train import small
@@ -23,7 +24,7 @@ WAYS = {'mesh': {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.expert': 2}, 'pmap': {}}
 def config(folder, **changes):
   folder.mkdir(exist_ok=True)
   path = small.write(folder / 'config.json', MOE, log_every=10, **changes)
-  return settings.from_dict(json.loads(path.read_text()))
+  return run_config.from_dict(json.loads(path.read_text()))
 
 
 @pytest.mark.parametrize('devices, steps', [(1, 1), (1, 5), (4, 3)])
@@ -46,7 +47,7 @@ def test_a_device_has_its_own_rows_of_every_step():
 @pytest.mark.parametrize('way', WAYS)
 def test_a_run_is_the_same_however_its_steps_are_handed_over(way, tmp_path):
   for steps in (1, 5):
-    run = config(tmp_path / str(steps), parallel=way, steps_per_dispatch=steps, **WAYS[way])
+    run = config(tmp_path / str(steps), parallel=way, steps_per_call=steps, **WAYS[way])
     assert loop.run(run, str(tmp_path / str(steps) / 'run')) == 0
   one, five = (tmp_path / name / 'run' for name in ('1', '5'))
   lines = [metrics.read_lines(path / 'metrics.jsonl') for path in (one, five)]
@@ -57,7 +58,7 @@ def test_a_run_is_the_same_however_its_steps_are_handed_over(way, tmp_path):
       assert b[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (a['step'], name)
   first = [next(x['train/loss'] for x in found if 'train/loss' in x) for found in lines]
   assert first[1] == pytest.approx(first[0], rel=1e-5)
-  a, b = (native.Reader(path, small.STEPS) for path in (one, five))
+  a, b = (orbax.Reader(path, small.STEPS) for path in (one, five))
   assert a.shapes.keys() == b.shapes.keys()
   assert b.read('step') == small.STEPS
   timed = metrics.read_lines(five / 'timing.jsonl')
@@ -65,7 +66,7 @@ def test_a_run_is_the_same_however_its_steps_are_handed_over(way, tmp_path):
 
 
 def test_it_is_the_program_that_loops(tmp_path):
-  run = config(tmp_path / 'x', parallel='pmap', steps_per_dispatch=5)
+  run = config(tmp_path / 'x', parallel='pmap', steps_per_call=5)
   program = loop.Program(run, Plan.make(run, 0))
   assert len(list(program.train_batches(10))) == (small.STEPS - 10) / 5
   program.compile()
@@ -77,10 +78,10 @@ def test_it_is_the_program_that_loops(tmp_path):
 @pytest.mark.parametrize('changes, whole', [
     ({}, 10), ({'schedule.cooldown_steps': 8}, 2), ({'branch_steps': (5,)}, 5)])
 def test_what_falls_due_in_the_middle_is_refused(changes, whole, tmp_path):
-  run = config(tmp_path / 'x', steps_per_dispatch=whole, **changes)
+  run = config(tmp_path / 'x', steps_per_call=whole, **changes)
   assert Plan.make(run, 0).end == small.STEPS
-  run = config(tmp_path / 'y', steps_per_dispatch=3, **changes)
-  with pytest.raises(ConfigError, match=rf'steps_per_dispatch: got 3, .*a divisor of {whole}\b'):
+  run = config(tmp_path / 'y', steps_per_call=3, **changes)
+  with pytest.raises(ConfigError, match=rf'steps_per_call: got 3, .*a divisor of {whole}\b'):
     Plan.make(run, 0)
 
 
@@ -99,16 +100,16 @@ class On:
 def test_short_steps_go_together_unless_the_config_says_how_many(
     platform, shards, small, wanted, tmp_path, monkeypatch):
   run = config(tmp_path / 'x')
-  assert run.steps_per_dispatch == 0
+  assert run.steps_per_call == 0
   plan = Plan.make(run, 0)
   if small < 1:   # as a part of what the step has
     small *= flops.train_step_flops(run.model, run.data.batch_size)
-  monkeypatch.setattr(assemble, 'SMALL', small)
-  chosen = lambda run: assemble.steps_per_dispatch(run, plan, On(platform, shards), {})
+  monkeypatch.setattr(compiled, 'SMALL', small)
+  chosen = lambda run: compiled.steps_per_call(run, plan, On(platform, shards), {})
   assert chosen(run) == wanted
-  monkeypatch.setattr(assemble, 'MOST', 9)
+  monkeypatch.setattr(compiled, 'MOST', 9)
   assert chosen(run) == min(wanted, 5)
-  assert chosen(dataclasses.replace(run, steps_per_dispatch=2)) == 2
+  assert chosen(dataclasses.replace(run, steps_per_call=2)) == 2
   task = dataclasses.replace(run.task, teacher='x', distill_weight=0.5)
   taught = dataclasses.replace(run, task=task)
   assert chosen(taught) == 1   # or its logits would be there for all steps at once

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from configs import vit_glyphs
+from configs.pretrain import vit_glyphs
 from moejax import models
-from moejax.checkpoints import native
+from moejax.checkpoints import orbax
+from moejax.cluster import processes
 from moejax.config import ConfigError
-from moejax.train import hosts, loop, metrics, settings
+from moejax.train import config as run_config
+from moejax.train import loop, metrics
 
 STEPS = 8   # of :runlocal
 
@@ -17,7 +19,7 @@ def config(**changes):
   found = vit_glyphs.get_config('runlocal')
   found.model.update(num_layers=1, d_model=16, d_ff=32)
   found.update_from_flattened_dict(changes)
-  return settings.resolve(found)
+  return run_config.resolve(found)
 
 
 def status(path):
@@ -28,7 +30,7 @@ def test_a_probe_whose_data_do_not_suffice_costs_a_line_and_not_the_run(tmp_path
   run = config(**{'probe.source': 'digits', 'probe.shots': (1000,)})
   assert loop.run(run, str(tmp_path / 'run')) == 0
   assert 'no probe: probe.shots: got 1000, allowed: at most' in capsys.readouterr().err
-  assert native.finished_steps(tmp_path / 'run' / native.SUBDIR)[-1] == STEPS
+  assert orbax.finished_steps(tmp_path / 'run' / orbax.SUBDIR)[-1] == STEPS
   assert not any(key.startswith('probe/') for line in metrics.read_lines(
       tmp_path / 'run/metrics.jsonl') for key in line)
   facts = json.loads((tmp_path / 'run/run.json').read_text())
@@ -45,7 +47,7 @@ def test_a_probe_that_does_not_exist_is_refused_under_its_name(tmp_path):
 @pytest.mark.parametrize('step, code, phase', [(STEPS, 0, 'finished'), (5, 143, 'stopped')])
 def test_told_to_stop_in_its_last_step_a_run_is_finished(step, code, phase, tmp_path, monkeypatch):
   calls = []
-  monkeypatch.setattr(hosts.Hosts, 'stop', lambda self, signal: (
+  monkeypatch.setattr(processes.Hosts, 'stop', lambda self, signal: (
       calls.append(signal), 15 if len(calls) == step else None)[1])
   assert loop.run(config(), str(tmp_path / 'run')) == code
   assert status(tmp_path / 'run') == phase and len(calls) == step
@@ -54,20 +56,20 @@ def test_told_to_stop_in_its_last_step_a_run_is_finished(step, code, phase, tmp_
 def test_a_run_that_diverges_ends_before_its_checkpoint(tmp_path):
   with pytest.raises(ConfigError, match='train/loss: got nan.*There is no checkpoint yet'):
     loop.run(config(**{'optimizer.learning_rate': 1e30}), str(tmp_path / 'run'))
-  assert native.finished_steps(tmp_path / 'run' / native.SUBDIR) == []
+  assert orbax.finished_steps(tmp_path / 'run' / orbax.SUBDIR) == []
 
 
 @pytest.mark.parametrize('stopped, step', [(3, 3), (None, 4)], ids=['at a stop', 'as trunk'])
 def test_a_diverged_run_saves_nothing_between_two_lines_either(
     stopped, step, tmp_path, monkeypatch):
   calls = []
-  monkeypatch.setattr(hosts.Hosts, 'stop', lambda self, signal: (
+  monkeypatch.setattr(processes.Hosts, 'stop', lambda self, signal: (
       calls.append(signal), 15 if len(calls) == stopped else None)[1])
   run = config(**{'optimizer.learning_rate': 1e30, 'log_every': STEPS, 'eval_every': STEPS,
                   'checkpoint_every': STEPS})
   with pytest.raises(ConfigError, match=f'step {step}: train/loss: got nan'):
     loop.run(run, str(tmp_path / 'run'))
-  assert native.finished_steps(tmp_path / 'run' / native.SUBDIR) == []
+  assert orbax.finished_steps(tmp_path / 'run' / orbax.SUBDIR) == []
 
 
 def test_a_finished_run_writes_a_file_anew_that_is_damaged_once_it_is_deleted(tmp_path, capsys):
@@ -97,7 +99,7 @@ def test_a_finished_run_writes_a_file_anew_that_is_damaged_once_it_is_deleted(tm
 
 def test_each_batch_of_an_evaluation_is_a_sign_of_life(tmp_path):
   moved = []
-  told = hosts.Hosts()
+  told = processes.Hosts()
   told.moved = moved.append
   assert loop.run(config(**{'data.eval_examples': 48}), str(tmp_path / 'run'), told) == 0
   assert {f'evaluating, batch {n}, step {STEPS}' for n in (1, 2, 3)} <= set(moved)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from moejax import models, trees
-from moejax.checkpoints import native
+from moejax.checkpoints import orbax
 from moejax.config import ConfigError
 from moejax.data import DataConfig
 from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
 from moejax.sharding import MeshConfig
-from moejax.train import initialize, optimizer, parallel, settings
+from moejax.train import config as settings
+from moejax.train import initialize, optimizer, parallel
 from moejax.train.initialize import InitConfig
 
 E = 4
@@ -60,7 +61,7 @@ def parent(request, tmp_path_factory):
 
 
 def with_writer(workdir, step, tree, keep=1):
-  writer = native.Writer(workdir, keep)
+  writer = orbax.Writer(workdir, keep)
   writer.save(step, tree, {})
   writer.close()
 

@@ -18,13 +18,14 @@ import pytest
 
 from moejax import trees
 from moejax.data import DataConfig
+from moejax.losses import TaskConfig
 from moejax.models import t5, vit
-from moejax.models.stack import Execution
+from moejax.models.blocks import Execution
 from moejax.moe.layer import MoEConfig
 from moejax.sharding import MeshConfig
-from moejax.tasks import TaskConfig
-from moejax.train import initialize, parallel, settings
-from moejax.train.assemble import Step
+from moejax.train import config as run_config
+from moejax.train import initialize, parallel
+from moejax.train.compiled import Step
 from moejax.train.optimizer import AdafactorConfig, OptimizerConfig
 from moejax.train.plan import Plan
 from moejax.train.step import join
@@ -33,7 +34,7 @@ from tests.train.test_parallel import ROWS, B, batch
 
 STEPS = 2
 SPARSE = MoEConfig(layers='every_1', num_experts=4, router='top_k')
-TEXT = settings.RunConfig(
+TEXT = run_config.RunConfig(
     model=t5.config(
         'tiny', dropout_rate=0.1,
         encoder_moe=dataclasses.replace(SPARSE, router='expert_choice', renormalize=True,
@@ -43,7 +44,7 @@ TEXT = settings.RunConfig(
                                         capacity_factor=1.25)),
     optimizer=OptimizerConfig(name='adafactor', adafactor=AdafactorConfig(
         min_dim_size_to_factor=8)))
-IMAGES = settings.RunConfig(
+IMAGES = run_config.RunConfig(
     model=vit.config('tiny', dropout_rate=0.1, moe=dataclasses.replace(
         SPARSE, dispatch='grouped', noise_std=1.0, shared_experts=1,
         balance_weight=0.02, group_size=ROWS * 4)),
@@ -57,7 +58,7 @@ SPLIT = MeshConfig(data=1, fsdp=2, expert=2, model=2)
 OPTIONS = {   # run, devices, and what it is to change nothing
     # A scan in a scan over microbatches in one over steps, all inside pmap.
     'text, pmap': ('text', 4, {'parallel': 'pmap', 'execution': Execution(True, 'full'),
-                               'microbatches': 2, 'steps_per_dispatch': 2}),
+                               'microbatches': 2, 'steps_per_call': 2}),
     # What came by all-to-all is kept of stacked blocks, from one-hot dispatch.
     'text, all axes': ('text', 8, {'mesh': SPLIT, 'execution': Execution(True, 'sent'),
                                    'microbatches': 2, 'dispatch': 'einsum'}),
@@ -67,7 +68,7 @@ OPTIONS = {   # run, devices, and what it is to change nothing
     # The same where the devices of `model` share a group, and its answers to two steps at once.
     'images, fsdp x model': ('images', 8, {
         'mesh': MeshConfig(data=1, fsdp=4, model=2), 'execution': Execution(True, 'dots'),
-        'steps_per_dispatch': 2}),
+        'steps_per_call': 2}),
 }
 
 
@@ -75,7 +76,7 @@ OPTIONS = {   # run, devices, and what it is to change nothing
 def teacher():
   """The run 'runs/x', of which there is nothing but a config."""
   with pytest.MonkeyPatch.context() as patch:
-    its = json.loads(settings.to_json(settings.RunConfig(model=vit.config('tiny'))))
+    its = json.loads(run_config.to_json(run_config.RunConfig(model=vit.config('tiny'))))
     patch.setattr(initialize, 'open_run', lambda *args: types.SimpleNamespace(config=its))
     yield
 
@@ -128,7 +129,7 @@ def test_options_together_change_nothing(options):
   name, devices, changes = OPTIONS[options]
   seen, last = plain(name)
   found, again = train(with_options(RUNS[name], changes), devices)
-  assert len(found) == STEPS // changes.get('steps_per_dispatch', 1)
+  assert len(found) == STEPS // changes.get('steps_per_call', 1)
   for expected, sums in zip(reversed(seen), reversed(found)):
     assert sums.keys() == expected.keys()
     for path, value in expected.items():

@@ -69,7 +69,7 @@ def train(config, way, microbatches=1, steps=3):
   where = parallel.make(name, mesh, jax.devices() if way in WAYS else jax.devices()[:1])
   model = models.build(config)
   make = functools.partial(make_train_step, model, SGD, lambda step: jnp.float32(0.1),
-                           microbatches=microbatches, rows_per_group=ROWS)
+                           microbatches=microbatches, examples_per_group=ROWS)
   put = lambda x: jax.device_put(x, where.replicated())
   params = where.init(model.init, jax.random.key(0))
   slots = where.init(lambda key: optimizer.init(SGD, model.init(key)), jax.random.key(0))
@@ -133,7 +133,7 @@ def test_gradient_accumulation_changes_nothing(way):
 
 def test_split_keeps_groups_whole_and_devices_even():
   rows = {'x': np.arange(16)}
-  parts = np.asarray(split(rows, 2, rows_per_group=2)['x'])
+  parts = np.asarray(split(rows, 2, examples_per_group=2)['x'])
   # Groups (0 1) (2 3) (4 5) ... go to the parts in turn.
   np.testing.assert_array_equal(parts, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]])
 

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from moejax import models
-from moejax.checkpoints import native
+from moejax.checkpoints import orbax
 from moejax.config import ConfigError
+from moejax.evaluation.few_shot import ProbeConfig
 from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
-from moejax.probe import ProbeConfig
 from moejax.sharding import MeshConfig, make_mesh
-from moejax.train import loop, plan, settings
+from moejax.train import config as run_config
+from moejax.train import loop, plan
 from moejax.train.initialize import InitConfig
 from moejax.train.optimizer import OptimizerConfig
 from moejax.train.schedule import ScheduleConfig
@@ -24,13 +25,14 @@ MOE = MoEConfig(layers='1', num_experts=4)
 SPLITS = dict.fromkeys(('train', 'validation', 'test'), 9)
 IMAGES = types.SimpleNamespace(kind='classification', num_classes=10, image_shape=(8, 8, 1),
                                encoder_length=0, decoder_length=0, fingerprint='f', examples=SPLITS)
-TEXT = types.SimpleNamespace(kind='seq2seq', vocab_size=64, encoder_length=12, decoder_length=6,
+TEXT = types.SimpleNamespace(kind='seq2seq', vocab_size=64, num_classes=0, image_shape=(),
+                             encoder_length=12, decoder_length=6,
                              fingerprint='f', examples=SPLITS)
 
 
 def run(model, batch_size=8, eval_batch_size=16, **changes):
-  data = settings.DataConfig(batch_size=batch_size, eval_batch_size=eval_batch_size)
-  return settings.RunConfig(model=model, data=data, **changes)
+  data = run_config.DataConfig(batch_size=batch_size, eval_batch_size=eval_batch_size)
+  return run_config.RunConfig(model=model, data=data, **changes)
 
 
 def fit(config, dataset, shards=1):
@@ -43,7 +45,7 @@ def due(method):
 
 def test_due_dates_are_in_global_steps():
   """A run of 10 steps after a parent's 7, cooling down over the last 4."""
-  config = settings.RunConfig(steps=10, log_every=3, eval_every=6, checkpoint_every=6,
+  config = run_config.RunConfig(steps=10, log_every=3, eval_every=6, checkpoint_every=6,
                               schedule=ScheduleConfig(cooldown_steps=4))
   made = plan.Plan.make(config, first=7)
   assert (made.first, made.trunk, made.end) == (7, 13, 17)
@@ -53,13 +55,13 @@ def test_due_dates_are_in_global_steps():
 
 
 def test_without_a_cooldown_the_end_is_the_trunk():
-  made = plan.Plan.make(settings.RunConfig(steps=10), first=0)
+  made = plan.Plan.make(run_config.RunConfig(steps=10), first=0)
   assert made.trunk == made.end == 10
 
 
 def test_branch_points_are_kept_beside_trunk_and_end():
   """Steps 3 and 5 of a run of 10 after a parent's 7 whose last 4 cool down."""
-  config = settings.RunConfig(steps=10, branch_steps=(3, 5), log_every=4, eval_every=8,
+  config = run_config.RunConfig(steps=10, branch_steps=(3, 5), log_every=4, eval_every=8,
                               checkpoint_every=8, schedule=ScheduleConfig(cooldown_steps=4))
   made = plan.Plan.make(config, first=7)
   assert made.branches == (10, 12)
@@ -72,12 +74,12 @@ def test_branch_points_are_kept_beside_trunk_and_end():
 @pytest.mark.parametrize('step', [0, -1, 7, 10, 2.5])
 def test_branches_leave_the_trunk_before_its_cooldown(step):
   with pytest.raises(ConfigError, match=r'branch_steps: got \(3, .*, allowed: .* from 1 to 6,'):
-    settings.RunConfig(steps=10, branch_steps=(3, step),
+    run_config.RunConfig(steps=10, branch_steps=(3, step),
                        schedule=ScheduleConfig(cooldown_steps=4))
 
 
 def test_a_cosine_does_not_go_on_with_a_parents():
-  config = settings.RunConfig(schedule=ScheduleConfig('cosine'))
+  config = run_config.RunConfig(schedule=ScheduleConfig('cosine'))
   plan.Plan.make(config, first=0)
   with pytest.raises(ConfigError, match=r'schedule\.start: got .continue.*step 7'):
     plan.Plan.make(config, first=7)
@@ -85,13 +87,13 @@ def test_a_cosine_does_not_go_on_with_a_parents():
 
 def test_evaluations_find_the_window_of_their_step():
   for eval_every in (4, 6, 8):
-    config = settings.RunConfig(steps=13, log_every=2, eval_every=eval_every, checkpoint_every=2)
+    config = run_config.RunConfig(steps=13, log_every=2, eval_every=eval_every, checkpoint_every=2)
     made = plan.Plan.make(config, first=5)
     assert all(made.log_due(s) for s in range(6, 19) if made.eval_due(s))
 
 
 def test_first_step_of_a_run_from_scratch_is_0(tmp_path):
-  assert plan.first_step(settings.RunConfig(), tmp_path / 'run') == 0
+  assert plan.first_step(run_config.RunConfig(), tmp_path / 'run') == 0
 
 
 def test_first_step_is_the_parents_trunk_and_later_what_run_json_says(tmp_path):
@@ -100,11 +102,11 @@ def test_first_step_is_the_parents_trunk_and_later_what_run_json_says(tmp_path):
     directory.mkdir()
   (parent / 'config.json').write_text('{}')
   (parent / 'run.json').write_text(json.dumps({'trunk_step': 5, 'first_step': 0}))
-  writer = native.Writer(parent, 2, {5, 8})
+  writer = orbax.Writer(parent, 2, {5, 8})
   for step in (5, 8):
     writer.save(step, {'params': {'w': jnp.zeros(2)}}, {})
   writer.close()
-  config = settings.RunConfig(init=InitConfig('continue', parent=str(parent)))
+  config = run_config.RunConfig(init=InitConfig('continue', parent=str(parent)))
   assert plan.first_step(config, child) == 5
   at_8 = dataclasses.replace(config, init=InitConfig('continue', parent=str(parent), step=8))
   assert plan.first_step(at_8, child) == 8
@@ -118,11 +120,11 @@ def test_first_step_is_the_parents_trunk_and_later_what_run_json_says(tmp_path):
 def test_a_damaged_run_json_is_said_to_be_so(tmp_path, content):
   (tmp_path / 'run.json').write_bytes(content)
   with pytest.raises(ConfigError, match='^workdir: .*whose run.json can be read. It is damaged: '):
-    plan.first_step(settings.RunConfig(), tmp_path)
+    plan.first_step(run_config.RunConfig(), tmp_path)
 
 
 def test_a_parent_that_is_not_there(tmp_path):
-  config = settings.RunConfig(init=InitConfig('continue', parent=str(tmp_path / 'none')))
+  config = run_config.RunConfig(init=InitConfig('continue', parent=str(tmp_path / 'none')))
   with pytest.raises(ConfigError, match=r'config\.init\.parent: .*config\.json in it'):
     plan.first_step(config, tmp_path / 'child')
 
@@ -192,7 +194,7 @@ def test_a_probe_that_the_model_cannot_take(probe_data, expected):
 
 
 def test_what_a_run_is_resumed_at_begins_a_dispatch_too():
-  config = settings.RunConfig(steps=200, log_every=50, eval_every=50, checkpoint_every=50)
+  config = run_config.RunConfig(steps=200, log_every=50, eval_every=50, checkpoint_every=50)
   assert plan.Plan.make(config, 0).whole == plan.Plan.make(config, 0, 150).whole == 50
   assert plan.Plan.make(config, 0, 25).whole == 25
   assert plan.Plan.make(config, 0, 7).whole == 1
@@ -218,7 +220,7 @@ def test_groups_are_about_leaves_of_the_model():
 def branches(tmp_path_factory):
   """A trunk of 8 steps, branches at 4 and at its end: (home, {name: {(step, 'train/loss'): x}})."""
   home = tmp_path_factory.mktemp('branches')
-  config = settings.default(vit.config('tiny', num_layers=1))
+  config = run_config.default(vit.config('tiny', num_layers=1))
   config.data.source, config.data.image.size = 'digits', 8
   config.data.batch_size = config.data.eval_batch_size = config.data.eval_examples = 16
   config.log_every, config.eval_every, config.checkpoint_every = 2, 4, 8
@@ -231,7 +233,7 @@ def branches(tmp_path_factory):
     if name != 'trunk':
       config.schedule.cooldown_steps, config.branch_steps = 2, ()
       config.init.mode, config.init.parent = 'continue', str(home / 'trunk')
-    assert loop.run(settings.resolve(config), str(home / name)) == 0
+    assert loop.run(run_config.resolve(config), str(home / name)) == 0
     lines = map(json.loads, (home / name / 'metrics.jsonl').read_text().splitlines())
     found[name] = {(line['step'], k): v for line in lines for k, v in line.items()
                    if k.endswith('/loss')}
@@ -241,7 +243,7 @@ def branches(tmp_path_factory):
 def test_branches_start_where_the_trunk_was(branches):
   """Same parameters, slots, data and rate: bit for bit the trunk until their own cooldown."""
   home, losses = branches
-  assert native.finished_steps(home / 'trunk' / native.SUBDIR) == [4, 8]
+  assert orbax.finished_steps(home / 'trunk' / orbax.SUBDIR) == [4, 8]
   assert json.loads((home / 'trunk' / 'run.json').read_text())['branch_steps'] == [4]
   trunk, early, late = (losses[name] for name in ('trunk', 'early', 'late'))
   assert min(early) == (4, 'validation/loss') and min(late) == (8, 'validation/loss')

@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from moejax.checkpoints import native
-from moejax.train import progress
+from moejax.checkpoints import orbax
+from moejax.train import run_log
 from tests.train import small
 from tests.train.small import STEPS
 
@@ -46,7 +46,7 @@ def uninterrupted(config, tmp_path_factory):
 
 
 def leaves(workdir):
-  reader = native.Reader(workdir, STEPS)
+  reader = orbax.Reader(workdir, STEPS)
   return {path: reader.read(path) for path in reader.shapes}
 
 
@@ -64,10 +64,10 @@ def test_killed(moment, saved, config, uninterrupted, tmp_path):
   workdir = tmp_path / 'run'
   code, said = start(moment, config, workdir)
   assert code == -signal.SIGKILL, said
-  last = (native.finished_steps(workdir / native.SUBDIR) or [None])[-1]
+  last = (orbax.finished_steps(workdir / orbax.SUBDIR) or [None])[-1]
   assert last in saved   # saves are asynchronous: the one before the moment may not be finished
   if moment == 'saving':   # the torn save really is there
-    assert list((workdir / native.SUBDIR).glob('20*tmp*'))
+    assert list((workdir / orbax.SUBDIR).glob('20*tmp*'))
   code, said = start('never', config, workdir)
   assert code == 0, said
   assert (f'resumed at step {last} ' in said) == bool(last)
@@ -78,7 +78,7 @@ def test_stopped_by_sigterm(config, uninterrupted, tmp_path):
   workdir = tmp_path / 'run'
   code, said = start('sigterm', config, workdir)
   assert code == 143, said
-  assert native.finished_steps(workdir / native.SUBDIR)[-1] == 27
+  assert orbax.finished_steps(workdir / orbax.SUBDIR)[-1] == 27
   assert json.loads((workdir / 'status.json').read_text())['phase'] == 'stopped'
   code, said = start('never', config, workdir)
   assert code == 0 and 'resumed at step 27' in said
@@ -88,7 +88,7 @@ def test_stopped_by_sigterm(config, uninterrupted, tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_the_second_ends(number):
   old = signal.getsignal(number)
-  with progress.stop_signals() as stop:
+  with run_log.stop_signals() as stop:
     assert stop.signal is None
     signal.raise_signal(number)
     assert stop.signal == number
@@ -107,14 +107,14 @@ def test_what_a_run_leaves(uninterrupted, config):
   assert json.loads((uninterrupted / 'status.json').read_text())['phase'] == 'finished'
   assert list((uninterrupted / 'tensorboard').iterdir())
   # Trunk and end are kept whatever keep_checkpoints says.
-  assert native.finished_steps(uninterrupted / native.SUBDIR) == [30, 40]
+  assert orbax.finished_steps(uninterrupted / orbax.SUBDIR) == [30, 40]
 
 
 def test_a_damaged_step_is_not_resumed_nor_passed_over(config, uninterrupted, tmp_path):
   """And once it is renamed, as the line says, the run ends where it would have."""
   workdir = tmp_path / 'run'
   shutil.copytree(uninterrupted, workdir)
-  last = workdir / native.SUBDIR / str(STEPS)
+  last = workdir / orbax.SUBDIR / str(STEPS)
   shutil.copytree(last, last.with_name('35'))   # as good as any
   shutil.rmtree(last)
   manifest = last.with_name('35') / 'state/manifest.ocdbt'
@@ -126,7 +126,7 @@ def test_a_damaged_step_is_not_resumed_nor_passed_over(config, uninterrupted, tm
       f"moejax.config.ConfigError: checkpoint: got '{workdir}/checkpoints/35', allowed: a ")
   assert said.endswith('. Older finished steps there: 30. Start again after renaming it to '
                        '35.damaged: the run resumes from step 30.\n')
-  assert native.finished_steps(workdir / native.SUBDIR) == [30, 35]
+  assert orbax.finished_steps(workdir / orbax.SUBDIR) == [30, 35]
   last.with_name('35').rename(last.with_name('35.damaged'))
   code, said = start('never', config, workdir)
   assert code == 0 and 'resumed at step 30 ' in said
@@ -137,7 +137,7 @@ def test_a_damaged_step_is_not_resumed_nor_passed_over(config, uninterrupted, tm
 def test_a_step_that_is_not_finished_is_renamed_and_said(config, uninterrupted, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(uninterrupted, workdir)
-  (workdir / native.SUBDIR / str(STEPS) / 'state/_METADATA').unlink()
+  (workdir / orbax.SUBDIR / str(STEPS) / 'state/_METADATA').unlink()
   for name in ('metrics.jsonl', 'timing.jsonl'):
     with (workdir / name).open('a') as file:
       file.write('{"step": 30, "tor')

@@ -7,13 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from configs import vit_glyphs, vit_glyphs_upcycled
+from configs.pretrain import vit_glyphs
+from configs.upcycle import vit_glyphs_upcycled
 from moejax import models, trees
-from moejax.checkpoints import native
+from moejax.checkpoints import orbax
 from moejax.config import ConfigError
-from moejax.models.stack import Execution
-from moejax.train import loop, metrics, optimizer, settings
-from moejax.train.groups import check_stacked
+from moejax.models.blocks import Execution
+from moejax.train import config as run_config
+from moejax.train import loop, metrics, optimizer
+from moejax.train.parameter_groups import check_stacked
 
 DEPTH = 4   # the last two sparse: 00+1x2 and 02+1x2
 
@@ -28,7 +30,7 @@ def config(get_config, **changes):
   found.mesh.update(data=2, fsdp=2, expert=2)
   for key, value in changes.items():
     found.update_from_flattened_dict({key: value})
-  return settings.resolve(found)
+  return run_config.resolve(found)
 
 
 def upcycled(parent, **changes):
@@ -50,7 +52,7 @@ def runs(tmp_path_factory):
 
 
 def leaves(workdir):
-  reader = native.Reader(workdir)
+  reader = orbax.Reader(workdir)
   return {path: reader.read(path) for path in reader.shapes}
 
 
@@ -88,11 +90,11 @@ def test_the_metrics_and_the_receipt_name_every_layer(runs):
 
 def test_a_scanned_run_resumes_bit_for_bit(runs, tmp_path):
   shutil.copytree(runs / 'scanned', tmp_path / 'scanned')
-  last, trunk = reversed(native.finished_steps(runs / 'scanned' / native.SUBDIR)[-2:])
-  shutil.rmtree(tmp_path / 'scanned' / native.SUBDIR / str(last))
+  last, trunk = reversed(orbax.finished_steps(runs / 'scanned' / orbax.SUBDIR)[-2:])
+  shutil.rmtree(tmp_path / 'scanned' / orbax.SUBDIR / str(last))
   run = upcycled(runs / 'parent', **{'execution.scan': True, 'execution.remat': 'dots'})
   assert loop.run(run, str(tmp_path / 'scanned')) == 0
-  assert native.finished_steps(tmp_path / 'scanned' / native.SUBDIR)[-1] == last > trunk
+  assert orbax.finished_steps(tmp_path / 'scanned' / orbax.SUBDIR)[-1] == last > trunk
   before, after = leaves(runs / 'scanned'), leaves(tmp_path / 'scanned')
   for path in before:
     np.testing.assert_array_equal(after[path], before[path], err_msg=path)
@@ -103,8 +105,8 @@ def test_blocks_of_a_scan_that_are_treated_differently_are_refused():
   for changes in ({'groups': ((r'layers/01/', 0.5, 1.0),)}, {'freeze': r're:layers/0[0-2]/'},
                   {'weight_decay_mask': r'layers/03/.*wo$'}):
     with pytest.raises(ConfigError, match='config.execution.scan.*treats .* and .* differently'):
-      check_stacked(optimizer.OptimizerConfig(**changes), model.held)
-  check_stacked(optimizer.OptimizerConfig(freeze='experts'), model.held)
+      check_stacked(optimizer.OptimizerConfig(**changes), model.param_paths)
+  check_stacked(optimizer.OptimizerConfig(freeze='experts'), model.param_paths)
 
 
 def test_a_stacked_leaf_is_updated_block_by_block():

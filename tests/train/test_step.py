@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import models, tasks
+from moejax import losses, models
 from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
 from moejax.train import metrics, optimizer
@@ -199,7 +199,7 @@ def test_every_auxiliary_loss_counts_by_itself():
   assert float(auxiliary_loss(aux, tokens)) == pytest.approx(1 + 1 + 3 / 5)
 
 
-SMOOTH = tasks.TaskConfig(label_smoothing=0.25, z_loss=0.5)
+SMOOTH = losses.TaskConfig(label_smoothing=0.25, z_loss=0.5)
 
 
 @pytest.mark.parametrize('microbatches', [1, 4])
@@ -224,7 +224,7 @@ def test_the_task_is_trained_on_and_cross_entropy_reported(microbatches):
 
 def test_distillation_reads_the_teacher_of_its_own_examples():
   """Teacher logits are cut and dealt with the batch; here the student is all it says but one."""
-  task = tasks.TaskConfig(distill_weight=1.0, teacher='/a/run')
+  task = losses.TaskConfig(distill_weight=1.0, teacher='/a/run')
   teacher = jnp.zeros((8, 2)).at[2, 0].set(np.log(3))   # (3/4, 1/4); x = 8
   for microbatches in (1, 4):
     state, objective = step(toy_state(), BATCH | {'teacher_logits': teacher}, task=task,

@@ -8,11 +8,12 @@ import pytest
 
 from moejax.config import ConfigError
 from moejax.sharding import MeshConfig
-from moejax.train import settings, workdir
+from moejax.train import config as run_config
+from moejax.train import workdir
 from moejax.train.workdir import Workdir
 from tests.train.test_files import DAMAGED
 
-CONFIG = settings.RunConfig()
+CONFIG = run_config.RunConfig()
 OTHER = dataclasses.replace(CONFIG, seed=7, mesh=MeshConfig(fsdp=2), eval_splits=())
 
 
@@ -21,7 +22,7 @@ def test_claim_writes_every_key_and_check_accepts_the_same_config(tmp_path):
   there.check(CONFIG)                      # nothing is here yet
   assert not there.path.exists()           # and check makes nothing
   there.claim(CONFIG)
-  assert settings.from_dict(json.loads((there.path / 'config.json').read_text())) == CONFIG
+  assert run_config.from_dict(json.loads((there.path / 'config.json').read_text())) == CONFIG
   there.check(CONFIG)
   there.claim(CONFIG)
   assert [p.name for p in there.path.iterdir()] == ['config.json']
@@ -48,7 +49,7 @@ def test_another_config_is_refused_with_exactly_the_differing_keys(tmp_path):
   assert first.startswith(f'workdir: {tmp_path} holds a run of another config')
   assert [line.strip() for line in lines] == [
       "eval_splits: ['test'] -> []", 'mesh.fsdp: 1 -> 2', 'seed: 0 -> 7']
-  assert settings.from_dict(json.loads((tmp_path / 'config.json').read_text())) == CONFIG
+  assert run_config.from_dict(json.loads((tmp_path / 'config.json').read_text())) == CONFIG
 
 
 @pytest.mark.parametrize('content', DAMAGED.values(), ids=DAMAGED)
@@ -63,13 +64,13 @@ def test_a_damaged_config_is_said_to_be_so(tmp_path, content):
 
 
 def test_the_same_config_written_otherwise_is_the_same(tmp_path):
-  (tmp_path / 'config.json').write_text(json.dumps(json.loads(settings.to_json(CONFIG))))
+  (tmp_path / 'config.json').write_text(json.dumps(json.loads(run_config.to_json(CONFIG))))
   Workdir(tmp_path).check(CONFIG)
 
 
 def test_keys_that_only_one_config_has(tmp_path):
   there = Workdir(tmp_path)
-  old = json.loads(settings.to_json(CONFIG))
+  old = json.loads(run_config.to_json(CONFIG))
   del old['seed']
   old['sed'] = 3
   (tmp_path / 'config.json').write_text(json.dumps(old))

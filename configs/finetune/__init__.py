@@ -1,0 +1,1 @@
+"""Runs that fine-tune a parent, dense or sparse, on a task."""

@@ -1,0 +1,13 @@
+"""Fine-tunes a run of t5_stdlib.py on cmudict: from the spelling of a word to its pronunciation.
+
+Everything else is as in t5_stdlib_tasks.py, its arguments too. Scored by phoneme and word error
+rate.
+"""
+
+from configs.finetune import t5_stdlib_tasks
+
+
+def get_config(arg=None):
+  config = t5_stdlib_tasks.get_config(arg, 'cmudict', encoder_length=40, decoder_length=72)
+  config.data.eval_examples = config.data.eval_examples or 1_024   # runlocal has set fewer
+  return config

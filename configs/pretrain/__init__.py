@@ -1,0 +1,1 @@
+"""Dense runs, the parents of all others."""

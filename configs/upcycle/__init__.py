@@ -1,0 +1,1 @@
+"""Sparse runs that start from a dense parent."""

@@ -1,0 +1,1 @@
+"""Times measured side by side, one benchmark per file."""

@@ -1,0 +1,195 @@
+"""What does a dropless grouped matmul cost? Ratios to one batched matmul of equal loads.
+
+  python -m experiments.benchmarks.grouped_matmul [--rounds=9]
+      time on this machine, CPU or GPU; 1 to 3 minutes
+  JAX_PLATFORMS=cpu python -m experiments.benchmarks.grouped_matmul --tpu
+      compile for a TPU v5e; no TPU needed, but jax[tpu]
+
+N rows of uneven loads go through E matrices (D, F), forward, and forward with the gradients of rows
+and matrices. Each round runs all ways in turn on the same work; a ratio is a way's time over that
+of the floor in the same round: the batched matmul (E, N/E, D) @ (E, D, F), which is what a dispatch
+with a capacity of exactly N/E would run. Each of the two commands writes its own section of the
+results file.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from moejax.moe import grouped_matmul
+
+COMMAND = 'python -m experiments.benchmarks.grouped_matmul'
+RESULTS = pathlib.Path(__file__).parent.parent / 'results/grouped.md'
+# N rows, D, F, E. The first is the size of the miniature suites.
+SHAPES = ((1000, 32, 128, 8), (4096, 512, 2048, 8), (4096, 256, 1024, 32))
+GPU_SHAPES = ((100352, 768, 3072, 8), (100352, 768, 3072, 32))   # ViT-B/16, 256 images, top-2
+TPU_SHAPES = ((4096, 512, 2048, 8), (4096, 512, 2048, 32))
+PASSES = ('forward', 'forward and backward')
+
+
+def forward(matmul):
+  """(x, w, cotangent) -> y."""
+  return lambda x, w, cotangent: matmul(x, w)
+
+
+def backward(matmul):
+  """(x, w, cotangent) -> y and both gradients."""
+  def run(x, w, cotangent):
+    y, pull = jax.vjp(matmul, x, w)
+    return y, pull(cotangent)
+  return run
+
+
+def rows_of(N: int, E: int, rng) -> grouped_matmul.Rows:
+  """Rows of N assignments in random order with uneven loads (Dirichlet(4) shares)."""
+  expert = jnp.asarray(rng.choice(E, N, p=rng.dirichlet(np.full(E, 4.0))), jnp.int32)
+  return grouped_matmul.by_expert(expert, expert >= 0, E)
+
+
+def workload() -> tuple[tuple, str]:
+  """Shapes (N, D, F, E) and dtype that are timed on this machine's backend."""
+  return (GPU_SHAPES, 'bfloat16') if jax.default_backend() == 'gpu' else (SHAPES, 'float32')
+
+
+def ways(N: int, D: int, F: int, E: int) -> dict:
+  """{name: (matmul, x, w, cotangent)}, all on the same number of rows but for padding."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), workload()[1])
+  rows, w, n = rows_of(N, E, rng), draw(E, D, F), -(-N // E)
+  P = len(rows.order)
+  x, cotangent = draw(P, D), draw(P, F)
+  return {
+    'floor': (jnp.matmul, draw(E, n, D), w, draw(E, n, F)),
+    'grouped': (rows.matmul, x, w, cotangent),
+    # On N rows without padding, which it does not need.
+    'ragged_dot': (lambda x, w: jax.lax.ragged_dot(x, w, rows.sizes), x[:N], w, cotangent[:N]),
+  }
+
+
+def ratios(shape: tuple, rounds: int, tick=lambda: None) -> dict[tuple[str, str], list[float]]:
+  """{(way, pass): time over the floor's, one number a round}, after a round to warm up."""
+  runs = {(name, which): (jax.jit(make(matmul)), operands)
+          for name, (matmul, *operands) in ways(*shape).items()
+          for which, make in zip(PASSES, (forward, backward))}
+  found = {key: [] for key in runs if key[0] != 'floor'}
+  for i in range(rounds + 1):
+    took = {}
+    for key, (run, operands) in runs.items():
+      started = time.perf_counter()
+      jax.block_until_ready(run(*operands))
+      took[key] = time.perf_counter() - started
+    if i:
+      for name, which in found:
+        found[name, which].append(took[name, which] / took['floor', which])
+    tick()
+  return found
+
+
+def timed(rounds: int) -> str:
+  """The section of a timing run on this machine's backend."""
+  lines = ['| N | D | F | E | rows / N | pass | grouped / floor | ragged_dot / floor |',
+           '|---:|---:|---:|---:|---:|---|---:|---:|']
+  cell = lambda r: f'{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})'
+  shapes, dtype = workload()
+  with tqdm(total=len(shapes) * (rounds + 1), unit='round') as bar:
+    for shape in shapes:
+      N, D, F, E = shape
+      found = ratios(shape, rounds, lambda: bar.update(1))
+      more = len(rows_of(N, E, np.random.default_rng(0)).order) / N
+      lines += [f'| {N} | {D} | {F} | {E} | {more:.2f} | {which} | '
+                f'{cell(found["grouped", which])} | {cell(found["ragged_dot", which])} |'
+                for which in PASSES]
+  return '\n'.join(lines) + (
+    f'\n\nMedian (least to greatest) of {rounds} rounds, {dtype}, {jax.devices()[0].device_kind}, '
+    f'jax {jax.__version__}, {os.cpu_count()} cores with a load average of '
+    f'{os.getloadavg()[0]:.0f} at the end. 1.00 is the batched matmul of equal loads, which would '
+    'drop what does not fit; below 1 that one call was the slower. rows / N is the size of the '
+    'buffer; the matmuls visit only the blocks in use.')
+
+
+def compiled_flops(run, shapes, sharding) -> tuple[float, float, int]:
+  """FLOPs and bytes of temporaries XLA:TPU reports for run, and its custom kernels."""
+  program = jax.jit(run, in_shardings=sharding, out_shardings=sharding).trace(*shapes).lower(
+    lowering_platforms=('tpu',)).compile()
+  kernels = len(re.findall(r'custom_call_target="tpu_custom_call"', program.as_text()))
+  return (program.cost_analysis()['flops'], program.memory_analysis().temp_size_in_bytes, kernels)
+
+
+def for_tpu() -> str:
+  """The section of programs compiled ahead of time for one TPU v5e. RuntimeError without libtpu."""
+  from jax.experimental import topologies
+  topology = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')
+  sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  array = jax.ShapeDtypeStruct
+  lines = ['| N | D | F | E | what | FLOPs / dense, grouped | kernels | temporaries, MB '
+           '| FLOPs / dense, ragged_dot | kernels | temporaries, MB |',
+           '|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|']
+  for N, D, F, E in tqdm(TPU_SHAPES, unit='shape'):
+    rows = jax.eval_shape(lambda e, E=E: grouped_matmul.by_expert(e, e >= 0, E),
+                          array((N,), jnp.int32))
+    parts = {'forward': lambda matmul, x, w, c: matmul(x, w),
+             'gradient of rows': lambda matmul, x, w, c: jax.vjp(
+               lambda x: matmul(x, w), x)[1](c),
+             'gradient of matrices': lambda matmul, x, w, c: jax.vjp(
+               lambda w: matmul(x, w), w)[1](c)}
+    for name, part in parts.items():
+      cells = []
+      for P, by, make in ((len(rows.order), rows, lambda rows: rows.matmul),
+                          (N, array((E,), jnp.int32),
+                           lambda sizes: lambda x, w: jax.lax.ragged_dot(x, w, sizes))):
+        run = lambda by, x, w, c, make=make, part=part: part(make(by), x, w, c)
+        shapes = [by] + [array(s, jnp.bfloat16) for s in ((P, D), (E, D, F), (P, F))]
+        flops, bytes_, kernels = compiled_flops(run, shapes, sharding)
+        cells.append(f'{flops / (2 * N * D * F):.3f} | {kernels} | {bytes_ / 1e6:.1f}')
+      lines.append(f'| {N} | {D} | {F} | {E} | {name} | {" | ".join(cells)} |')
+  return '\n'.join(lines) + (
+    '\n\nCompiled ahead of time for one chip of v5e:2x2 with libtpu (pip install "jax[tpu]", '
+    f'JAX_PLATFORMS=cpu), bfloat16, jax {jax.__version__}; nothing was run, so '
+    'these are no times. Dense is 2 N D F. A kernel counts as what it declares, all rows of its '
+    'buffer. XLA counts the body of a loop once: the gradient of matrices, loops over pieces of '
+    '8, 4, 2 and 1 blocks, shows one of each, 15 b / N of dense for blocks of b rows, and runs as '
+    'many as are in use. '
+    'ragged_dot becomes a kernel of no surplus FLOPs for the forward pass and for the gradient of '
+    'rows, but E times the FLOPs for that of matrices: hence ragged_dot for the first two on TPU, '
+    'and the loop for the third. megablox, which has a kernel for the third, is refused inside '
+    'shard_map, whose check its kernels do not pass.')
+
+
+def write_section(path: pathlib.Path, title: str, text: str) -> None:
+  """Puts text under the heading `title` in a Markdown file, in place of what stood there."""
+  parts = re.split(r'^## (.*)\n', path.read_text() if path.exists() else '', flags=re.MULTILINE)
+  sections = dict(zip(parts[1::2], parts[2::2])) | {title: f'\n{text}\n\n'}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  head = '# Grouped matmul\n\n'
+  path.write_text(head + ''.join(f'## {t}\n\n{body.strip()}\n\n' for t, body in sections.items())
+                  .rstrip() + '\n')
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--rounds', type=int, default=9, help='timing rounds (%(default)s)')
+  parser.add_argument('--tpu', action='store_true', help='compile for a TPU instead of timing')
+  parser.add_argument('--results', type=pathlib.Path, default=RESULTS, metavar='FILE',
+                      help='Markdown file to update (%(default)s)')
+  args = parser.parse_args(argv)
+  title, text = (('TPU, compiled and not run', for_tpu()) if args.tpu
+                 else (f'Timed on {jax.default_backend()}', timed(args.rounds)))
+  command = f'{COMMAND} {"--tpu" if args.tpu else f"--rounds={args.rounds}"}'
+  text += f'\n\nMade by `{command}`.'
+  print(text)
+  write_section(args.results, title, text)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,246 @@
+"""python -m moejax.main --config=FILE --compile_for=v5p:4x4x8: will it fit, and what will it cost?
+
+The real train step is compiled for the slice, and the run's evaluation and decoding where they may
+take more memory (train/memory.py); no TPU and no data are needed. The estimate of the step's time
+is a roofline: each operation takes the longer of its FLOPs at the chip's peak and its HBM traffic
+at full bandwidth; communication is reckoned on the slice's links (network.py). `serial` adds all of
+it up, `overlapped` hides the shorter of computation and communication behind the other. Real
+programs lie above `overlapped`: no operation reaches its roof.
+"""
+
+import dataclasses
+import gzip
+import json
+import math
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from moejax import flops
+from moejax.aot import chips, collectives, hlo, network
+from moejax.aot.network import Network
+from moejax.config import ConfigError, check, fail
+from moejax.sharding import MeshConfig
+from moejax.train import memory as forecast
+from moejax.train import parallel
+from moejax.train.compiled import Step
+from moejax.train.config import RunConfig
+from moejax.train.plan import Plan
+
+FILE, PROGRAM = 'ahead.json', 'program.hlo.gz'
+LARGEST = 5   # buffers that the report lists
+READING = 3   # of the program's text; more where the same program would have another estimate
+
+
+def run(config: RunConfig, slice_name: str, path: str | None = None) -> int:
+  """Compiles and prints the report. Into a folder, if one is given, go ahead.json with the same
+  numbers and program.hlo.gz, the program itself.
+
+  Returns:
+    The exit code, 0.
+
+  Raises:
+    ConfigError: the folder cannot be written; no such slice, or no compiler for it; the mesh or
+      the batch does not fit; or the step, or another moment of the run, needs more memory than a
+      chip has.
+  """
+  chips.parse(slice_name)
+  folder = pathlib.Path(path) if path else None
+  if folder:
+    _writable(folder)
+  found, program = compile_for(config, slice_name)
+  print(to_text(found))
+  if folder:
+    (folder / FILE).write_text(json.dumps(found, indent=2) + '\n')
+    with gzip.open(folder / PROGRAM, 'wt') as file:
+      file.write(program)
+    print(f'Written to {folder}')
+  return 0
+
+
+def _writable(folder: pathlib.Path) -> None:
+  """Makes the folder; better now than after minutes of compiling."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+  except OSError as error:
+    fail('--workdir', str(folder), 'a folder that can be written',
+         f'{type(error).__name__}: {error.strerror}. Choose another.')
+
+
+def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str]:
+  """What `to_text` shows, as JSON, and the program's text. Raises ConfigError as `run` does."""
+  chip, count = chips.parse(slice_name)
+  check(config.parallel == 'mesh', 'config.parallel', config.parallel, "'mesh' with --compile_for",
+        'pmap compiles for the devices at hand alone.')
+  check(not config.task.teacher, 'config.task.teacher', config.task.teacher,
+        "'' with --compile_for", 'The teacher is not compiled.')
+  devices = parallel.make('mesh', config.mesh, chips.topology(slice_name).devices)
+  started = time.monotonic()
+  step = step_of(config, devices, config.data.scored)
+  lowered = step.lower()
+  traced = time.monotonic()
+  try:
+    compiled, needs = forecast.compile_step(step, int(chip.memory), f'--compile_for: {slice_name}',
+                                            lowered)
+  except jax.errors.JaxRuntimeError as error:
+    message = ' '.join(str(error).split())[:500]
+    raise ConfigError(f'--compile_for: {slice_name}: the compiler failed: {message}') from error
+  seconds = {'trace': traced - started, 'compile': time.monotonic() - traced}
+  program = compiled.as_text()
+  text = config.data.text
+  work = flops.train_step_flops(config.model, config.data.batch_size, text.encoder_length,
+                                text.decoder_length, dispatch=False) / count
+  total, active = flops.parameters(step.model.shapes, config.model)
+  return {
+      'slice': slice_name, 'chips': count, 'mesh': dict(devices.mesh.shape),
+      'execution': dataclasses.asdict(config.execution), 'microbatches': config.microbatches,
+      'batch_size': config.data.batch_size,
+      'parameters': total, 'parameters_active_per_token': active,
+      'memory': _memory(compiled, needs, chip), **_reading(program, chip, devices, work),
+      'seconds': {name: round(value, 1) for name, value in seconds.items()},
+      'versions': {'jax': jax.__version__},
+  }, program
+
+
+def read_again(folder: pathlib.Path) -> dict[str, Any]:
+  """What `compile_for` said of a program that `run` wrote into a folder, with what is read from its
+  text read once more, by this version of moejax."""
+  found = json.loads((folder / FILE).read_text())
+  chip, _ = chips.parse(found['slice'])
+  devices = parallel.make('mesh', MeshConfig(**found['mesh']),
+                          chips.topology(found['slice']).devices)
+  with gzip.open(folder / PROGRAM, 'rt') as file:
+    return {**found, **_reading(file.read(), chip, devices, found['flops']['model'])}
+
+
+def _reading(program: str, chip: chips.Chip, devices, work: float) -> dict[str, Any]:
+  """The part of the report that is read from the program's text."""
+  module, links = hlo.Module(program), network.of(chip, devices.mesh.devices.flat)
+  return {
+      'reading': READING, 'largest': _largest(module),
+      'flops': {'model': work, 'executed': sum(
+          n * module.flops(i, c) for i, n, c in module.run())},
+      'collectives': _collectives(module, links),
+      'roofline': _roofline(module, chip, links, work),
+      'loops_of_unknown_length': len(module.unknown_loops)}
+
+
+def step_of(config: RunConfig, devices, decodes: bool = False) -> Step:
+  """The train step, a single one, for devices that need not be there, from shapes alone.
+
+  decodes: whether outputs are decoded at the end of the run.
+  """
+  config = dataclasses.replace(config, steps_per_call=1)
+  return Step.of(config, Plan.make(config, 0), devices, batch_shapes(config), decodes)
+
+
+def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """A train batch of the run as shapes; see data.Dataset for what is in it."""
+  text = config.data.text
+  return config.model.batch_shapes(config.data.batch_size, text.encoder_length,
+                                   text.decoder_length)
+
+
+def _memory(compiled, needs: forecast.Forecast, chip: chips.Chip) -> dict[str, Any]:
+  """Bytes per chip: of the step, the state and the batch (updated in place), temporaries, the
+  program and all of them; of each other moment that may take more, all; and what there is."""
+  resident, temporary, code = forecast.sizes(compiled)
+  return {'resident': resident, 'temporary': temporary, 'code': code,
+          'total': resident + temporary + code,
+          'phases': {name: needs.resident + size for name, size in needs.phases.items() if size},
+          'available': chip.memory}
+
+
+def _largest(module: hlo.Module) -> list[dict[str, Any]]:
+  """The largest arrays that operations make in HBM, one per shape and origin."""
+  sizes: dict[tuple, float] = {}
+  for instruction, _, _ in module.run():
+    if instruction.opcode in hlo.FREE:
+      continue
+    for array in instruction.arrays:
+      if not array.near:
+        shape = f'{array.dtype}[{",".join(map(str, array.dims))}]'
+        sizes[shape, _origin(instruction.scope)] = array.bytes
+  top = sorted(sizes.items(), key=lambda item: -item[1])[:LARGEST]
+  return [{'shape': shape, 'origin': origin, 'bytes': size} for (shape, origin), size in top]
+
+
+def _origin(scope: str) -> str:
+  """'jvp(encoder)/00+2x12/moe' of 'jit(train_step)/jvp(encoder)/00+2x12/while/body/moe/dot'."""
+  noise = r'jit\(\w+\)|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map'
+  words = [word for word in scope.split('/')[:-1] if not re.fullmatch(noise, word)]
+  return '/'.join(words) or '(other)'
+
+
+def _collectives(module: hlo.Module, links: Network) -> list[dict[str, Any]]:
+  """One line per kind and number of devices."""
+  found: dict[tuple, list] = {}
+  for collective in collectives.of(module):
+    found.setdefault((collective.kind, collective.devices), []).append(collective)
+  return [{'kind': kind, 'devices': devices, 'times': sum(c.times for c in group),
+           'sent_bytes': sum(c.sent for c in group),
+           'seconds': sum(map(links.seconds, group))}
+          for (kind, devices), group in sorted(found.items())]
+
+
+def _roofline(module: hlo.Module, chip: chips.Chip, links: Network, work: float
+              ) -> dict[str, float]:
+  """Seconds of a step by what bounds them, and the MFU that `work` FLOPs of a model would have."""
+  compute = memory = 0.0
+  for instruction, times, computation in module.run():
+    if collectives.communication(module, instruction):
+      continue
+    by_flops = module.flops(instruction, computation, passes=True) / chip.flops
+    by_bytes = module.bytes(instruction, computation) / chip.bandwidth
+    if by_flops >= by_bytes:
+      compute += times * by_flops
+    else:
+      memory += times * by_bytes
+  talk = math.fsum(map(links.seconds, collectives.of(module)))
+  serial, overlapped = compute + memory + talk, max(compute + memory, talk)
+  return {'compute_bound': compute, 'memory_bound': memory, 'network': talk, 'serial': serial,
+          'overlapped': overlapped, 'mfu_serial': work / (serial * chip.flops),
+          'mfu_overlapped': work / (overlapped * chip.flops)}
+
+
+def to_text(found: dict[str, Any]) -> str:
+  """The report for people."""
+  memory, work, roof = found['memory'], found['flops'], found['roofline']
+  gib = lambda size: f'{size / chips.GIB:.2f} GiB'
+  ms = lambda seconds: f'{1e3 * seconds:.1f} ms'
+  spent = {key: ms(value) for key, value in roof.items()}
+  mesh = ' '.join(f'{axis}={size}' for axis, size in found['mesh'].items())
+  lines = [
+      f'slice        {found["slice"]}: {found["chips"]} chips, mesh {mesh}; batch '
+      f'{found["batch_size"]}, microbatches {found["microbatches"]}, '
+      f'scan {found["execution"]["scan"]}, remat {found["execution"]["remat"]}',
+      f'parameters   {found["parameters"]:,}, {found["parameters_active_per_token"]:,} active per '
+      'token',
+      f'HBM a chip   {gib(memory["total"])} of {gib(memory["available"])} in the step: '
+      f'{gib(memory["resident"])} state and batch, {gib(memory["temporary"])} temporaries, '
+      f'{gib(memory["code"])} program',
+      '  else       ' + ''.join(f'{gib(size)} while {name}, '
+                                for name, size in memory['phases'].items())
+      + 'no more than the step at any other moment']
+  lines += [f'  largest    {gib(entry["bytes"])} {entry["shape"]} {entry["origin"]}'
+            for entry in found['largest']]
+  lines += [f'FLOPs a chip {work["model"]:.3e} of the model (flops.py), {work["executed"]:.3e} in '
+            f'matmuls of the program ({work["executed"] / work["model"]:.2f} times)']
+  lines += [f'collectives  {c["kind"]} over {c["devices"]}: {c["times"]} times, sends '
+            f'{gib(c["sent_bytes"])}, {ms(c["seconds"])}' for c in found['collectives']]
+  lines += [
+      f'roofline     {spent["compute_bound"]} bound by FLOPs, {spent["memory_bound"]} by HBM, '
+      f'{spent["network"]} on the network',
+      f'  serial     {spent["serial"]}, MFU {roof["mfu_serial"]:.3f}',
+      f'  overlapped {spent["overlapped"]}, MFU {roof["mfu_overlapped"]:.3f}',
+      f'compiled in  {found["seconds"]["compile"]:.0f} s, after {found["seconds"]["trace"]:.0f} s '
+      'of tracing']
+  if found['loops_of_unknown_length']:
+    lines.append(f'{found["loops_of_unknown_length"]} loops of unknown length were counted once: '
+                 'the step will take longer')
+  return '\n'.join(lines)

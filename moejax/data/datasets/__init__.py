@@ -1,0 +1,1 @@
+"""The sources of examples, one file each."""

@@ -1,0 +1,1 @@
+"""What a trained model is worth: losses over a split, decoded text, few-shot probes."""

@@ -1,0 +1,334 @@
+"""Rule tables that turn one flat tree of arrays into another, leaf by leaf and strictly.
+
+A table is checked as a whole against the shapes of both sides before anything is read: every
+source leaf must be taken by exactly one rule, every target leaf made by exactly one. What fails to
+match is an error, never a leaf that silently keeps its random values.
+
+E experts.
+"""
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.config import ConfigError, check_choice
+from moejax.trees import transforms
+from moejax.trees.transforms import Index, Transform
+
+KINDS = ('copy', 'tile', 'stack', 'transpose', 'mean', 'derive', 'fresh', 'drop')
+FATES = ('copied', 'repeated', 'tiled', 'tiled, scaled', 'tiled in part', 'tiled with noise',
+         're-initialised', 'sharded', 'sharded, scaled', 'sliced', 'stacked', 'transposed',
+         'averaged', 'fresh', 'dropped')   # in the order of receipts
+Make = Callable[[Index], np.ndarray]
+Place = Callable[[str, Make, tuple[int, ...], Any], Any]
+_LISTED = 5  # leaves listed per kind of problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What becomes of the leaves whose whole path a regular expression matches.
+
+  Attributes:
+    kind: 'copy'; 'tile': repeated along a new first axis, as often as the target's shape says;
+      'stack': all leaves with the same target, in natural order of their paths, along a new first
+      axis; 'transpose'; 'mean': averaged over the first axis; 'derive': by the transforms in
+      `how`; 'fresh': a new value; 'drop'.
+    source: regular expression on source paths; unused by 'fresh'.
+    target: template of the target path (`\\1` is the first group of source), or several: each
+      becomes a leaf of its own. For 'fresh' a regular expression on target paths; unused by 'drop'.
+    axes: 'transpose' only, as numpy's; () reverses all axes.
+    how: 'derive': a transform for each target. 'fresh': at most one, of the fresh value.
+  """
+  kind: str
+  source: str = ''
+  target: str | tuple[str, ...] = ''
+  axes: tuple[int, ...] = ()
+  how: tuple[Transform, ...] = ()
+
+  def __post_init__(self):
+    check_choice('rule.kind', self.kind, KINDS)
+
+  def __str__(self):
+    sides = (self.source, *self.targets)
+    return f'{self.kind} {" -> ".join(repr(p) for p in sides if p)}'
+
+  @property
+  def targets(self) -> tuple[str, ...]:
+    return (self.target,) if isinstance(self.target, str) else self.target
+
+  @property
+  def transforms(self) -> tuple[Transform, ...]:
+    """One for each target."""
+    if self.how:
+      return self.how
+    how = {'tile': transforms.Tile(), 'stack': transforms.Stack(), 'mean': transforms.Mean(),
+           'transpose': transforms.Transpose(self.axes), 'fresh': transforms.Copy('fresh'),
+           'drop': transforms.Copy('dropped')}.get(self.kind)
+    how = how or transforms.Copy('copied' if len(self.targets) == 1 else 'repeated')
+    return (how,) * len(self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """What happened to one leaf.
+
+  Attributes:
+    target: path in the new tree; '' if dropped.
+    sources: paths in the old tree; () if fresh.
+    fate: one of FATES.
+    shape: the target's, or the source's if dropped.
+    dtype: as shape.
+    source_dtype: the source's where it differs (a cast between float types), else ''.
+  """
+  target: str
+  sources: tuple[str, ...]
+  fate: str
+  shape: tuple[int, ...]
+  dtype: str
+  source_dtype: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+  """One target leaf to make (or, with target '', one source leaf to drop)."""
+  rule: Rule
+  sources: tuple[str, ...]
+  target: str
+  how: Transform
+
+  @property
+  def needs_fresh(self) -> bool:
+    return bool(self.target) and (self.how.with_fresh or not self.sources)
+
+
+def copy(source: str, target: str | tuple[str, ...] = r'\g<0>') -> Rule:
+  """The leaf as it is, by default under the same path; or under several."""
+  return Rule('copy', source, target)
+
+
+def tile(source: str, target: str) -> Rule:
+  """The leaf repeated along a new first axis."""
+  return Rule('tile', source, target)
+
+
+def stack(source: str, target: str) -> Rule:
+  """Several leaves along a new first axis."""
+  return Rule('stack', source, target)
+
+
+def transpose(source: str, target: str, axes: Iterable[int] = ()) -> Rule:
+  """The leaf with its axes permuted."""
+  return Rule('transpose', source, target, tuple(axes))
+
+
+def mean(source: str, target: str) -> Rule:
+  """The average of the leaf over its first axis."""
+  return Rule('mean', source, target)
+
+
+def derive(source: str, targets: Mapping[str, Transform]) -> Rule:
+  """The leaf made into several, or one: {template of a target: how it is made}."""
+  return Rule('derive', source, tuple(targets), how=tuple(targets.values()))
+
+
+def fresh(target: str, *how: Transform) -> Rule:
+  """Target leaves that no source leaf becomes; optionally a transform of their fresh value."""
+  return Rule('fresh', target=target, how=how)
+
+
+def drop(source: str) -> Rule:
+  """Source leaves that become nothing."""
+  return Rule('drop', source)
+
+
+def on_host(path: str, make: Make, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """The `place` that makes a numpy array."""
+  del path, dtype
+  return np.array(make((slice(None),) * len(shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A table that accounts for both sides, ready to be applied; `plan` makes it.
+
+  Attributes:
+    moves: one for each leaf of either side, in order of target path, dropped leaves last.
+    source_shapes, target_shapes: {path: anything with shape and dtype}.
+  """
+  moves: tuple[Move, ...]
+  source_shapes: Mapping[str, Any]
+  target_shapes: Mapping[str, Any]
+
+  @property
+  def fresh(self) -> set[str]:
+    """Target paths whose leaf is new, or new in part."""
+    return {move.target for move in self.moves if move.needs_fresh}
+
+
+def apply(planned: Plan, read: Callable[[str], np.ndarray], make_fresh: Callable[[str], Any],
+          place: Place = on_host) -> tuple[dict[str, Any], list[Entry]]:
+  """Makes the target tree, one leaf after the other.
+
+  Args:
+    planned: what to do.
+    read: source path -> numpy array; called once for each leaf that is used.
+    make_fresh: target path -> array, for the leaves of `planned.fresh`. Anything with shape, dtype
+      and slices as numpy arrays will do.
+    place: (path, make, shape, dtype) -> the target leaf, where make(index) gives the values of one
+      slice; `lambda path, make, shape, dtype: jax.make_array_from_callback(shape, sharding[path],
+      make)` puts each shard where it belongs without E copies of it on the host.
+
+  Returns:
+    ({path: leaf} of the target, an Entry for every leaf of either side).
+
+  Raises:
+    ConfigError: an array does not have the shape that was announced.
+  """
+  source_shapes, target_shapes = planned.source_shapes, planned.target_shapes
+  target, entries = {}, []
+  for moves in _by_sources(planned.moves):
+    if not moves[0].target:
+      [path] = moves[0].sources
+      leaf = source_shapes[path]
+      entries.append(Entry('', (path,), moves[0].how.fate, tuple(leaf.shape), str(leaf.dtype)))
+      continue
+    read_once = [_check_read(p, read(p), source_shapes[p]) for p in moves[0].sources]
+    for move in moves:
+      like, arrays = target_shapes[move.target], read_once
+      if move.needs_fresh:
+        arrays = [*arrays, _check_read(move.target, make_fresh(move.target), like)]
+      target[move.target] = place(move.target, _maker(move.how, arrays, like), tuple(like.shape),
+                                  like.dtype)
+      cast = str(arrays[0].dtype) if arrays[0].dtype != like.dtype else ''
+      entries.append(Entry(move.target, move.sources, move.how.fate, tuple(like.shape),
+                           str(like.dtype), cast))
+  return (dict(sorted(target.items())),
+          sorted(entries, key=lambda e: (not e.target, e.target, e.sources)))
+
+
+def _by_sources(moves: Iterable[Move]) -> list[list[Move]]:
+  """Moves that share their sources together, so that each source is read once."""
+  shared = defaultdict(list)
+  for move in moves:
+    shared[move.sources or move.target].append(move)
+  return list(shared.values())
+
+
+def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Any],
+         target_shapes: Mapping[str, Any]) -> Plan:
+  """Checks a table against both sides, reading nothing.
+
+  Args:
+    rules: the table; the order of rules means nothing.
+    source_shapes, target_shapes: {path: anything with shape and dtype}.
+
+  Raises:
+    ConfigError: a source leaf that no rule takes, or two; a target leaf that nothing makes, or two
+      things; a target that does not exist; a shape or dtype that does not fit; a rule that matches
+      nothing. All kinds of problems are listed, each with their number and the first leaves of
+      either side; parameters stand before their optimizer slots.
+  """
+  problems: dict[str, list[str]] = defaultdict(list)
+  taken, moves = defaultdict(list), []
+  for rule in rules:
+    matched = _match(rule, source_shapes, target_shapes)
+    if not matched:
+      problems['rules that match nothing'].append(str(rule))
+    moves += matched
+    for path in {p for move in matched for p in move.sources}:
+      taken[path].append(rule)
+
+  made = defaultdict(list)
+  for move in (m for m in moves if m.target):
+    made[move.target].append(move)
+    if move.target not in target_shapes:
+      problems['leaves sent to a target that does not exist'].append(
+          f'{", ".join(move.sources)} -> {move.target}')
+    elif problem := _misfit(move, source_shapes, target_shapes):
+      problems['shapes or dtypes that do not fit'].append(problem)
+  for path, leaf in source_shapes.items():
+    if len(taken[path]) > 1:
+      problems['source leaves taken twice'].append(
+          f'{path}: by {"; by ".join(map(str, taken[path]))}')
+    elif not taken[path]:
+      problems['source leaves that no rule takes'].append(_show(path, leaf))
+  for path, leaf in target_shapes.items():
+    if len(made[path]) > 1:
+      origins = [', '.join(m.sources) or str(m.rule) for m in made[path]]
+      problems['target leaves made twice'].append(f'{path}: from {"; from ".join(origins)}')
+    elif not made[path]:
+      problems['target leaves that nothing makes'].append(_show(path, leaf))
+  if problems:
+    raise ConfigError(_message(problems))
+  moves.sort(key=lambda m: (not m.target, m.target, m.sources))
+  return Plan(tuple(moves), source_shapes, target_shapes)
+
+
+def _match(rule: Rule, source_shapes: Mapping, target_shapes: Mapping) -> list[Move]:
+  """The moves that one rule asks for."""
+  if rule.kind == 'fresh':
+    return [Move(rule, (), path, *rule.transforms) for path in target_shapes
+            if re.fullmatch(rule.target, path)]
+  found = [(path, m) for path in source_shapes if (m := re.fullmatch(rule.source, path))]
+  if rule.kind == 'drop':
+    return [Move(rule, (path,), '', *rule.transforms) for path, _ in found]
+  if rule.kind != 'stack':
+    return [Move(rule, (path,), m.expand(template), how) for path, m in found
+            for template, how in zip(rule.targets, rule.transforms)]
+  groups = defaultdict(list)
+  for path, m in found:
+    groups[m.expand(rule.target)].append(path)
+  return [Move(rule, tuple(sorted(paths, key=_natural)), target, *rule.transforms)
+          for target, paths in groups.items()]
+
+
+def _natural(path: str) -> list:
+  """Sort key by which block.2 comes before block.10."""
+  return [(0, int(part), '') if part.isdigit() else (1, 0, part)
+          for part in re.split(r'(\d+)', path) if part]
+
+
+def _misfit(move: Move, source_shapes: Mapping, target_shapes: Mapping) -> str:
+  """Why the sources cannot become the target, or ''."""
+  like = target_shapes[move.target]
+  leaves = [source_shapes[path] for path in move.sources]
+  fits = move.how.fits([tuple(leaf.shape) for leaf in leaves], tuple(like.shape))
+  for path, leaf in zip(move.sources, leaves):
+    floats = all(jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in (leaf, like))
+    if not fits or (leaf.dtype != like.dtype and not floats):
+      many = f' (x{len(leaves)})' if len(leaves) > 1 else ''
+      kind = move.rule.kind if move.rule.kind != 'derive' else type(move.how).__name__.lower()
+      return f'{kind} {_show(path, leaf)}{many} -> {_show(move.target, like)}'
+  return '' if fits else f'{move.rule}: {_show(move.target, like)}'
+
+
+def _maker(how: Transform, arrays: list, like: Any) -> Make:
+  """index -> the values of that slice of the target, without making the rest of it."""
+  return lambda index: np.asarray(how.make(arrays, index, like), like.dtype)
+
+
+def _check_read(path: str, array: Any, like: Any) -> Any:
+  """array, if it has the announced shape."""
+  if tuple(array.shape) != tuple(like.shape):
+    raise ConfigError(f'{path}: read an array of shape {tuple(array.shape)}, '
+                      f'expected {tuple(like.shape)}')
+  return array
+
+
+def _show(path: str, leaf: Any) -> str:
+  return f'{path} {tuple(leaf.shape)} {leaf.dtype}'
+
+
+def _message(problems: Mapping[str, list[str]]) -> str:
+  lines = ['surgery: the rules do not account for every leaf of both sides; nothing was made.']
+  for kind, items in problems.items():
+    first = sorted(items, key=lambda item: 'opt_state/' in item)[:_LISTED]
+    lines += [f'{kind} ({len(items)}):', *(f'  {item}' for item in first)]
+    if len(items) > _LISTED:
+      lines.append(f'  ... and {len(items) - _LISTED} more')
+  return '\n'.join(lines)

@@ -1,0 +1,122 @@
+"""Blocks whose parameters are stacked, so that one `lax.scan` runs them.
+
+Deep models repeat: 24 dense blocks, or 12 times a dense and a sparse one. Unrolled, the compiler
+works through each of them; scanned, through one repetition. A stacked block stands for the blocks
+that it repeats, and its name says which: '01+2x12' is 01, 03, ..., 23 (from 01, every 2nd, 12 of
+them), and its leaves have a leading axis of 12. Everything that goes by paths can thus tell.
+
+Parameters and optimizer slots are stacked from the first step to the last. Checkpoints, surgery and
+receipts know single blocks only, so they are the same either way.
+
+Dimensions: N blocks of a stacked one.
+"""
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+from moejax import trees
+
+_NAME = re.compile(r'(\d+)\+(\d+)x(\d+)')
+_BLOCK = re.compile(r'(.*?)(\w+/layers/\d+)(/.*)')   # before a single block, the block, inside it
+
+
+def name(first: int, stride: int, count: int) -> str:
+  """Of the blocks first, first + stride, ...; a single block goes by its own number: '05'."""
+  return f'{first:02d}' if count == 1 else f'{first:02d}+{stride}x{count}'
+
+
+def repeats(kinds: Sequence[Hashable]) -> list[tuple[int, int, int]]:
+  """Cuts a stack into repetitions.
+
+  Args:
+    kinds: of each block; blocks of a kind have the same parameters.
+
+  Returns:
+    [(first block, blocks in the pattern, how often it is repeated)], which cover the stack in
+    order. Greedy: each covers as many blocks as can be, with the shortest pattern that does. What
+    does not repeat is (block, 1, 1).
+  """
+  found, first = [], 0
+  while first < len(kinds):
+    best = (1, 1)
+    for period in range(1, (len(kinds) - first) // 2 + 1):
+      pattern, count = kinds[first:first + period], 1
+      while kinds[first + count * period:first + (count + 1) * period] == pattern:
+        count += 1
+      if count > 1 and period * count > best[0] * best[1]:
+        best = (period, count)
+    found.append((first, *best))
+    first += best[0] * best[1]
+  return found
+
+
+def names(kinds: Sequence[Hashable]) -> list[list[str]]:
+  """Names of the blocks of each of `repeats`, a list per repetition."""
+  return [[name(first + i, period, count) for i in range(period)]
+          for first, period, count in repeats(kinds)]
+
+
+def members(path: str) -> list[str]:
+  """The paths that a stacked one stands for, in order; [path] if it is not stacked."""
+  match = _NAME.search(path)
+  if not match:
+    return [path]
+  first, stride, count = map(int, match.groups())
+  return [f'{path[:match.start()]}{first + i * stride:02d}{path[match.end():]}'
+          for i in range(count)]
+
+
+def is_stacked(path: str) -> bool:
+  """Whether the leaf at this path has a leading axis of blocks."""
+  return bool(_NAME.search(path))
+
+
+def stacked_paths(paths: Iterable[str], param_paths: Iterable[str]) -> list[str]:
+  """Paths of leaves of single blocks -> those of the leaves they are stacked into, each once.
+
+  Args:
+    paths: such as 'params/encoder/layers/01/mlp/wo' or that of an optimizer slot.
+    param_paths: of all parameters, those of stacked blocks among them
+      ('encoder/layers/01+2x12/mlp/wo').
+  """
+  stacked = {member: block for path in param_paths if (match := _NAME.search(path))
+             for block in [path[:match.end()]] for member in members(block)}
+  found = {}
+  for path in paths:
+    match = _BLOCK.fullmatch(path)
+    block = stacked.get(match[2]) if match else None
+    found[f'{match[1]}{block}{match[3]}' if block else path] = None
+  return list(found)
+
+
+def unstack(tree: trees.Tree, split: Callable[[str, Any], list]) -> dict:
+  """The tree with single blocks in place of stacked ones.
+
+  Args:
+    tree: nested dict; leaves of stacked blocks have a leading N.
+    split: (stacked path, leaf) -> its N parts.
+  """
+  flat = {}
+  for path, leaf in trees.flatten(tree).items():
+    flat |= zip(members(path), split(path, leaf) if is_stacked(path) else [leaf])
+  return trees.unflatten(flat)
+
+
+def stack(tree: trees.Tree, param_paths: Iterable[str], join: Callable[[str, list], Any]) -> dict:
+  """The inverse of `unstack`.
+
+  Args:
+    tree: nested dict with single blocks, and no other reference to it: its arrays are let go of as
+      soon as they are joined.
+    param_paths: as in `stacked_paths`.
+    join: (stacked path, the leaves of its N members) -> one leaf with a leading N.
+  """
+  flat = trees.flatten(tree)
+  for node in [tree, *(node for node in tree.values() if isinstance(node, dict))]:
+    node.clear()
+  made = {}
+  for path in stacked_paths(list(flat), param_paths):
+    leaves = [flat.pop(member) for member in members(path)]
+    made[path] = join(path, leaves) if is_stacked(path) else leaves[0]
+  return trees.unflatten(made)

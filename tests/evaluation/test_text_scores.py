@@ -1,0 +1,95 @@
+"""Scores against values worked by hand."""
+
+import math
+
+import pytest
+
+from moejax.config import ConfigError
+from moejax.evaluation import text_scores
+
+
+@pytest.mark.parametrize('a, b, distance', [
+    ('', '', 0), ('abc', '', 3), ('', 'ab', 2), ('abc', 'abc', 0),
+    ('kitten', 'sitting', 3),             # k/s, e/i, +g
+    ('saturday', 'sunday', 3),            # -a, -t, r/n
+    ('ab', 'ba', 2),                      # a transposition is two edits
+    ('abcdef', 'bcdefg', 2),              # -a, +g; position by position all six differ
+    (['HH', 'AH'], ['HH', 'AA', 'AH'], 1)])
+def test_edit_distance(a, b, distance):
+  assert text_scores.edit_distance(a, b) == text_scores.edit_distance(b, a) == distance
+
+
+def test_phoneme_error_rate_is_edits_over_length_of_the_corpus():
+  # 1 edit of 2 symbols and 0 of 6: 1 / 8, where the mean of the words' rates would be 1 / 4.
+  said = ['K AE', 'B AH N AE N AH']
+  right = [('K AA',), ('B AH N AE N AH',)]
+  assert text_scores.phoneme_error_rate(said, right) == 1 / 8
+  # Symbols, not characters: 'TH' for 'T' is one edit, and saying nothing is all of them.
+  assert text_scores.phoneme_error_rate(['TH', ''], [('T',), ('AH B',)]) == (1 + 2) / 3
+  assert text_scores.phoneme_error_rate(['A B C'], [('D',)]) == 3.0
+
+
+def test_the_nearest_reference_counts():
+  # Against (A B C D) 2 edits, against (A X) 1: one edit over the nearest one's two symbols.
+  assert text_scores.phoneme_error_rate(['A B'], [('A B C D', 'A X')]) == 1 / 2
+  assert text_scores.phoneme_error_rate(['A B'], [('A X', 'A B C D')]) == 1 / 2
+  # Equally near: the first, three symbols and then one.
+  assert text_scores.phoneme_error_rate(['A B'], [('A B C', 'B')]) == 1 / 3
+  assert text_scores.phoneme_error_rate(['A B'], [('B', 'A B C')]) == 1
+
+
+def test_word_error_rate_and_exact_match_accept_any_reference():
+  said, right = ['a', 'b', 'c', 'd '], [('a',), ('x', 'b'), ('x', 'y'), ('d',)]
+  assert text_scores.exact_match(said, right) == 2 / 4
+  assert text_scores.word_error_rate(said, right) == 2 / 4
+  assert text_scores.word_error_rate(['a'] * 3, [('a',), ('b',), ('c',)]) == 2 / 3
+
+
+def test_scores_per_task_and_their_mean():
+  # Task 0: 1 of 1; task 1: 1 of 4. All: 2 / 5; the mean of the tasks (1 + 1/4) / 2 = 5 / 8.
+  said = ['a', 'b', 'x', 'x', 'x']
+  right = [('a',), ('b',), ('b',), ('b',), ('b',)]
+  got = text_scores.score('exact_match', said, right, [0, 1, 1, 1, 1], ('name', 'swap'))
+  assert got == {'exact_match': 2 / 5, 'name/exact_match': 1.0, 'swap/exact_match': 1 / 4,
+                 'mean_over_tasks': 5 / 8}
+  assert text_scores.score('exact_match', said, right, [0] * 5) == {'exact_match': 2 / 5}
+
+
+def test_pronunciation_scores():
+  got = text_scores.score('pronunciation', ['A B', 'C'], [('A B',), ('C D', 'C D E')], [0, 0])
+  assert got == {'phoneme_error_rate': 1 / 4, 'word_error_rate': 1 / 2}
+  got = text_scores.score('pronunciation', ['A B', 'C'], [('A B',), ('C D',)], [0, 1], ('p', 'q'))
+  assert got['mean_over_tasks'] == (0 + 1 / 2) / 2 and got['q/word_error_rate'] == 1.0
+
+
+def test_a_task_without_predictions_does_not_vanish_from_the_mean():
+  got = text_scores.score('exact_match', ['a'], [('a',)], [1], ('name', 'swap'))
+  assert got['swap/exact_match'] == got['exact_match'] == 1.0
+  assert math.isnan(got['name/exact_match']) and math.isnan(got['mean_over_tasks'])
+
+
+@pytest.mark.parametrize('args, words', [
+    (('exact', ['a'], [('a',)], [0]), ("'exact'", "Did you mean 'exact_match'?")),
+    (('exact_match', ['a', 'b'], [('a',)], [0, 0]), ('2 predictions', '1 references')),
+    (('exact_match', ['a'], [('a',)], [0, 0]), ('2 tasks',)),
+    (('exact_match', [], [], []), ('no prediction',)),
+    (('exact_match', ['a', 'b'], [('a',), ()], [0, 0]), ('prediction 1', 'filler')),
+    (('exact_match', ['a', 'b'], [('a',), ('b',)], [0, 2], ('x', 'y')), ('task 2', '2 names')),
+])
+def test_what_cannot_be_scored(args, words):
+  with pytest.raises(ValueError) as error:
+    text_scores.score(*args)
+  assert all(word in str(error.value) for word in words), error.value
+  assert isinstance(error.value, ConfigError) == (args[0] == 'exact')
+
+
+def test_majority_answers_score_what_they_should():
+  train = [('x',), ('y',), ('y', 'x'), ('q',), ('p',)], [0, 0, 0, 1, 1]
+  assert text_scores.majority(*train) == {0: 'y', 1: 'p'}   # 'p' and 'q' tie: the first in order
+  held = [('y',), ('x',), ('z', 'y'), ('p',)], [0, 0, 0, 1]
+  got = text_scores.baseline('exact_match', train, held, ('a', 'b'))
+  assert got == {'exact_match': 3 / 4, 'a/exact_match': 2 / 3, 'b/exact_match': 1.0,
+                 'mean_over_tasks': (2 / 3 + 1) / 2}
+  # A task that was not trained on: nothing is said, and it is wrong.
+  got = text_scores.baseline('exact_match', ([('y',)], [0]), held, ('a', 'b'))
+  assert got['b/exact_match'] == 0.0

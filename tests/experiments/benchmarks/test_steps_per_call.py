@@ -1,0 +1,68 @@
+"""Steps per dispatch: a tiny measurement for real, and its table."""
+
+import pytest
+
+from experiments.benchmarks import steps_per_call
+from moejax.config import ConfigError
+from moejax.train import metrics
+
+
+def test_a_small_one_is_measured_and_shown(tmp_path, capsys):
+  flags = ['--scale=smoke', '--models=vit_glyphs_upcycled', f'--results={tmp_path}']
+  assert steps_per_call.main(flags) == 0
+  (line,) = metrics.read_lines(tmp_path / steps_per_call.FILE)
+  assert line['model'] == 'vit_glyphs_upcycled' and line['rounds'] == 2
+  assert line['ratios']['1'] == [1, 1, 1]
+  assert all(low <= middle <= high and low > 0 for low, middle, high in line['seconds'].values())
+  assert '| vit_glyphs_upcycled |' in (tmp_path / steps_per_call.PAGE).read_text()
+  capsys.readouterr()
+  assert steps_per_call.main([*flags, '--show']) == 0
+  assert '## cpu: cpu' in capsys.readouterr().out
+
+
+def test_what_is_measured_again_replaces_its_line(tmp_path, monkeypatch):
+  numbers = iter((1, 2, 3))
+  monkeypatch.setattr(steps_per_call, 'measure', lambda name, scale, tick=None: {
+      'model': name, 'device': 'gpu: A', 'versions': {'jax': '1'}, 'rounds': next(numbers),
+      'seconds': {'1': [1, 2e-3, 3]}, 'ratios': {'1': [1, 1, 1]}})
+  for model in ('vit_glyphs_upcycled', 't5_stdlib_upcycled', 'vit_glyphs_upcycled'):
+    assert steps_per_call.main(['--scale=smoke', f'--models={model}', f'--results={tmp_path}']) == 0
+  assert sorted((x['model'], x['rounds']) for x in metrics.read_lines(
+      tmp_path / steps_per_call.FILE)) == [('t5_stdlib_upcycled', 2), ('vit_glyphs_upcycled', 3)]
+
+
+def test_a_tiny_scale_replaces_nothing_that_was_measured(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(steps_per_call, 'FOLDER', tmp_path)
+  monkeypatch.setattr(steps_per_call, 'measure', lambda name, scale, tick=None: {
+      'model': name, 'device': 'gpu: A', 'versions': {'jax': '1'}, 'rounds': scale.rounds,
+      'seconds': {'1': [1, 2e-3, 3]}, 'ratios': {'1': [1, 1, 1]}})
+  models = '--models=vit_glyphs_upcycled'
+  for flags in ([models], [models, '--scale=smoke'],
+                [models, '--scale=smoke', f'--results={tmp_path}']):
+    assert steps_per_call.main(flags) == 0
+  rounds = lambda folder: [x['rounds'] for x in metrics.read_lines(folder / steps_per_call.FILE)]
+  assert rounds(tmp_path) == [11, 2] and rounds(tmp_path / 'runs/smoke_steps_per_call') == [2]
+
+
+def test_every_number_of_steps_is_of_the_same_run():
+  for name in steps_per_call.MODELS:
+    for per in steps_per_call.STEPS:
+      run = steps_per_call.config(name, per, steps_per_call.SCALES['mini'])
+      assert run.steps_per_call == per and run.steps % per == 0
+      assert run.init.mode == 'scratch'
+
+
+def test_a_device_has_a_table_of_its_own():
+  line = {'model': 'vit_glyphs', 'device': 'gpu: A', 'versions': {'jax': '1'}, 'command': 'c',
+          'seconds': {'1': [1, 2e-3, 3], '25': [1, 5e-4, 3]},
+          'ratios': {'1': [1, 1, 1], '25': [0.2, 0.25, 0.3]}}
+  text = steps_per_call.page([line, {**line, 'device': 'gpu: B'}])
+  assert text.count('| vit_glyphs | 2.00 | 0.50 (0.25, 0.20 to 0.30) |') == 2
+  assert text.index('## gpu: A') < text.index('## gpu: B')
+
+
+def test_no_such_model(tmp_path):
+  with pytest.raises(ConfigError, match="--models: got 'bert'.*vit_glyphs_upcycled"):
+    steps_per_call.main(['--models=bert', f'--results={tmp_path}'])
+  assert not list(tmp_path.iterdir())

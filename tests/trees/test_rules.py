@@ -1,0 +1,200 @@
+"""Rule tables on hand-made trees: values, strictness, and no more memory than a slice needs."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.config import ConfigError
+from moejax.trees import rules
+from moejax.trees.rules import Entry, Rule
+
+
+def run(table, source, target, fresh=None, **kwargs):
+  """apply on flat dicts of arrays; `target` holds arrays of the wanted shapes."""
+  return rules.apply(rules.plan(table, source, target), source.__getitem__,
+                     lambda path: (fresh or {})[path], **kwargs)
+
+
+def arange(*shape, dtype=np.float32):
+  return np.arange(np.prod(shape), dtype=dtype).reshape(shape)
+
+
+def test_every_kind():
+  source = {'a/w': arange(2, 3), 'a/b': arange(3), 'old/x': arange(1), 'q/kernel': arange(2, 3, 4),
+            'h/2/v': arange(2) + 2, 'h/10/v': arange(2) + 10, 'n': np.int32(3)}
+  target = {'a/w': arange(2, 3), 'e/b': arange(4, 3), 'q': arange(4, 2, 3), 'h/v': arange(2, 2),
+            'router': arange(2, 4), 'm': arange(4, dtype=np.int32)}
+  table = [rules.copy('a/w'), rules.tile('a/(b)', r'e/\1'), rules.drop('old/.*'),
+           rules.transpose('(q)/kernel', r'\1', (2, 0, 1)), rules.stack(r'h/\d+/v', 'h/v'),
+           rules.fresh('router'), rules.tile('n', 'm')]
+  random = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+  made, entries = run(table, source, target, {'router': random})
+  assert list(made) == sorted(target)
+  np.testing.assert_array_equal(made['a/w'], source['a/w'])
+  np.testing.assert_array_equal(made['e/b'], [[0, 1, 2]] * 4)
+  np.testing.assert_array_equal(made['h/v'], [[2, 3], [10, 11]])  # 2 before 10
+  assert made['q'][3, 1, 2] == source['q/kernel'][1, 2, 3]
+  np.testing.assert_array_equal(made['router'], random)
+  np.testing.assert_array_equal(made['m'], [3, 3, 3, 3])
+  assert made['m'].dtype == np.int32
+  assert entries == [
+      Entry('a/w', ('a/w',), 'copied', (2, 3), 'float32'),
+      Entry('e/b', ('a/b',), 'tiled', (4, 3), 'float32'),
+      Entry('h/v', ('h/2/v', 'h/10/v'), 'stacked', (2, 2), 'float32'),
+      Entry('m', ('n',), 'tiled', (4,), 'int32'),
+      Entry('q', ('q/kernel',), 'transposed', (4, 2, 3), 'float32'),
+      Entry('router', (), 'fresh', (2, 4), 'float32'),
+      Entry('', ('old/x',), 'dropped', (1,), 'float32')]
+
+
+def test_transpose_reverses_by_default():
+  made, _ = run([rules.transpose('k', 'k')], {'k': arange(2, 3)}, {'k': arange(3, 2)})
+  np.testing.assert_array_equal(made['k'], arange(2, 3).T)
+
+
+def test_casts_between_floats_are_recorded():
+  made, [entry] = run([rules.copy('w')], {'w': arange(3)}, {'w': jnp.zeros(3, jnp.bfloat16)})
+  assert made['w'].dtype == jnp.bfloat16
+  assert (entry.source_dtype, entry.dtype) == ('float32', 'bfloat16')
+
+
+@pytest.mark.parametrize('make_rule, target', [
+    (lambda: rules.tile('w', 'w'), (8, 4, 6)), (lambda: rules.stack(r'w|\w{2}', 'w'), (3, 4, 6)),
+    (lambda: rules.transpose('w', 'w'), (6, 4)), (lambda: rules.copy('w'), (4, 6))])
+def test_make_gives_any_slice(make_rule, target):
+  """What a device asks for is that slice of the whole."""
+  source = {'w': arange(4, 6)}
+  if make_rule().kind == 'stack':
+    source |= {'wa': arange(4, 6) + 100, 'wb': arange(4, 6) + 200}
+  whole, _ = run([make_rule()], source, {'w': np.zeros(target, np.float32)})
+  index = (slice(1, 3), *(slice(i, None, 2) for i in range(1, len(target))))
+  part, _ = run([make_rule()], source, {'w': np.zeros(target, np.float32)},
+                place=lambda path, make, shape, dtype: make(index))
+  np.testing.assert_array_equal(part['w'], whole['w'][index])
+  assert part['w'].size < whole['w'].size
+
+
+def test_tiling_does_not_make_the_copies():
+  """The slice that place gets is a view of one expert, however many there are."""
+  source = {'w': arange(64, 64)}
+  seen = {}
+
+  def place(path, make, shape, dtype):
+    seen['all'] = make((slice(None), slice(None), slice(None)))
+    return shape
+
+  run([rules.tile('w', 'w')], source, {'w': np.broadcast_to(np.float32(0), (512, 64, 64))},
+      place=place)
+  assert seen['all'].shape == (512, 64, 64)
+  assert seen['all'].strides[0] == 0
+  assert np.shares_memory(seen['all'], source['w'])
+
+
+def test_each_leaf_is_read_once_and_in_turn():
+  source = {'a': arange(2), 'b': arange(2), 'gone': arange(2)}
+  events = []
+
+  def read(path):
+    events.append(f'read {path}')
+    return source[path]
+
+  def place(path, make, shape, dtype):
+    make((slice(0, 1),)), make((slice(1, 2),))
+    events.append(f'placed {path}')
+
+  target = {'a': arange(2), 'b': arange(2)}
+  rules.apply(rules.plan([rules.copy('a|b'), rules.drop('gone')], source, target), read, None,
+              place)
+  assert events == ['read a', 'placed a', 'read b', 'placed b']
+
+
+W, V = arange(2, 3), arange(3)
+STRICT = {
+    'source leaf left over': (
+        [rules.copy('a')], {'a': W, 'b': V}, {'a': W},
+        ['source leaves that no rule takes (1):', 'b (3,) float32']),
+    'target leaf nobody makes': (
+        [rules.copy('a')], {'a': W}, {'a': W, 'b': V},
+        ['target leaves that nothing makes (1):', 'b (3,) float32']),
+    'misspelt: both sides are shown': (
+        [rules.copy('.*')], {'layers/1/w': W}, {'layers/01/w': W},
+        ['layers/1/w -> layers/1/w', 'target leaves that nothing makes (1):', 'layers/01/w']),
+    'two rules on a source leaf': (
+        [rules.copy('a'), rules.copy('(a)', 'b')], {'a': W}, {'a': W, 'b': W},
+        ['source leaves taken twice (1):', "a: by copy 'a'", "; by copy '(a)' -> 'b'"]),
+    'copied and dropped': (
+        [rules.copy('a'), rules.drop('a')], {'a': W}, {'a': W}, ['source leaves taken twice (1):']),
+    'two sources to one target': (
+        [rules.copy(r'(\w)/\d', r'\1')], {'a/0': W, 'a/1': W}, {'a': W},
+        ['target leaves made twice (1):', 'a: from a/0; from a/1']),
+    'fresh and copied': (
+        [rules.copy('a'), rules.fresh('.*')], {'a': W}, {'a': W},
+        ['target leaves made twice (1):', "a: from a; from fresh '.*'"]),
+    'rule that matches nothing': (
+        [rules.copy('a'), rules.drop('b')], {'a': W}, {'a': W},
+        ['rules that match nothing (1):', "drop 'b'"]),
+    'fresh that matches nothing': (
+        [rules.copy('a'), rules.fresh('b')], {'a': W}, {'a': W},
+        ['rules that match nothing (1):', "fresh 'b'"]),
+    'only part of the path matches': (
+        [rules.copy('a')], {'xa': W}, {'xa': W}, ['rules that match nothing', 'xa (2, 3)']),
+    'only its beginning matches': (
+        [rules.copy('a'), rules.fresh('b')], {'ax': W}, {'ax': W, 'bx': W},
+        ['rules that match nothing (2):', 'bx (2, 3)']),
+    'shape of a copy': (
+        [rules.copy('a')], {'a': W}, {'a': V},
+        ['do not fit (1):', 'copy a (2, 3) float32 -> a (3,) float32']),
+    'shape of a tile': (
+        [rules.tile('a', 'a')], {'a': W}, {'a': arange(4, 3, 2)}, ['tile a (2, 3)']),
+    'tile without an axis': ([rules.tile('a', 'a')], {'a': np.float32(1)}, {'a': np.float32(1)},
+                             ['tile a ()']),
+    'shape of a transpose': (
+        [rules.transpose('a', 'a', (0, 1))], {'a': W}, {'a': arange(3, 2)}, ['transpose a']),
+    'axes of a transpose': (
+        [rules.transpose('a', 'a', (1, 1))], {'a': W}, {'a': arange(3, 3)}, ['transpose a']),
+    'number stacked': (
+        [rules.stack('.', 'a')], {'a': V, 'b': V}, {'a': arange(3, 3)}, ['(x2) -> a (3, 3)']),
+    'integer to float': (
+        [rules.copy('a')], {'a': np.arange(3)}, {'a': V}, ['copy a (3,) int64 -> a (3,) float32']),
+}
+
+
+@pytest.mark.parametrize('case', STRICT)
+def test_strict(case):
+  """Every case is refused before anything is read, with both sides named."""
+  table, source, target, messages = STRICT[case]
+
+  def read(path):
+    raise AssertionError(f'{path} was read')
+
+  with pytest.raises(ConfigError) as error:
+    rules.apply(rules.plan(table, source, target), read, read)
+  for message in messages:
+    assert message in str(error.value)
+
+
+def test_all_problems_at_once_and_long_lists_cut():
+  source = {f'opt_state/x{i:02d}/mu': V for i in range(30)} | {
+      'params/x00': V, 'params/x01': V, 'a': W}
+  with pytest.raises(ConfigError) as error:
+    rules.plan([rules.copy('a'), rules.drop('b')], source, {'a': V, 'c': V})
+  assert str(error.value).splitlines()[1:] == [
+      'rules that match nothing (1):', "  drop 'b'",
+      'shapes or dtypes that do not fit (1):', '  copy a (2, 3) float32 -> a (3,) float32',
+      'source leaves that no rule takes (32):',
+      '  params/x00 (3,) float32', '  params/x01 (3,) float32',   # what they are slots of, first
+      '  opt_state/x00/mu (3,) float32', '  opt_state/x01/mu (3,) float32',
+      '  opt_state/x02/mu (3,) float32', '  ... and 27 more',
+      'target leaves that nothing makes (1):', '  c (3,) float32']
+
+
+def test_a_read_or_fresh_value_of_another_shape():
+  with pytest.raises(ConfigError, match=r'a: read an array of shape \(2, 3\), expected \(3,\)'):
+    rules.apply(rules.plan([rules.copy('a')], {'a': V}, {'a': V}), lambda path: W, None)
+  with pytest.raises(ConfigError, match=r'a: read an array of shape'):
+    run([rules.fresh('a')], {}, {'a': V}, {'a': W})
+
+
+def test_unknown_kind():
+  with pytest.raises(ConfigError, match="rule.kind: got 'til'.*Did you mean 'tile'"):
+    Rule('til', 'a', 'b')
