@@ -125,7 +125,7 @@ def train(name, workdir, *overrides, arg='runlocal'):
   env = os.environ | {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8',
                                                                    'device_count=1')}
   done = fork_server.run(
-      [sys.executable, '-m', 'moejax.main', f'--config=configs/{name}.py:{arg}',
+      [sys.executable, '-m', 'moejax.main', f'--config=configs/{common.path(name)}.py:{arg}',
        f'--workdir={workdir}', '--compilation_cache=', '--config.steps=4',
        '--config.schedule.cooldown_steps=2', *overrides],
       cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
