@@ -27,7 +27,6 @@ import importlib
 import importlib.machinery
 import json
 import os
-import pathlib
 import runpy
 import select
 import signal
@@ -37,7 +36,9 @@ import sys
 import tempfile
 import types
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests import house
+
+ROOT = house.ROOT
 LIBRARIES = ('absl.app', 'matplotlib.font_manager', 'ml_collections.config_flags', 'PIL.ImageFont')
 LARGEST = 1 << 17   # bytes of a request; Linux takes 200 KB
 
@@ -159,7 +160,7 @@ def _server() -> socket.socket:
 def preload() -> None:
   """Imports what most processes import: the libraries, and moejax without its commands."""
   for path in sorted((ROOT / 'moejax').rglob('*.py')):
-    if "__name__ == '__main__'" not in path.read_text():
+    if not house.is_command(path.read_text()):
       name = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
       importlib.import_module(name.removesuffix('.__init__'))
   for name in LIBRARIES:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import io
 import pathlib
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -67,6 +68,11 @@ def read(root: pathlib.Path = ROOT) -> dict[str, File]:
   files = [File(str(path.relative_to(root)), path.read_text()) for package in PACKAGES
            for path in sorted((root / package).rglob('*.py'))]
   return {file.name: file for file in files}
+
+
+def is_command(text: str) -> bool:
+  """Whether a file can be run by python -m."""
+  return bool(re.search("^if __name__ == '__main__'", text, re.MULTILINE))
 
 
 def imports(file: File, names: Iterable[str]) -> set[str]:
@@ -144,7 +150,7 @@ def fragments(files: dict[str, File], limit: int = 60) -> set[str]:
   return {name for name, file in files.items()
           if file.lines < limit and len(importers[name]) == 1 and not file.is_package
           and not any(files[n].is_package for n in importers[name])
-          and "'__main__'" not in file.text}
+          and not is_command(file.text)}
 
 
 def family_branches(file: File) -> list[int]:
