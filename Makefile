@@ -4,15 +4,19 @@ PYTHON ?= python3
 PARITY_PYTHON ?= $(PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test parity tpu clean
+.PHONY: help venv quickstart test test-quick mutations parity tpu clean
+# Each worker takes whole files, so that fixtures are built once; tests/conftest.py has their order.
+PYTEST := .venv/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --durations=20
 
 help:
 	@echo 'make quickstart  dense training, sparse upcycling and their controls; a table and a plot'
-	@echo 'make test        ruff and all tests'
+	@echo 'make test        ruff and all tests that guard behaviour; at most 12 minutes on 2 cores'
+	@echo 'make test-quick  without trained runs, suites and processes; at most 3 minutes'
+	@echo 'make mutations   breaks the code on purpose, and asks which test notices; an hour'
 	@echo 'make parity      compares T5 and ViT with transformers and torch, in a venv of its own'
 	@echo 'make tpu         compiles for TPUs, which need not be there, in a venv of its own'
 	@echo 'make venv        makes .venv with the pinned versions; the others do it by themselves'
-	@echo 'make clean       removes the venvs and caches; runs/ stays'
+	@echo 'make clean       removes the venvs, caches and programs compiled by tests; runs/ stays'
 	@echo 'PYTHON=python3.12 make ...  chooses the interpreter (3.11 or later) for a new .venv'
 
 venv: .venv/stamp
@@ -41,7 +45,15 @@ quickstart: .venv/stamp
 
 test: .venv/stamp
 	.venv/bin/ruff check
-	.venv/bin/python -m pytest -n 2 --dist=worksteal --durations=20
+	$(PYTEST)
+
+test-quick: .venv/stamp
+	.venv/bin/ruff check
+	$(PYTEST) -m 'not (processes or suites or runs or mutations)'
+
+mutations: .venv/stamp
+	.venv/bin/python -m pytest -m mutations tests/mutations
+	.venv/bin/python -m tests.mutations.run
 
 parity: .venv-parity/stamp
 	.venv-parity/bin/python -m tests.parity.make_golden --check
@@ -51,6 +63,7 @@ tpu: .venv-tpu/stamp
 
 clean:
 	rm -rf .venv .venv-parity .venv-tpu .pytest_cache .ruff_cache build *.egg-info
+	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/moejax/tests"
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define check_python

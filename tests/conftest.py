@@ -1,13 +1,15 @@
-"""Every test process sees 8 virtual CPU devices, so that meshes and pmap can be tested anywhere.
+"""How tests run: devices, the compile cache, the order of files, and what a session reports.
 
-XLA compiles quickly here (tests/xla.py). Processes of one session share what they compiled; nothing
-is kept for the next.
+Every test process sees 8 virtual CPU devices, so that meshes and pmap can be tested anywhere, and
+compiles with little optimisation (tests/xla.py). What is compiled is kept for the next session.
 """
 
-import atexit
+import collections
+import importlib.metadata
 import os
-import shutil
-import tempfile
+import pathlib
+
+import pytest
 
 from tests import xla
 
@@ -15,18 +17,100 @@ DEVICES = 8
 os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') +
                            f' --xla_force_host_platform_device_count={DEVICES} {xla.QUICK}')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:   # workers inherit it
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='moejax_tests_')
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-  os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
-  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+CACHE = (pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+         / 'moejax/tests' / f'jax-{importlib.metadata.version("jax")}')   # `make clean` removes it
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))   # workers inherit it
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+
+# What takes long: (beginning of the test's id below tests/, marker, seconds on an idle machine).
+# Files with these tests start first, the longest first, so that two workers end together, and
+# `make test-quick` leaves these tests out.
+LONG = (
+    ('experiments/test_smoke.py', 'suites', 220),
+    ('processes/', 'processes', 120),
+    ('train/test_memory', 'runs', 130),
+    ('train/test_parallel.py', 'runs', 80),
+    ('train/test_resume.py', 'runs', 60),
+    ('aot/test_expert_parallel.py', 'runs', 60),
+    ('moe/test_every.py', 'runs', 60),
+    ('configs/test_configs.py::test_a_dense_run', 'runs', 60),
+    ('models/test_scan.py', 'runs', 60),
+    ('train/test_initialize.py', 'runs', 50),
+    ('train/test_options.py', 'runs', 50),
+    ('train/test_scan.py', 'runs', 45),
+    ('experiments/benchmarks/', 'suites', 60),
+    ('train/test_dispatch.py', 'runs', 35),
+    ('experiments/test_scheduler.py', 'suites', 30),
+    ('experiments/test_notebook.py', 'suites', 25),
+    ('experiments/test_step0.py', 'suites', 25),
+    ('train/test_end_of_run.py', 'runs', 20),
+    ('experiments/test_shards.py', 'suites', 15),
+    ('test_docs.py::test_report', 'suites', 15),
+)
+
+
+def _long(nodeid: str) -> list[tuple[str, str, float]]:
+  """Entries of LONG that a test falls under, or of a file those that a test of it falls under."""
+  own = nodeid.removeprefix('tests/')
+  return [entry for entry in LONG if own.startswith(entry[0]) or entry[0].startswith(f'{own}::')]
+
+
+def file_of(nodeid: str) -> str:
+  return nodeid.partition('::')[0]
+
+
+@pytest.hookimpl(tryfirst=True)   # before -m selects by marker
+def pytest_collection_modifyitems(config, items):
+  for item in items:
+    for _, kind, _ in _long(item.nodeid):
+      item.add_marker(kind)
+  if hasattr(config, 'workerinput'):   # a worker: --dist=loadfile takes files in this order
+    seconds = {file: sum(n for _, _, n in _long(file))
+               for file in {file_of(item.nodeid) for item in items}}
+    items.sort(key=lambda item: -seconds[file_of(item.nodeid)])
+
+
+DESELECTED = pytest.StashKey[collections.Counter]()
+
+
+def pytest_configure(config):
+  config.stash[DESELECTED] = collections.Counter()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+  """What a worker left out; all of them leave out the same."""
+  node.config.stash[DESELECTED] |= collections.Counter(node.workeroutput.get('deselected', {}))
+
+
+def pytest_deselected(items):
+  for item in items:
+    item.config.stash[DESELECTED][file_of(item.nodeid)] += 1
 
 
 def pytest_sessionfinish(session):
   """A skipped test fails the session: a file skipped as a whole would otherwise read as green."""
+  if hasattr(session.config, 'workeroutput'):
+    session.config.workeroutput['deselected'] = dict(session.config.stash[DESELECTED])
   reporter = session.config.pluginmanager.get_plugin('terminalreporter')   # None in a worker
   skipped = reporter.stats.get('skipped', []) if reporter else []
   if skipped and session.exitstatus == 0:
     reporter.write_line('skipped, which counts as failure: '
                         + ', '.join(sorted({report.nodeid for report in skipped})), red=True)
     session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  """Names the files with tests that -m or -k left out; with --durations, seconds by file."""
+  if left_out := config.stash[DESELECTED]:
+    terminalreporter.write_line('not run: ' + ', '.join(
+        f'{count} tests of {file}' for file, count in sorted(left_out.items())), yellow=True)
+  if config.option.durations:
+    seconds = collections.Counter()
+    for report in (r for reports in terminalreporter.stats.values() for r in reports):
+      if hasattr(report, 'duration'):
+        seconds[file_of(report.nodeid)] += report.duration
+    terminalreporter.section(f'seconds by file, {sum(seconds.values()):.0f} in all')
+    for file, n in seconds.most_common(config.option.durations):
+      terminalreporter.write_line(f'{n:6.0f}  {file}')
