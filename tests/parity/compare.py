@@ -1,4 +1,4 @@
-"""Runs moejax on a golden case and measures its distance from what Hugging Face computed.
+"""Distance of moejax from what Hugging Face computed, on golden cases.
 
 A case is a dict of arrays: 'input/...' , 'weight/<Hugging Face name>' (float16, exact in float64),
 'logits' and 'grad/<name>', the gradients of the weighted mean cross-entropy.
@@ -45,30 +45,30 @@ def errors(name: str, case: dict, config=None, gradients: bool = True) -> dict[s
   Args:
     name: 't5' or 'vit'.
     case: golden arrays.
-    config: in place of the case's own, to see that another one differs.
-    gradients: compare them too.
+    config: replaces the case's own, to check that another one differs.
+    gradients: whether to compare them too.
   """
   own, table = CASES[name]
   with jax.enable_x64(True):
     model = models.build(config or own)
     weights = {k: v.astype(np.float64) for k, v in group(case, 'weight').items()}
     params = jax.tree.map(jnp.asarray, names.to_tree(table, weights))
-    if lines := trees.diff(params, model.shapes):
-      raise ValueError('\n'.join(lines))
+    if differences := trees.diff(params, model.shapes):
+      raise ValueError('\n'.join(differences))
     batch = {k: jnp.asarray(v) for k, v in group(case, 'input').items()}
-    found, wanted = {}, {'logits': case['logits']}
+    actual, expected = {}, {'logits': case['logits']}
     loss = _loss(model)
     if gradients:
-      grads, found['logits'] = jax.jit(jax.grad(loss, has_aux=True))(params, batch)
-      found |= trees.flatten(grads)
-      wanted |= names.to_moejax(table, group(case, 'grad'))
+      grads, actual['logits'] = jax.jit(jax.grad(loss, has_aux=True))(params, batch)
+      actual |= trees.flatten(grads)
+      expected |= names.to_moejax(table, group(case, 'grad'))
     else:
-      found['logits'] = jax.jit(loss)(params, batch)[1]
-    # A bias of attention keys moves all logits of a query alike: its gradient is 0 but for
-    # rounding, and is measured against the largest gradient there is.
-    least = 1e-6 * max(np.abs(v).max() for v in wanted.values())
-    return {k: float(np.abs(found[k] - v).max() / max(np.abs(v).max(), least))
-            for k, v in wanted.items()}
+      actual['logits'] = jax.jit(loss)(params, batch)[1]
+    # A bias of attention keys moves all logits of a query alike, so its gradient is 0 up to
+    # rounding. It is measured against the largest gradient.
+    least = 1e-6 * max(np.abs(v).max() for v in expected.values())
+    return {k: float(np.abs(actual[k] - v).max() / max(np.abs(v).max(), least))
+            for k, v in expected.items()}
 
 
 def _loss(model):

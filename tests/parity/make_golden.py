@@ -1,8 +1,9 @@
 """Golden arrays from Hugging Face transformers (torch), in float64.
 
   python -m tests.parity.make_golden           writes t5.npz, vit.npz and buckets.npz beside it
-  python -m tests.parity.make_golden --check   makes them afresh, compares them with the committed
-                                               ones, and moejax with torch in every gradient
+  python -m tests.parity.make_golden --check   computes them again, compares them with the
+                                               committed ones, and moejax with torch in every
+                                               gradient
 
 Weights are random, scaled so that every pre-activation is O(1): at initial scale a wrong GELU would
 be invisible. They are drawn in float16, which float64 holds exactly, to keep the files small.
@@ -46,7 +47,7 @@ DISTANCES = np.arange(-600, 601)
 
 @contextlib.contextmanager
 def float64_throughout():
-  """Inside, transformers' casts to float32 (norms, softmax) keep float64; formulas stay."""
+  """A context in which transformers' casts to float32 (norms, softmax) keep float64."""
   to, softmax = torch.Tensor.to, torch.nn.functional.softmax
   widen = lambda x: torch.float64 if x is torch.float32 else x
   torch.Tensor.to = lambda self, *a, **k: to(
@@ -154,20 +155,20 @@ def make_buckets() -> dict[str, np.ndarray]:
 
 
 def check(name: str, fresh: dict) -> list[str]:
-  """What is wrong with a case: lines, empty if nothing."""
+  """Differences between a fresh case and the committed one, and moejax; [] if there are none."""
   committed = compare.load(name)
-  lines = []
+  problems = []
   for key, value in committed.items():
     drift = np.abs(value - fresh[key]).max() / max(np.abs(value).max(), 1e-300)
     if drift > 1e-12:
-      lines.append(f'{name}: committed {key} is off by {drift:.1e}')
+      problems.append(f'{name}: committed {key} is off by {drift:.1e}')
   if name in compare.CASES:
     errors = compare.errors(name, fresh)
     worst = max(errors, key=errors.get)
     print(f'{name}: {len(errors)} arrays, worst {worst} {errors[worst]:.1e}')
-    lines += [f'{name}: {k} is off by {v:.1e}' for k, v in errors.items()
-              if not v < compare.TOLERANCE]
-  return lines
+    problems += [f'{name}: {k} is off by {v:.1e}' for k, v in errors.items()
+                 if not v < compare.TOLERANCE]
+  return problems
 
 
 def main():
@@ -175,17 +176,17 @@ def main():
   parser.add_argument('--check', action='store_true', help='compare instead of writing')
   args = parser.parse_args()
   print(f'torch {torch.__version__}, transformers {transformers.__version__}')
-  lines = []
+  problems = []
   for name, make in {'t5': make_t5, 'vit': make_vit, 'buckets': make_buckets}.items():
     case = make()
     if args.check:
-      lines += check(name, case)
+      problems += check(name, case)
       continue
     keep = {k: v for k, v in case.items()
             if not k.startswith('grad/') or k.removeprefix('grad/') in KEPT[name]}
     np.savez_compressed(compare.FOLDER / f'{name}.npz', **keep)
-  print('\n'.join(lines) or ('parity holds' if args.check else f'written to {compare.FOLDER}'))
-  sys.exit(bool(lines))
+  print('\n'.join(problems) or ('parity holds' if args.check else f'written to {compare.FOLDER}'))
+  sys.exit(bool(problems))
 
 
 if __name__ == '__main__':

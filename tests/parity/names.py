@@ -1,6 +1,6 @@
-"""Which Hugging Face weight is which leaf of moejax's tree, and how its layout changes.
+"""Maps Hugging Face weights to leaves of moejax's tree, and their layouts.
 
-Written apart from the checkpoint converters on purpose: parity has to be able to contradict them.
+It shares no code with the checkpoint converters, so that parity can contradict them.
 """
 
 import re
@@ -10,7 +10,7 @@ import numpy as np
 from moejax import trees
 
 
-def _same(w):
+def _keep(w):
   return w
 
 
@@ -31,19 +31,19 @@ def _first_of_two(w):
 
 
 T5 = (
-    (r'shared\.weight', 'token_embed/embedding', _same),
+    (r'shared\.weight', 'token_embed/embedding', _keep),
     (r'lm_head\.weight', 'head/kernel', _transpose),
-    (r'(encoder|decoder)\.final_layer_norm\.weight', r'\1/final_norm/scale', _same),
+    (r'(encoder|decoder)\.final_layer_norm\.weight', r'\1/final_norm/scale', _keep),
     (r'(encoder|decoder)\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight',
-     r'\1/relative_bias/embedding', _same),
+     r'\1/relative_bias/embedding', _keep),
     (r'(encoder|decoder)\.block\.(\d+)\.layer\.0\.SelfAttention\.([qkvo])\.weight',
      r'\1/layers/\2/attention/\3/kernel', _transpose),
     (r'(encoder|decoder)\.block\.(\d+)\.layer\.0\.layer_norm\.weight',
-     r'\1/layers/\2/attention_norm/scale', _same),
+     r'\1/layers/\2/attention_norm/scale', _keep),
     (r'decoder\.block\.(\d+)\.layer\.1\.EncDecAttention\.([qkvo])\.weight',
      r'decoder/layers/\1/cross_attention/\2/kernel', _transpose),
     (r'decoder\.block\.(\d+)\.layer\.1\.layer_norm\.weight',
-     r'decoder/layers/\1/cross_attention_norm/scale', _same),
+     r'decoder/layers/\1/cross_attention_norm/scale', _keep),
     (r'(encoder|decoder)\.block\.(\d+)\.layer\.[12]\.DenseReluDense\.wi_0\.weight',
      r'\1/layers/\2/mlp/wi_gate', _transpose),
     (r'(encoder|decoder)\.block\.(\d+)\.layer\.[12]\.DenseReluDense\.wi_1\.weight',
@@ -51,34 +51,34 @@ T5 = (
     (r'(encoder|decoder)\.block\.(\d+)\.layer\.[12]\.DenseReluDense\.wo\.weight',
      r'\1/layers/\2/mlp/wo', _transpose),
     (r'encoder\.block\.(\d+)\.layer\.1\.layer_norm\.weight',
-     r'encoder/layers/\1/mlp_norm/scale', _same),
+     r'encoder/layers/\1/mlp_norm/scale', _keep),
     (r'decoder\.block\.(\d+)\.layer\.2\.layer_norm\.weight',
-     r'decoder/layers/\1/mlp_norm/scale', _same),
+     r'decoder/layers/\1/mlp_norm/scale', _keep),
 )
 
 VIT = (
     (r'vit\.embeddings\.cls_token', 'cls', _first_of_two),
     (r'vit\.embeddings\.position_embeddings', 'position_embed/embedding', _first),
     (r'vit\.embeddings\.patch_embeddings\.projection\.weight', 'patch_embed/kernel', _conv),
-    (r'vit\.embeddings\.patch_embeddings\.projection\.bias', 'patch_embed/bias', _same),
+    (r'vit\.embeddings\.patch_embeddings\.projection\.bias', 'patch_embed/bias', _keep),
     (r'vit\.layers\.(\d+)\.attention\.([qkvo])_proj\.weight',
      r'encoder/layers/\1/attention/\2/kernel', _transpose),
     (r'vit\.layers\.(\d+)\.attention\.([qkvo])_proj\.bias',
-     r'encoder/layers/\1/attention/\2/bias', _same),
+     r'encoder/layers/\1/attention/\2/bias', _keep),
     (r'vit\.layers\.(\d+)\.layernorm_before\.weight',
-     r'encoder/layers/\1/attention_norm/scale', _same),
+     r'encoder/layers/\1/attention_norm/scale', _keep),
     (r'vit\.layers\.(\d+)\.layernorm_before\.bias',
-     r'encoder/layers/\1/attention_norm/bias', _same),
-    (r'vit\.layers\.(\d+)\.layernorm_after\.weight', r'encoder/layers/\1/mlp_norm/scale', _same),
-    (r'vit\.layers\.(\d+)\.layernorm_after\.bias', r'encoder/layers/\1/mlp_norm/bias', _same),
+     r'encoder/layers/\1/attention_norm/bias', _keep),
+    (r'vit\.layers\.(\d+)\.layernorm_after\.weight', r'encoder/layers/\1/mlp_norm/scale', _keep),
+    (r'vit\.layers\.(\d+)\.layernorm_after\.bias', r'encoder/layers/\1/mlp_norm/bias', _keep),
     (r'vit\.layers\.(\d+)\.mlp\.fc1\.weight', r'encoder/layers/\1/mlp/wi', _transpose),
-    (r'vit\.layers\.(\d+)\.mlp\.fc1\.bias', r'encoder/layers/\1/mlp/wi_bias', _same),
+    (r'vit\.layers\.(\d+)\.mlp\.fc1\.bias', r'encoder/layers/\1/mlp/wi_bias', _keep),
     (r'vit\.layers\.(\d+)\.mlp\.fc2\.weight', r'encoder/layers/\1/mlp/wo', _transpose),
-    (r'vit\.layers\.(\d+)\.mlp\.fc2\.bias', r'encoder/layers/\1/mlp/wo_bias', _same),
-    (r'vit\.layernorm\.weight', 'encoder/final_norm/scale', _same),
-    (r'vit\.layernorm\.bias', 'encoder/final_norm/bias', _same),
+    (r'vit\.layers\.(\d+)\.mlp\.fc2\.bias', r'encoder/layers/\1/mlp/wo_bias', _keep),
+    (r'vit\.layernorm\.weight', 'encoder/final_norm/scale', _keep),
+    (r'vit\.layernorm\.bias', 'encoder/final_norm/bias', _keep),
     (r'classifier\.weight', 'head/kernel', _transpose),
-    (r'classifier\.bias', 'head/bias', _same),
+    (r'classifier\.bias', 'head/bias', _keep),
 )
 
 

@@ -16,7 +16,7 @@ def test_logits_and_gradients_equal_hugging_face(name):
   assert {k: v for k, v in errors.items() if not v < compare.TOLERANCE} == {}
 
 
-def test_t5_case_is_one_that_can_tell():
+def test_the_t5_case_covers_padding_distances_and_widths():
   """Padding on both sides, distances past the last bucket, head widths that do not add up to D."""
   c, inputs = compare.T5_CONFIG, compare.group(compare.load('t5'), 'input')
   assert (inputs['encoder_input'] == 0).any() and (inputs['weight'] == 0).any()
@@ -48,14 +48,14 @@ def test_other_relative_distance_differs():
   assert errors['logits'] > 10 * compare.TOLERANCE
 
 
-def test_every_distance_has_hugging_face_s_bucket():
+def test_relative_buckets_equal_hugging_face():
   golden = compare.load('buckets')
   distance = golden.pop('distance')
   assert len(golden) == 6
-  for key, wanted in golden.items():
+  for key, expected in golden.items():
     n, far, stack = key.split('/')
-    found = attention.relative_buckets(distance, int(n), int(far), stack == 'encoder')
-    np.testing.assert_array_equal(found, wanted, err_msg=key)
+    actual = attention.relative_buckets(distance, int(n), int(far), stack == 'encoder')
+    np.testing.assert_array_equal(actual, expected, err_msg=key)
 
 
 def test_unknown_hugging_face_name_is_an_error():
