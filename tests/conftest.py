@@ -1,13 +1,14 @@
 """How tests run: devices, the compile cache, the order of files, and what a session reports.
 
 Every test process sees 8 virtual CPU devices, so that meshes and pmap can be tested anywhere, and
-compiles with little optimisation (tests/xla.py). What is compiled is kept for the next session.
+compiles with little optimisation (tests/xla.py). What is compiled is kept for a month.
 """
 
 import collections
 import importlib.metadata
 import os
 import pathlib
+import time
 
 import pytest
 
@@ -76,6 +77,10 @@ DESELECTED = pytest.StashKey[collections.Counter]()
 
 def pytest_configure(config):
   config.stash[DESELECTED] = collections.Counter()
+  if not hasattr(config, 'workerinput') and CACHE.exists():
+    for program in CACHE.iterdir():   # of code that has changed since, most likely
+      if program.stat().st_mtime < time.time() - 30 * 24 * 3600:
+        program.unlink(missing_ok=True)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -34,12 +34,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 
 from tests import house
 
 ROOT = house.ROOT
 LIBRARIES = ('absl.app', 'matplotlib.font_manager', 'ml_collections.config_flags', 'PIL.ImageFont')
+_STARTING = threading.Lock()
 LARGEST = 1 << 17   # bytes of a request; Linux takes 200 KB
 
 
@@ -136,9 +138,14 @@ def _python(command) -> list[str]:
   return words
 
 
-@functools.cache
 def _server() -> socket.socket:
-  """Starts the server of this process; the socket takes requests, and its end is the server's."""
+  """The socket that takes requests; starts the server at the first call."""
+  with _STARTING:
+    return _start()
+
+
+@functools.cache
+def _start() -> socket.socket:
   ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
   env = {k: v for k, v in os.environ.items()
          if not k.startswith(('JAX_', 'XLA_', 'TF_CPP_')) and k != 'PYTHONPATH'}
