@@ -2,10 +2,12 @@
 
 {trap: ((where, pattern, replacement, tests), ...)}:
 - where: the function, class, constant or module, by the end of its dotted name ('top_k',
-  'Reader.restore', 'dispatch.gather'), wherever its file is.
+  'Reader.restore', 'dispatch.gather'), wherever its file is; or a package, for all its modules
+  ('moejax.moe').
 - pattern: text that occurs exactly once in what has that name, as `ast.unparse` writes it (one line
-  a statement, no comments, single quotes). '$' stands for any text within a line.
-- replacement: in which each '$' is what that of the pattern stood for.
+  a statement, no comments, single quotes). '$' stands for any text within a line, '@' for a name,
+  with its dots.
+- replacement: in which each '$' and '@' is what that of the pattern stood for, in their order.
 - tests: arguments of pytest, below tests/; the part of the tests that has to notice.
 """
 
@@ -22,23 +24,23 @@ TRAPS = {
     'balance loss never added to the total': (
         ('make_train_step', 'return (task_objective + aux_loss, ', 'return (task_objective, ',
          'train/test_step.py'),
-        ('MoELayer', "_loss'] = weight * value", "_loss'] = jax.lax.stop_gradient(weight * value)",
-         'moe/test_layer.py -k auxiliary')),
+        ('moejax.moe', "_loss'] = weight * value",
+         "_loss'] = jax.lax.stop_gradient(weight * value)", 'moe/test_layer.py -k auxiliary')),
     'padding counted in the balance loss': (
-        ('_assignments', 'hot * routing.valid[..., None]', 'hot',
+        ('moejax.moe', 'return (@ * @.valid[..., None]).sum((1, 2))', 'return @.sum((1, 2))',
          'moe/test_balance.py -k "load_balance or asked"'),
         ('load_balance', 'jnp.where(mask[..., None], probs, 0.0)', 'probs',
          'moe/test_balance.py -k load_balance'),
         ('load_balance', 'jnp.maximum(mask.sum(1), 1)[:, None]', 'mask.shape[1]',
          'moe/test_balance.py -k load_balance')),
     'padding taking capacity': (
-        ('place', 'jnp.where(routing.valid, routing.expert, E)', 'routing.expert',
+        ('place', 'jnp.where(@.valid, @, E)', '@.expert',
          'moe/test_placement.py'),
         ('expert_choice', 'jnp.where(mask[..., None], probabilities(logits), -1.0)',
          'probabilities(logits)', 'moe/test_routing.py -k padding')),
     'dropped tokens leaking scaled inputs': (
-        ('MoELayer.__call__', 'if self.has_shared:',
-         'y = y + jnp.where((y == 0).all(-1, keepdims=True), 0.5 * x, 0)\n    if self.has_shared:',
+        ('MoELayer.__call__', 'if self.$shared$:',
+         'y = y + jnp.where((y == 0).all(-1, keepdims=True), 0.5 * x, 0)\n    if self.$shared$:',
          'moe/test_layer.py -k dropped'),
         ('dispatch.gather', 'jnp.zeros(x.shape, wide).at', 'x.astype(wide).at',
          'moe/test_dispatch.py -k "hand or no_slot"')),
@@ -67,7 +69,8 @@ TRAPS = {
         ('rules.plan', "problems['target leaves that nothing makes'].append($",
          "steps.append(_Step(fresh(path), (), path, transforms.Copy('fresh')))",
          'surgery/test_upcycle.py -k misnamed'),
-        ('Reader.restore', 'if lines:', 'if False:', 'checkpoints/test_orbax.py -k difference')),
+        ('Reader.restore', 'if @:\n        raise', 'if False:\n        raise',
+         'checkpoints/test_orbax.py -k difference')),
     'a later key overwriting an earlier one': (
         ('rules.plan', 'if len(made[path]) > 1:', 'if False:', 'trees/test_rules.py -k strict'),
         ('Stack.__init__', "{i:02d}'", "{i % 10:02d}'", 'models/test_build.py -k sizes')),
@@ -83,7 +86,7 @@ TRAPS = {
         ('orbax._finished', "bool(metadata.get('commit_timestamp_nsecs')) and ", '',
          'checkpoints/test_orbax.py -k listed')),
     'resume losing rng': (
-        ('Program.restore', 'state = TrainState($',
+        ('restore', 'state = TrainState($',
          'state = TrainState($\n    '
          'state = dataclasses.replace(state, key=state.key + jnp.uint32(1))',
          'train/test_resume.py -k "killed and step"'),),
@@ -102,10 +105,10 @@ TRAPS = {
         ('PER_STEP', "('router_grad_norm', 'router_bias_max')", "('router_bias_max',)",
          'train/test_metrics.py')),
     'ragged_dot off TPU': (
-        ('grouped_matmul._rows', 'tpu=ragged, cuda=cuda, default=loops', 'default=ragged',
+        ('moe.grouped_matmul', 'tpu=ragged, cuda=cuda, default=loops', 'default=ragged',
          'moe/test_grouped_matmul.py -k flops'),),
     'three-dimensional activations around matmuls': (
-        ('layers.dense', 'rows = x.reshape(-1, x.shape[-1])', 'rows = x',
+        ('dense', '@ = x.reshape(-1, x.shape[-1])', '@ = x',
          'moe/test_traps.py -k two_dimensional'),
         ('MLP.__call__', 'x.reshape(B * L, D), drop).reshape(B, L, D)', 'x, drop)',
          'moe/test_traps.py -k two_dimensional')),
@@ -134,22 +137,22 @@ TRAPS = {
         ('expert_init._expert', 'axis, seed, own_seed', 'axis, own_seed, own_seed',
          'surgery/test_expert_init.py -k drop'),),
     'granular router columns tiled, not repeated': (
-        ('Repeat', '[index[-1]] // self.groups', '[index[-1]] % (like.shape[-1] // self.groups)',
+        ('Repeat', '[index[-1]] // self.@', '[index[-1]] % (like.shape[-1] // self.@)',
          'trees/test_transforms.py -k repeat'),),
     'second choices placed before first': (
         ('place', '* K + choice[:, None]', '* K + choice[::-1, None]', 'moe/test_placement.py'),),
     'batch priority ignored': (
-        ('MoELayer', 'priority = probs.max(-1) if config.batch_priority else None',
+        ('moejax.moe', 'priority = probs.max(-1) if config.batch_priority else None',
          'priority = None',
          'moe/test_every.py -k "numpy and batch and priority and drops and gather"'),
         ('place', 'jnp.argsort(-jax.lax', 'jnp.argsort(jax.lax',
          'moe/test_placement.py -k by_priority')),
     'top-p always takes k': (
-        ('top_p', 'enough = jnp.cumsum(weight, axis=-1) - weight >= p',
-         'enough = jnp.zeros_like(weight, bool)', 'moe/test_token_choice.py -k top_p'),),
+        ('top_p', '@ = jnp.cumsum(weight, axis=-1) - weight >= p',
+         '@ = jnp.zeros_like(weight, bool)', 'moe/test_token_choice.py -k top_p'),),
     "all choices counted in GShard's balance loss": (
         ('load_balance', 'if first_only:', 'if False:', 'moe/test_balance.py -k first'),
-        ('MoELayer', "first_only=config.balance_counts == 'first'", 'first_only=False',
+        ('moejax.moe', "first_only=config.balance_counts == 'first'", 'first_only=False',
          'moe/test_losses.py -k first')),
     'label smoothing in the reported loss': (
         ('loss_sums', 'loss = log_z - _chosen(logits, target)',
@@ -164,7 +167,7 @@ TRAPS = {
         ('decoding.greedy', 'cache, last, position)', 'cache, last, position + 1)',
          'evaluation/test_decoding.py -k greedy_is')),
     'cache not causal': (
-        ('Stack.step', 'jnp.arange(M) <= position', 'jnp.arange(M) < M',
+        ('Stack.step', 'jnp.arange(M) <= @', 'jnp.arange(M) < M + 0 * @',
          'evaluation/test_decoding.py -k whole_forward'),),
     'KL of a distillation the wrong way round': (
         ('soft_targets', 'jnp.exp(teacher) * (teacher - student)',
@@ -178,18 +181,17 @@ TRAPS = {
          'moe/test_dispatch.py -k hand'),
         ('dispatch.grouped', 'keep(keep(out) * weight[:, None])', 'keep(out * weight[:, None])',
          'moe/test_dispatch.py -k experts_make'),
-        ('dispatch.grouped', 'jnp.where(rows.valid[:, None], buffer, 0)', 'buffer',
+        ('dispatch.grouped', 'buffer = jnp.where(@.valid[:, None], buffer, 0)', 'pass',
          'moe/test_dispatch.py -k block')),
     'renormalising before the mask': (
-        ('top_p', 'weight = jnp.where(enough, 0.0, weight)\n    if renormalize:\n$\n',
-         'if renormalize:\n$\n    weight = jnp.where(enough, 0.0, weight)\n',
+        ('top_p', '    weight = jnp.where(@, 0.0, weight)\n', '',
          'moe/test_token_choice.py -k top_p'),),
 }
 
 # What this code invites beside them.
 OTHERS = {
     'balance loss diluted by a stack that has none': (
-        ('MoELayer', '        if weight:', '        if True:', 'train/test_step.py -k dilute'),),
+        ('moejax.moe', '        if weight:', '        if True:', 'train/test_step.py -k dilute'),),
     'padding counted in the z-loss': (
         ('router_z', 'jnp.where(mask, z ** 2, 0.0)', '(z ** 2)',
          'moe/test_balance.py -k router_z'),),
@@ -207,7 +209,7 @@ OTHERS = {
         ('MoELayer', 'if train and self.config.second_threshold$:', 'if False:',
          'moe/test_noise.py -k second'),),
     'evaluation with the capacity of training': (
-        ('MoELayer', ' if train else config.eval_capacity_factor', '',
+        ('moejax.moe', '@ if train else @.eval_capacity_factor', '@',
          'moe/test_layer.py -k capacity'),),
     'expert choice in a decoder': (
         ('T5Config', "check(self.decoder_moe.router != 'expert_choice', ", 'check(True, ',
@@ -223,15 +225,16 @@ OTHERS = {
          'moe/test_dispatch.py -k many_slots'),),
     'many small matmuls': (
         ('PIECES', '(8, 4, 2, 1)', '(1,)', 'moe/test_grouped_matmul.py -k pieces'),
-        ('_over_run', 'first + times * m', 'first', 'moe/test_grouped_matmul.py -k pieces')),
+        ('moejax.moe', 'first, count = (first + times * m, ', 'first, count = (first, ',
+         'moe/test_grouped_matmul.py -k pieces')),
     'GPU kernels past the last run': (
-        ('grouped_matmul_gpu.rows', 'jnp.where(expert < len(blocks), K // k, 0)',
-         'jnp.full_like(expert, K // k)', 'moe/test_grouped_matmul_gpu.py -k numpy'),
-        ('grouped_matmul_gpu.matrices', '(ends - blocks * ', '(ends - (blocks - 1) * ',
+        ('grouped_matmul_gpu', 'jnp.where(expert < len(blocks), $, 0)',
+         'jnp.full_like(expert, $)', 'moe/test_grouped_matmul_gpu.py -k numpy'),
+        ('grouped_matmul_gpu', '(ends - blocks * ', '(ends - (blocks - 1) * ',
          'moe/test_grouped_matmul_gpu.py -k numpy')),
     'sums in bfloat16 on a GPU': (
-        ('grouped_matmul_gpu.rows', 'steps[block], step, jnp.zeros((b, n), jnp.float32)',
-         'steps[block], lambda i, t: step(i, t).astype(x.dtype), jnp.zeros((b, n), x.dtype)',
+        ('grouped_matmul_gpu', 'steps[block], step, jnp.zeros($, jnp.float32)',
+         'steps[block], lambda i, t: step(i, t).astype(x.dtype), jnp.zeros($, x.dtype)',
          'moe/test_grouped_matmul_gpu.py -k bfloat16'),),
     'tiles too wide for a GPU': (
         ('grouped_matmul_gpu', 'if fits_wide and ', 'if ',
@@ -240,23 +243,23 @@ OTHERS = {
         ('grouped_matmul_gpu', ', manual_axis_type=jax.typeof(like).manual_axis_type', '',
          'moe/test_grouped_matmul_gpu.py -k shard_map'),),
     'loops on a GPU': (
-        ('grouped_matmul._rows', 'if not grouped_matmul_gpu.fits($:', 'if True:',
+        ('moe.grouped_matmul', 'if not grouped_matmul_gpu.fits(x, b, *w.shape):', 'if True:',
          'moe/test_grouped_matmul_gpu.py -k kernels_where'),),
     'norms over two axes': (
         ('layers', 'x.reshape(-1, x.shape[-1]).astype(', 'x.astype(',
          'moe/test_traps.py -k norms_scale'),),
     'experts computed again': (
-        ('REMAT', ', layers.EXPERT_MATMUL', '', 'models/test_scan.py -k experts'),),
+        ('REMAT', ', @.EXPERT_MATMUL', '', 'models/test_scan.py -k experts'),),
     'tokens sent again': (
-        ('sharding.exchange', 'checkpoint_name(x, EXCHANGED)', 'x',
+        ('sharding.exchange', 'checkpoint_name(x, @)', 'x',
          'aot/test_expert_parallel.py -k sends_again'),),
     'gathering the batch over the mesh': (
         ('by_example', 'if shards == 1 or x.shape[0] % shards:', 'if True:',
          'aot/test_expert_parallel.py -k grows'),
-        ('models.blocks', 'x = sharding.by_example(x)\n$auxes', 'auxes',
+        ('moejax.models', 'x = sharding.by_example(x)\n$auxes.append', 'auxes.append',
          'aot/test_expert_parallel.py -k nor_in')),
     'gradients of all tokens sent to the parts of an embedding': (
-        ('Embed', 'sharding.whole_rows(self.embedding[...])', 'self.embedding[...]',
+        ('Embed', 'sharding.@(self.embedding[...])', 'self.embedding[...]',
          'aot/test_expert_parallel.py -k "nothing_that_grows and paper"'),),
     'averaging identical experts inexactly': (
         ('Mean', 'first + total / len(arrays[0])',
@@ -274,11 +277,12 @@ OTHERS = {
          'reduce((optimizer.clip_by_global_norm(total[0], optimizer_config.clip_norm)[0], '
          'total[1]))\n', 'train/test_step.py -k clipping'),),
     'resume repeating data': (
-        ('train.loop', 'program.train_batches(done)',
-         '(b for b, _ in zip(program.train_batches(plan.first), range(plan.end - done)))',
+        ('train.loop', 'for batch in @.train_batches(done):',
+         'for batch, _ in zip(@.train_batches(plan.first), range(plan.end - done)):',
          'train/test_resume.py -k "killed and step"'),),
     'steps of one call with rows of others': (
-        ('step.join', '.swapaxes(0, 1)', '', 'train/test_dispatch.py -k "cut or rows"'),
+        ('train.step', '.swapaxes(0, 1).reshape(-1, ', '.reshape(-1, ',
+         'train/test_dispatch.py -k "cut or rows"'),
         ('Plan.make', 'check(plan.whole % (config.steps_per_call or 1) == 0, ', 'check(True, ',
          'train/test_dispatch.py -k middle')),
     'several steps at once after a resume in between': (
@@ -322,11 +326,11 @@ OTHERS = {
     "work of the hardware counted as the model's": (
         ('flops', 'hot = dispatch and ', 'hot = ', 'test_flops.py -k utilisation'),),
     'processes stopping at different steps': (
-        ('Hosts.stop', 'if len(self._asked) > AHEAD else', 'if signal else',
+        ('Hosts.stop', 'if len(@) > AHEAD else', 'if signal else',
          'processes/test_processes.py -k agree'),),
     'processes loading rows of others': (
-        ('host_of', 'return (int(held[process][0]) // size, shards // size)',
-         'return (process, len(held))', 'processes/test_processes.py -k across'),),
+        ('host_of', 'return (int(@[process][0]) // size, shards // size)',
+         'return (process, len(@))', 'processes/test_processes.py -k across'),),
     'waiting for a process that is gone': (
         ('Watchdog._follow', 'if process is None:\n$\n    else:', 'if False:',
          'cluster/test_watchdog.py -k dies'),),
@@ -337,6 +341,6 @@ OTHERS = {
         ('verdict.decide', 'found.n < planned', 'len(rows) < planned',
          'experiments/test_verdict.py -k waits'),),
     'stopping as soon as it is significant': (
-        ('verdict.decide', 'UNDECIDED if found.n < planned else _outcome', '_outcome',
+        ('experiments.verdict', '@.n < planned', 'False',
          'experiments/test_verdict.py -k before'),),
 }

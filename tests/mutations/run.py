@@ -31,6 +31,7 @@ ROOT = house.ROOT
 TABLE = ROOT / 'tests/mutations/table.md'
 COPIED = ('moejax', 'configs', 'experiments', 'tests', 'pyproject.toml')
 SKIP_GUARD = 'tests/conftest.py::pytest_sessionfinish'   # fails a session that skipped a test
+WILDCARDS = {'$': '(.*)', '@': r'([\w.]+)'}
 SURVIVED = '**nothing**'
 HEAD = '''# Mutations: the traps, and the test that catches each
 
@@ -79,12 +80,19 @@ def definitions(root: pathlib.Path) -> dict[str, list[tuple[pathlib.Path, ast.AS
   return found
 
 
+def named(where: str, root: pathlib.Path) -> list[tuple[pathlib.Path, ast.AST]]:
+  """(file, node) of each definition whose name ends in `where`, or of each module below it."""
+  return [place for name, places in definitions(root).items() for place in places
+          if name.startswith('tests.') == where.startswith('tests.')
+          and (f'.{name}'.endswith(f'.{where}')
+               or name.startswith(f'{where}.') and isinstance(place[1], ast.Module))]
+
+
 def mutate(mutation: Mutation, root: pathlib.Path) -> tuple[pathlib.Path, str]:
   """(file, its text after the edit). Raises ValueError unless the edit applies exactly once."""
-  pattern = '(.*)'.join(map(re.escape, mutation.pattern.split('$')))
-  in_tests = mutation.where.startswith('tests.')
-  places = [place for name, named in definitions(root).items() for place in named
-            if f'.{name}'.endswith(f'.{mutation.where}') and name.startswith('tests.') == in_tests]
+  pattern = ''.join(WILDCARDS.get(part) or re.escape(part)
+                    for part in re.split('([$@])', mutation.pattern))
+  places = named(mutation.where, root)
   found = [(path, node, source) for path, node in places
            for source in [ast.unparse(node)] for _ in re.findall(pattern, source)]
   if len(found) != 1:
@@ -94,7 +102,7 @@ def mutate(mutation: Mutation, root: pathlib.Path) -> tuple[pathlib.Path, str]:
   [(path, node, source)] = found
   def replace(match):
     texts = iter(match.groups())
-    return re.sub(r'\$', lambda _: next(texts), mutation.replacement)
+    return re.sub('[$@]', lambda _: next(texts), mutation.replacement)
   changed = re.sub(pattern, replace, source)
   if changed == source:
     raise ValueError(f'{mutation.trap}: the edit of {mutation.where} changes nothing')
