@@ -53,6 +53,17 @@ class File:
   def tree(self) -> ast.Module:
     return ast.parse(self.text)
 
+  @functools.cached_property
+  def imported(self) -> list[tuple[str, str]]:
+    """(module, module.name) of each name that is imported from one; (module, module) of modules."""
+    found = []
+    for node in ast.walk(self.tree):
+      if isinstance(node, ast.ImportFrom) and node.module:
+        found += [(node.module, f'{node.module}.{alias.name}') for alias in node.names]
+      elif isinstance(node, ast.Import):
+        found += [(alias.name, alias.name) for alias in node.names]
+    return found
+
   @property
   def lines(self) -> int:
     return len(self.text.splitlines())
@@ -77,15 +88,8 @@ def is_command(text: str) -> bool:
 
 def imports(file: File, names: Iterable[str]) -> set[str]:
   """Those of `names` that a file imports, at its top or within a function."""
-  found = set()
-  for node in ast.walk(file.tree):
-    if isinstance(node, ast.ImportFrom) and node.module:
-      for alias in node.names:
-        full = f'{node.module}.{alias.name}'
-        found.add(full if full in names else node.module)
-    elif isinstance(node, ast.Import):
-      found |= {alias.name for alias in node.names}
-  return found & set(names) - {file.name}
+  return {full if full in names else module for module, full in file.imported} & set(names) - {
+      file.name}
 
 
 def circles(files: dict[str, File]) -> list[tuple[str, ...]]:

@@ -7,32 +7,25 @@ import pytest
 
 from tests import conftest, fork_server, house
 
-TESTS = {'tests/test_a.py': 'import pytest\n\n@pytest.mark.{mark}\ndef test_a():\n  pass\n',
-         'tests/test_b.py': 'def test_b():\n  pass\n'}
 
-
-def session(folder, mark, *arguments):
-  """pytest's exit code and output on two files of one test each; `mark` is that of the first."""
-  for path, text in TESTS.items():
-    (folder / path).parent.mkdir(exist_ok=True)
-    (folder / path).write_text(text.format(mark=mark))
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_skip_fails_the_session_and_what_is_left_out_is_named(tmp_path, workers):
+  (tmp_path / 'tests').mkdir()
+  for name, mark in (('a', 'skip'), ('b', 'runs'), ('c', 'usefixtures')):
+    (tmp_path / f'tests/test_{name}.py').write_text(
+        f'import pytest\n\n@pytest.mark.{mark}\ndef test_{name}():\n  pass\n')
   for name in ('tests/conftest.py', 'tests/xla.py', 'pyproject.toml'):
-    shutil.copy(house.ROOT / name, folder / name)
-  done = fork_server.run([sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', *arguments],
-                         cwd=folder, capture_output=True, text=True, timeout=60)
-  return done.returncode, done.stdout
-
-
-@pytest.mark.parametrize('arguments', [(), ('-n', '2')], ids=['one process', 'workers'])
-def test_a_skipped_test_fails_the_session(tmp_path, arguments):
-  code, text = session(tmp_path, 'skip', *arguments)
-  assert code == 1 and 'skipped, which counts as failure: tests/test_a.py::test_a' in text
-
-
-@pytest.mark.parametrize('arguments', [(), ('-n', '2')], ids=['one process', 'workers'])
-def test_tests_that_were_left_out_are_named(tmp_path, arguments):
-  code, text = session(tmp_path, 'runs', '-m', 'not runs', *arguments)
-  assert code == 0 and 'not run: 1 tests of tests/test_a.py' in text and '1 passed' in text
+    shutil.copy(house.ROOT / name, tmp_path / name)
+  pytest_with = lambda *arguments: fork_server.run(
+      [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', f'-n{workers}', '-m', 'not runs',
+       *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+  done = pytest_with()
+  assert done.returncode == 1, done.stdout
+  assert 'skipped, which counts as failure: tests/test_a.py::test_a' in done.stdout
+  assert 'not run: 1 tests of tests/test_b.py' in done.stdout
+  (tmp_path / 'tests/test_a.py').unlink()
+  if not workers:
+    assert pytest_with().returncode == 0
 
 
 def test_what_takes_long_exists():
