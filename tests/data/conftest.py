@@ -1,4 +1,4 @@
-"""One cache for all data tests, so that glyphs are rendered once and the user's is left be."""
+"""One cache for all data tests: glyphs are rendered once, and the user's cache stays as it is."""
 
 import pytest
 
