@@ -1,4 +1,4 @@
-"""Rule tables on hand-made trees: values, strictness, and no more memory than a slice needs."""
+"""Rule tables on hand-made trees: plans, values, strictness, and no more memory than a slice."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 
 from moejax.config import ConfigError
 from moejax.trees import rules
-from moejax.trees.rules import Entry, Rule
+from moejax.trees.rules import Entry
+from moejax.trees.transforms import Repeat, Subset
 
 
 def run(table, source, target, fresh=None, **kwargs):
@@ -45,6 +46,28 @@ def test_every_kind():
       Entry('q', ('q/kernel',), 'transposed', (4, 2, 3), 'float32'),
       Entry('router', (), 'fresh', (2, 4), 'float32'),
       Entry('', ('old/x',), 'dropped', (1,), 'float32')]
+
+
+def test_a_plan_lists_a_move_per_leaf_and_which_are_fresh():
+  """Targets in order, then dropped leaves; new in part counts as fresh. Nothing is read."""
+  source = {'w': arange(2, 3), 'v': arange(3), 'old': arange(1)}
+  target = {'z': arange(2, 3), 'y': arange(2, 3), 'experts': arange(4, 3), 'router': arange(2, 4)}
+  planned = rules.plan(
+      [rules.drop('old'), rules.copy('w', ('z', 'y')), rules.fresh('router', Repeat(2)),
+       rules.derive('v', {'experts': Subset(1)})], source, target)
+  assert [(move.target, move.sources, move.how.fate) for move in planned.moves] == [
+      ('experts', ('v',), 'tiled in part'), ('router', (), 'fresh'), ('y', ('w',), 'repeated'),
+      ('z', ('w',), 'repeated'), ('', ('old',), 'dropped')]
+  assert [str(move.rule) for move in planned.moves] == [
+      "derive 'v' -> 'experts'", "fresh 'router'", "copy 'w' -> 'z' -> 'y'",
+      "copy 'w' -> 'z' -> 'y'", "drop 'old'"]
+  assert planned.fresh == {'experts', 'router'}
+  assert (planned.source_shapes, planned.target_shapes) == (source, target)
+  made, entries = rules.apply(planned, source.__getitem__, target.__getitem__)
+  np.testing.assert_array_equal(made['experts'], [[0, 1, 2], *target['experts'][1:]])
+  np.testing.assert_array_equal(made['router'], [[0, 0, 1, 1], [4, 4, 5, 5]])
+  assert [(e.target, e.sources, e.fate) for e in entries] == [
+      (move.target, move.sources, move.how.fate) for move in planned.moves]
 
 
 def test_transpose_reverses_by_default():
@@ -193,8 +216,3 @@ def test_a_read_or_fresh_value_of_another_shape():
     rules.apply(rules.plan([rules.copy('a')], {'a': V}, {'a': V}), lambda path: W, None)
   with pytest.raises(ConfigError, match=r'a: read an array of shape'):
     run([rules.fresh('a')], {}, {'a': V}, {'a': W})
-
-
-def test_unknown_kind():
-  with pytest.raises(ConfigError, match="rule.kind: got 'til'.*Did you mean 'tile'"):
-    Rule('til', 'a', 'b')
