@@ -207,9 +207,9 @@ def test_other_layers_of_an_moe_sparse():
     np.testing.assert_allclose(made[f'params/{LAYER}/mlp/{name}'], old.mean(0), rtol=1e-5,
                                atol=1e-6)
     assert fates[f'params/{LAYER}/mlp/{name}'] == 'averaged'
-    for slot in ('mu', 'nu', 'count'):
-      assert fates[f'opt_state/{LAYER}/mlp/{name}/{slot}'] == 'fresh'
-      assert not np.any(made[f'opt_state/{LAYER}/mlp/{name}/{slot}'])
+    for moment in ('mu', 'nu', 'count'):
+      assert fates[f'opt_state/{LAYER}/mlp/{name}/{moment}'] == 'fresh'
+      assert not np.any(made[f'opt_state/{LAYER}/mlp/{name}/{moment}'])
     np.testing.assert_array_equal(made[f'params/encoder/layers/03/moe/experts/{name}'][2],
                                   source[f'params/encoder/layers/03/mlp/{name}'])
   for path in source:

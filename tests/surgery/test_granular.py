@@ -210,8 +210,8 @@ def test_shards_start_without_moments(config):
     assert fates[f'params/{path}/{name}'] == fate
     np.testing.assert_array_equal(made[f'opt_state/{path}/{name}/count'],
                                   [3 if name == 'wo_bias' else 0] * 4)
-    for slot in (p for p in made if p.startswith(f'opt_state/{path}/{name}/')):
-      assert np.any(made[slot]) == (name == 'wo_bias'), slot
+    for leaf in (p for p in made if p.startswith(f'opt_state/{path}/{name}/')):
+      assert np.any(made[leaf]) == (name == 'wo_bias'), leaf
 
 
 def test_the_stack_decides():

@@ -85,7 +85,7 @@ def test_casts_between_floats_are_recorded():
     (lambda: rules.tile('w', 'w'), (8, 4, 6)), (lambda: rules.stack(r'w|\w{2}', 'w'), (3, 4, 6)),
     (lambda: rules.transpose('w', 'w'), (6, 4)), (lambda: rules.copy('w'), (4, 6))])
 def test_make_gives_any_slice(make_rule, target):
-  """What a device asks for is that slice of the whole."""
+  """A device gets that slice of the whole leaf which it requests."""
   source = {'w': arange(4, 6)}
   if make_rule().kind == 'stack':
     source |= {'wa': arange(4, 6) + 100, 'wb': arange(4, 6) + 200}
@@ -205,7 +205,7 @@ def test_all_problems_at_once_and_long_lists_cut():
       'rules that match nothing (1):', "  drop 'b'",
       'shapes or dtypes that do not fit (1):', '  copy a (2, 3) float32 -> a (3,) float32',
       'source leaves that no rule takes (32):',
-      '  params/x00 (3,) float32', '  params/x01 (3,) float32',   # what they are slots of, first
+      '  params/x00 (3,) float32', '  params/x01 (3,) float32',   # parameters first
       '  opt_state/x00/mu (3,) float32', '  opt_state/x01/mu (3,) float32',
       '  opt_state/x02/mu (3,) float32', '  ... and 27 more',
       'target leaves that nothing makes (1):', '  c (3,) float32']
