@@ -5,8 +5,8 @@ here. From the paper: global average pooling; a 10-shot least-squares probe on I
 From the same research group's published Soft MoE config, the nearest there is: batch 4,096, Adam,
 rate 1e-3 warmed up over 10,000 steps and falling as 1 / sqrt(step), weight decay 3.0 for the head
 and 0.03 for other kernels, clipping at 1. (By a summary, the paper's runs use Adafactor with
-momentum, which moejax does not have.) Our choices: 112,000 steps to the trunk (about 380 epochs), then a
-cooldown of 22,400; bfloat16; flips and shifted crops, and no mixup.
+momentum, which moejax does not have.) Our choices: 112,000 steps to the trunk (about 380 epochs),
+then a cooldown of 22,400; bfloat16; flips and shifted crops, and no mixup.
 """
 
 from configs.common import words
