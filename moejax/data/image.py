@@ -158,20 +158,16 @@ class ImageProcessor:
   def image_shape(self) -> tuple[int, int, int]:
     return (self.config.size, self.config.size, self.channels)
 
-  def draw(self, example: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """An example's image, label and random numbers; `finish` distorts the pixels."""
-    return self._draw(example, rng, self.config.augment == 'flip_crop')
+  def draw(self, example: Mapping[str, Any], rng: np.random.Generator,
+           train: bool = True) -> dict[str, np.ndarray]:
+    """An example's image, label and random numbers; `finish` distorts the pixels.
 
-  def draw_fixed(self, example: Mapping[str, Any],
-                 rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """`draw` for evaluation: without flips and crops."""
-    return self._draw(example, rng, False)
-
-  def _draw(self, example, rng, crop):
+    train: whether flip_crop flips and crops.
+    """
     image = example['image']
     if self._fit_each:
       image = fit(image, self.config.size, self.channels)
-    if crop:
+    if train and self.config.augment == 'flip_crop':
       image = flip_crop(image, rng)
     out = {'image': image, 'label': np.int32(example['label'])}
     if self._mild:

@@ -129,7 +129,7 @@ class Dataset:
 
   def _train_pipeline(self, seed: int) -> grain.MapDataset:
     size = self._config.batch_size // self._hosts
-    ds = self._numbers('train').seed(seed).shuffle().random_map(self._reader('train'))
+    ds = self._numbers('train').seed(seed).shuffle().random_map(self._reader('train', train=True))
     ds = ds.repeat().batch(size, batch_fn=_stack)[self._host::self._hosts]
     index = self._global_index(size)
     return ds.map(lambda batch: {**self._processor.finish(batch), 'index': index.copy()})
@@ -150,7 +150,7 @@ class Dataset:
 
     order = self._numbers(split).shuffle(EVAL_SEED)
     ds = grain.MapDataset.range(n).map(lambda i: order[i % (n // repeats)])
-    ds = ds.random_map(self._reader(split, fixed=True), seed=EVAL_SEED).repeat()[:padded]
+    ds = ds.random_map(self._reader(split, train=False), seed=EVAL_SEED).repeat()[:padded]
     return ds.batch(size, batch_fn=_stack)[self._host::self._hosts].map_with_index(finish)
 
   def _numbers(self, split: str) -> grain.MapDataset:
@@ -160,12 +160,12 @@ class Dataset:
     """
     return grain.MapDataset.range(len(self._splits[split]))
 
-  def _reader(self, split: str, fixed: bool = False) -> Callable:
-    examples = self._splits[split]
-    draw = self._processor.draw_fixed if fixed else self._processor.draw
+  def _reader(self, split: str, train: bool) -> Callable:
+    """A function (number of an example, random generator) -> the example's arrays."""
+    examples, draw = self._splits[split], self._processor.draw
     if self._pairs:
-      return lambda number, rng: {**draw(examples[number], rng), 'example': np.int32(number)}
-    return lambda number, rng: draw(examples[number], rng)
+      return lambda number, rng: {**draw(examples[number], rng, train), 'example': np.int32(number)}
+    return lambda number, rng: draw(examples[number], rng, train)
 
   def _evaluated(self, split: str) -> int:
     """How many examples of `split`, which may be 'train', an evaluation covers."""

@@ -220,11 +220,13 @@ class TextProcessor:
     """Bytes of text that are cut for one window."""
     return self.window * self.vocabulary.bytes_per_token
 
-  def draw(self, example: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Cuts a random window and draws its mask: tokens, mask (W,), length ().
+  def draw(self, example: Mapping[str, Any], rng: np.random.Generator,
+           train: bool = True) -> dict[str, np.ndarray]:
+    """A random window and its random mask: tokens (W,), mask (W,), length ().
 
     Text too short for a window is corrupted whole; below two tokens it is an empty example.
     """
+    del train   # evaluation is corrupted too
     text, W = example['text'], self.window
     start = int(rng.integers(0, max(len(text) - self.window_bytes, 0) + 1))
     ids = self.vocabulary.encode(text[start:start + self.window_bytes])[:W]
@@ -234,8 +236,6 @@ class TextProcessor:
       tokens[:n] = ids
       mask[:n] = noise_mask(n, self.config.noise_density, self.config.mean_span_length, rng)
     return {'tokens': tokens, 'mask': mask, 'length': np.int32(n)}
-
-  draw_fixed = draw   # evaluation is corrupted too, by fixed draws
 
   def finish(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Stacked draws -> the batch of span_corrupt; empty examples become filler, all zero."""

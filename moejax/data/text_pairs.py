@@ -80,9 +80,10 @@ class PairProcessor:
           'Raise it: targets are never cut.')
     return ids
 
-  def draw(self, example: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def draw(self, example: Mapping[str, Any], rng: np.random.Generator,
+           train: bool = True) -> dict[str, np.ndarray]:
     """A pair's encoder_input (Le,), target (Ld,) and task (), int32; nothing is random."""
-    del rng
+    del rng, train
     L = self.config.encoder_length
     encoder_input = np.full(L, PAD, np.int32)
     ids = self.vocabulary.encode(example['input'])[:L - 1]
@@ -91,8 +92,6 @@ class PairProcessor:
     ids = self.check_target(example['target'])
     target[:len(ids)], target[len(ids)] = ids, EOS
     return {'encoder_input': encoder_input, 'target': target, 'task': np.int32(example['task'])}
-
-  draw_fixed = draw
 
   def finish(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Stacked draws, with decoder_input and weight of text.decoder_side."""

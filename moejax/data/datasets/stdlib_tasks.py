@@ -4,8 +4,7 @@ name: the name of a function, from its code. swap: whether two arguments of a ca
 module: the package that some lines come from. The tasks are mixed in proportion to their size, as
 SuperGLUE's are in Komatsuzaki et al. (2023); the tasks and their rules are our own.
 
-An item is a tuple of pairs that are kept or left out together: one pair, or two
-versions of a call.
+An item is a tuple of pairs that are kept or left out together: one pair, or two versions of a call.
 """
 
 import ast
@@ -13,7 +12,7 @@ import hashlib
 import itertools
 import re
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from moejax.data.config import DataConfig
@@ -42,16 +41,13 @@ def deal(files: Mapping[str, int]) -> dict[str, str]:
 
   Files of such a package are dealt among themselves, all other files together.
   """
-  packages = defaultdict(list)
-  for path in files:
-    packages[package(path)].append(path)
-  large = [name for name in sorted(packages) if name and len(packages[name]) >= len(SPLITS)]
-  rest = [path for name in sorted(packages) if name not in large for path in packages[name]]
-  split = {}
-  for paths in [*(packages[name] for name in large), rest]:
-    paths = sorted(paths, key=lambda p: (-files[p], p))
-    split |= {path: DEAL[n % len(DEAL)] for n, path in enumerate(paths)}
-  return split
+  sizes = Counter(map(package, files))
+  dealt = defaultdict(list)   # package, or '' for all other files -> its files
+  for path in sorted(files, key=lambda p: (-files[p], p)):
+    name = package(path)
+    dealt[name if sizes[name] >= len(SPLITS) else ''].append(path)
+  order = sorted(dealt, key=lambda name: (not name, name))   # which examples inherit
+  return {path: DEAL[n % len(DEAL)] for name in order for n, path in enumerate(dealt[name])}
 
 
 def package(path: str) -> str:
