@@ -116,7 +116,7 @@ def longest_window(encoder_length: int, density: float, mean_span: float) -> int
 
 
 def _random_partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-  """(parts,) positive lengths that sum to total, drawn uniformly from all such."""
+  """(parts,) positive lengths that sum to total, drawn uniformly from all such partitions."""
   bounds = np.zeros(parts + 1, np.int64)
   bounds[1:-1] = np.sort(rng.permutation(total - 1)[:parts - 1]) + 1
   bounds[-1] = total
@@ -133,8 +133,8 @@ def noise_mask(length: int, density: float, mean_span: float,
   tokens, spans = noise_counts(length, density, mean_span)
   kept = _random_partition(length - tokens, spans, rng)
   masked = _random_partition(tokens, spans, rng)
-  runs = np.stack([kept, masked], axis=1).reshape(-1)              # (2 * spans,)
-  return np.repeat(np.arange(2 * spans) % 2 == 1, runs)
+  lengths = np.stack([kept, masked], axis=1).reshape(-1)           # (2 * spans,)
+  return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
 
 
 def span_corrupt(tokens: np.ndarray, mask: np.ndarray, length: np.ndarray, encoder_length: int,
@@ -195,8 +195,6 @@ class TextProcessor:
     ConfigError: the corrupted window does not fit encoder_length or decoder_length, or has more
       spans than the vocabulary has sentinels.
   """
-  kind = 'seq2seq'
-
   def __init__(self, config: TextConfig):
     self.config = config
     self.vocabulary = vocabulary(config.vocabulary)

@@ -66,8 +66,6 @@ class PairProcessor:
   target that does not fit decoder_length is an error (`check_target`) and never cut, since the
   model would be trained and scored on half an answer.
   """
-  kind = 'seq2seq'
-
   def __init__(self, config: TextConfig):
     self.config = config
     self.vocabulary = vocabulary(config.vocabulary)
