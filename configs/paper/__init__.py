@@ -1,6 +1,6 @@
 """The real runs of Komatsuzaki et al. (2023), as far as its text and the public code describe them.
 
-Where neither does, the choice is ours and the file says so. The data, C4, ImageNet (for JFT-300M,
+Where neither does, the choice is ours, as the file notes. The data, C4, ImageNet (for JFT-300M,
 which is not public) and SuperGLUE, must be prepared by TFDS as array_record; data.data_dir names
 their folder. SLICES names the TPU slice of each run, for --compile_for=SLICE; on other machines set
 --config.mesh.fsdp and --config.mesh.expert.

@@ -145,6 +145,7 @@ class ImageProcessor:
     same_shape: whether all images of the source have one shape, so that a whole batch can be
       resized at once; otherwise each is resized (`fit`) as it is read.
   """
+
   def __init__(self, config: ImageConfig, channels: int, same_shape: bool):
     self.config = config
     self.channels = config.channels or channels

@@ -195,6 +195,7 @@ class TextProcessor:
     ConfigError: the corrupted window does not fit encoder_length or decoder_length, or has more
       spans than the vocabulary has sentinels.
   """
+
   def __init__(self, config: TextConfig):
     self.config = config
     self.vocabulary = vocabulary(config.vocabulary)

@@ -66,6 +66,7 @@ class PairProcessor:
   target that does not fit decoder_length is an error (`check_target`) and never cut, since the
   model would be trained and scored on half an answer.
   """
+
   def __init__(self, config: TextConfig):
     self.config = config
     self.vocabulary = vocabulary(config.vocabulary)

@@ -136,7 +136,7 @@ def accuracy(train: Features, test: Features, shots: int, config: ProbeConfig,
   so that the examples of fewer shots are among those of more.
 
   Args:
-    train: examples to draw from; its classes are those to tell apart.
+    train: examples to draw from; its classes are the classifier's.
     test: examples to classify.
     shots: examples per class.
     config: for draws and l2.

@@ -29,8 +29,8 @@ class Transform(abc.ABC):
   with_fresh: ClassVar[bool] = False
 
   @abc.abstractmethod
-  def fits(self, given: Sequence[Shape], wanted: Shape) -> bool:
-    """Whether sources of the shapes `given` can become a leaf of shape `wanted`."""
+  def fits(self, sources: Sequence[Shape], target: Shape) -> bool:
+    """Whether leaves of these shapes can become a leaf of shape `target`."""
 
   @abc.abstractmethod
   def make(self, arrays: Sequence[Any], index: Index, like: Any) -> np.ndarray:
@@ -51,8 +51,8 @@ class Copy(Transform):
   """The leaf as it is, or its fresh value as it is."""
   fate: str = 'copied'
 
-  def fits(self, given, wanted):
-    return all(shape == wanted for shape in given)
+  def fits(self, sources, target):
+    return all(shape == target for shape in sources)
 
   def make(self, arrays, index, like):
     return arrays[0][index]
@@ -64,10 +64,10 @@ class Transpose(Transform):
   axes: tuple[int, ...] = ()
   fate: ClassVar[str] = 'transposed'
 
-  def fits(self, given, wanted):
-    axes = self.axes or tuple(reversed(range(len(given[0]))))
-    return (sorted(axes) == list(range(len(given[0])))
-            and wanted == tuple(given[0][a] for a in axes))
+  def fits(self, sources, target):
+    axes = self.axes or tuple(reversed(range(len(sources[0]))))
+    return (sorted(axes) == list(range(len(sources[0])))
+            and target == tuple(sources[0][a] for a in axes))
 
   def make(self, arrays, index, like):
     return np.transpose(arrays[0], self.axes or None)[index]
@@ -77,8 +77,8 @@ class Stack(Transform):
   """All sources along a new first axis."""
   fate = 'stacked'
 
-  def fits(self, given, wanted):
-    return all(wanted == (len(given), *shape) for shape in given)
+  def fits(self, sources, target):
+    return all(target == (len(sources), *shape) for shape in sources)
 
   def make(self, arrays, index, like):
     return np.stack([a[index[1:]] for a in arrays[index[0]]])
@@ -88,8 +88,8 @@ class Tile(Transform):
   """The leaf repeated along a new first axis, to the length that the target has."""
   fate = 'tiled'
 
-  def fits(self, given, wanted):
-    return len(wanted) > 0 and wanted[1:] == given[0]
+  def fits(self, sources, target):
+    return len(target) > 0 and target[1:] == sources[0]
 
   def make(self, arrays, index, like):
     part = arrays[0][index[1:]]
@@ -101,8 +101,8 @@ class Mean(Transform):
   """The average over the first axis, as w0 + mean(w_i - w0): exact if all w_i are equal."""
   fate = 'averaged'
 
-  def fits(self, given, wanted):
-    return len(given[0]) > 0 and given[0][0] > 0 and given[0][1:] == wanted
+  def fits(self, sources, target):
+    return len(sources[0]) > 0 and sources[0][0] > 0 and sources[0][1:] == target
 
   def make(self, arrays, index, like):
     first = np.asarray(arrays[0][0][index], np.float64)
@@ -123,13 +123,13 @@ class Slice(Transform):
   scale: float = 1.0
   fate: ClassVar[str] = 'sliced'
 
-  def fits(self, given, wanted):
+  def fits(self, sources, target):
     if self.axis is None:
-      return given[0] == wanted
-    if len(given[0]) != len(wanted) or not wanted:
+      return sources[0] == target
+    if len(sources[0]) != len(target) or not target:
       return False
-    units = wanted[self.axis]
-    return units <= given[0][self.axis] and _resized(given[0], self.axis, units) == wanted
+    units = target[self.axis]
+    return units <= sources[0][self.axis] and _resized(sources[0], self.axis, units) == target
 
   def make(self, arrays, index, like):
     whole = arrays[0]
@@ -145,8 +145,8 @@ class Subset(Transform):
   fate: ClassVar[str] = 'tiled in part'
   with_fresh: ClassVar[bool] = True
 
-  def fits(self, given, wanted):
-    return len(wanted) > 0 and wanted[1:] == given[0] and self.copies <= wanted[0]
+  def fits(self, sources, target):
+    return len(target) > 0 and target[1:] == sources[0] and self.copies <= target[0]
 
   def make(self, arrays, index, like):
     out = np.array(arrays[1][index], like.dtype)
@@ -163,8 +163,8 @@ class _Experts(Transform):
   def expert(self, source: np.ndarray, e: int) -> np.ndarray:
     """The whole leaf of expert e."""
 
-  def fits(self, given, wanted):
-    return len(wanted) > 0 and wanted[1:] == given[0]
+  def fits(self, sources, target):
+    return len(target) > 0 and target[1:] == sources[0]
 
   def make(self, arrays, index, like):
     experts, out = _experts(index, like), None
@@ -239,11 +239,11 @@ class Shard(_Experts):
     kind = 'tiled' if self.shards == 1 or self.axis is None else 'sharded'
     return kind if self.scale == 1 else f'{kind}, scaled'
 
-  def fits(self, given, wanted):
-    if len(wanted) == 0 or self.axis is None:
-      return wanted[1:] == given[0] and len(wanted) > 0
-    F = given[0][self.axis]
-    return F % self.shards == 0 and wanted[1:] == _resized(given[0], self.axis, F // self.shards)
+  def fits(self, sources, target):
+    if len(target) == 0 or self.axis is None:
+      return target[1:] == sources[0] and len(target) > 0
+    F = sources[0][self.axis]
+    return F % self.shards == 0 and target[1:] == _resized(sources[0], self.axis, F // self.shards)
 
   def expert(self, source, e):
     if self.axis is not None:
@@ -262,8 +262,8 @@ class Repeat(Transform):
   fate: ClassVar[str] = 'fresh'
   with_fresh: ClassVar[bool] = True
 
-  def fits(self, given, wanted):
-    return len(wanted) > 0 and wanted[-1] % self.shards == 0
+  def fits(self, sources, target):
+    return len(target) > 0 and target[-1] % self.shards == 0
 
   def make(self, arrays, index, like):
     columns = np.arange(like.shape[-1])[index[-1]] // self.shards

@@ -256,7 +256,7 @@ def test_small_leaves_are_read_together_and_each_is_right(tmp_path, monkeypatch)
   monkeypatch.setattr(orbax, '_AHEAD', 64 * 4 * 10)   # ten leaves
   reader, calls = Reader(tmp_path), []
   read = reader._read
-  monkeypatch.setattr(reader, '_read', lambda wanted: calls.append(len(wanted)) or read(wanted))
+  monkeypatch.setattr(reader, '_read', lambda leaves: calls.append(len(leaves)) or read(leaves))
   for i, path in enumerate(reader.shapes):
     np.testing.assert_array_equal(reader.read(path), np.full((64,), i, np.float32))
   assert calls == [10] * 10

@@ -45,9 +45,9 @@ def test_resolves_builds_and_survives_json(name, arg):
   model = models.build(run.model)
   key = jax.eval_shape(lambda: jax.random.key(0))
   assert trees.diff(jax.eval_shape(model.init, key), model.shapes) == []
-  rows = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
-  assert run.data.batch_size % (rows * run.microbatches) == 0    # on one device
-  assert run.data.eval_batch_size % rows == 0
+  group = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
+  assert run.data.batch_size % (group * run.microbatches) == 0    # on one device
+  assert run.data.eval_batch_size % group == 0
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -72,7 +72,7 @@ TUNED = [('vit_digits', 'vit_glyphs_upcycled', ('moe',)),
          ('t5_cmudict', 't5_stdlib_upcycled', ('encoder_moe', 'decoder_moe'))]
 
 
-@pytest.mark.parametrize('tuned, upcycled, stacks', TUNED, ids=[row[0] for row in TUNED])
+@pytest.mark.parametrize('tuned, upcycled, stacks', TUNED, ids=[case[0] for case in TUNED])
 @pytest.mark.parametrize('name', presets.BY_NAME)
 def test_a_preset_of_the_upcycled_parent_is_its_fine_tunings(tuned, upcycled, stacks, name):
   parent, child = (run_config.resolve(get_config(n, name)) for n in (upcycled, tuned))
@@ -85,14 +85,14 @@ def test_a_preset_of_the_upcycled_parent_is_its_fine_tunings(tuned, upcycled, st
   assert local.model == child.model and local.steps <= 10 < child.steps
 
 
-@pytest.mark.parametrize('tuned', [row[0] for row in TUNED])
+@pytest.mark.parametrize('tuned', [case[0] for case in TUNED])
 def test_two_presets_are_refused(tuned):
   with pytest.raises(ConfigError, match="config argument: got 'switch,glam', allowed: one preset"):
     get_config(tuned, 'switch,glam,runlocal')
 
 
 class Enough(Exception):
-  """Stops a program that has asked for all the data there are to look at."""
+  """Stops a program once it has requested all its data."""
 
 
 def test_new_glyphs_are_all_new_to_the_parent(monkeypatch):
@@ -101,17 +101,17 @@ def test_new_glyphs_are_all_new_to_the_parent(monkeypatch):
   edited.probe = tuned.probe   # as for a probe of what pretraining made of the features
   edited.data.eval_repeats = 2
   run, tuned = run_config.resolve(edited), run_config.resolve(tuned)
-  asked, build = [], loop.Program._data
+  requested, build = [], loop.Program._data
 
   def data_of(program, config):
-    asked.append(config)
-    if len(asked) == 2:
+    requested.append(config)
+    if len(requested) == 2:
       raise Enough
     return build(program, config)
   monkeypatch.setattr(loop.Program, '_data', data_of)
   with pytest.raises(Enough):
     loop.Program(run, plan.Plan.make(run, 0))
-  trained, probed = asked
+  trained, probed = requested
   assert (trained.image.classes, trained.image.skip_classes) == (4096, 0)
   for config in (probed, tuned.data):
     assert (config.source, config.image.classes) == ('glyphs', 0)

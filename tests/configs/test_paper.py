@@ -199,7 +199,7 @@ def test_the_train_step_at_the_real_batch_size(name, word):
     ('t5_base_superglue', 'upcycled', ('t5_base_upcycled', '')),
     ('t5_base_superglue', 'experts_8', ('t5_base_upcycled', 'experts_8'))])
 def test_surgery_at_the_real_sizes(name, word, parent):
-  """Every leaf of the parent and of the child is accounted for, optimizer slots too."""
+  """Every leaf of the parent and of the child is accounted for, optimizer state too."""
   def leaves(*of):
     state = initialize.state_shapes(*built(*of), devices())
     return trees.flatten({'params': state.params, 'opt_state': state.opt_state})

@@ -29,8 +29,8 @@ def test_affine_warp_equals_scipy():
   assert out.shape == (6, 15, 15, 2) and out.dtype == np.float32
   for b in range(6):
     for c in range(2):
-      want = warp_by_scipy(images[b, ..., c] / 255, affine[b].astype(np.float64), 15)
-      np.testing.assert_allclose(out[b, ..., c], want, atol=1e-4)
+      expected = warp_by_scipy(images[b, ..., c] / 255, affine[b].astype(np.float64), 15)
+      np.testing.assert_allclose(out[b, ..., c], expected, atol=1e-4)
 
 
 def test_affine_warp_identity_shift_and_quarter_turn():
@@ -107,7 +107,7 @@ def test_flip_crop_in_training_only():
   allowed = {(padded[y:y + 16, x:x + 16][:, ::step]).tobytes(): (y, x, step)
              for y in range(5) for x in range(5) for step in (1, -1)}
   out = make_batch(config, [picture] * 200, 3, False)['image']
-  seen = {allowed[np.round(row * 255).astype(np.uint8).tobytes()] for row in out}
+  seen = {allowed[np.round(picture * 255).astype(np.uint8).tobytes()] for picture in out}
   assert len(seen) > 40   # of 50
 
 

@@ -68,9 +68,9 @@ def test_hosts_share_one_global_batch(config, hosts):
     batch = joined([p.train_batch(step) for p in parts])
     assert_same(batch, whole.train_batch(step))
     assert batch['index'].tolist() == list(range(config.batch_size))
-  for batch, *rows in zip(whole.eval_batches('test'), *(p.eval_batches('test') for p in parts),
-                          strict=True):
-    assert_same(joined(rows), batch)
+  for batch, *own in zip(whole.eval_batches('test'), *(p.eval_batches('test') for p in parts),
+                         strict=True):
+    assert_same(joined(own), batch)
 
 
 @pytest.mark.parametrize('config', [DIGITS, TEXT], ids=['digits', 'text'])
@@ -102,7 +102,7 @@ def test_every_epoch_is_a_new_permutation(numbered):
   dataset = data.build(numbered_config(), seed=0)
   labels = np.concatenate([b['label'] for b in dataset.train_batches(0, 15)]).reshape(3, 40)
   np.testing.assert_array_equal(np.sort(labels, axis=1), np.tile(np.arange(40), (3, 1)))
-  assert len({tuple(row) for row in labels.tolist()}) == 3
+  assert len(set(map(tuple, labels.tolist()))) == 3
   assert list(range(40)) not in labels.tolist()
 
 

@@ -297,9 +297,9 @@ def test_neither_padding_nor_the_rest_of_the_batch_matters():
   np.testing.assert_array_equal(others, [*ids[order], [0] * L])
 
 
-@pytest.mark.parametrize('alpha, wanted, steps', [(0.0, [1, 0, 0, 0, 0], 1),
+@pytest.mark.parametrize('alpha, expected, steps', [(0.0, [1, 0, 0, 0, 0], 1),
                                                   (2.0, [2, 3, 4, 1, 0], 4)])
-def test_a_longer_hypothesis_may_still_win(alpha, wanted, steps):
+def test_a_longer_hypothesis_may_still_win(alpha, expected, steps):
   """eos at once has probability 0.4, and 2 3 4 eos has 0.3.
 
   Over penalties of (6/6)^2 = 1 and (9/6)^2 = 2.25, ln 0.4 = -0.92 loses to ln 0.3 / 2.25 = -0.54.
@@ -317,7 +317,7 @@ def test_a_longer_hypothesis_may_still_win(alpha, wanted, steps):
       encode=lambda params, batch: batch, init_cache=lambda encoded, length: {},
       decode_step=decode_step)
   run = functools.partial(decoding.beam_search, beams=1, alpha=alpha)
-  assert decoded(run, model, [[1]], 5) == [wanted] and len(calls) == steps
+  assert decoded(run, model, [[1]], 5) == [expected] and len(calls) == steps
 
 
 def test_length_penalty_by_hand():

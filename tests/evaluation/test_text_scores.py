@@ -88,10 +88,10 @@ def test_what_cannot_be_scored(args, words):
 def test_majority_answers_score_what_they_should():
   train = [('x',), ('y',), ('y', 'x'), ('q',), ('p',)], [0, 0, 0, 1, 1]
   assert text_scores.majority(*train) == {0: 'y', 1: 'p'}   # 'p' and 'q' tie: the first in order
-  held = [('y',), ('x',), ('z', 'y'), ('p',)], [0, 0, 0, 1]
-  got = text_scores.baseline('exact_match', train, held, ('a', 'b'))
+  evaluated = [('y',), ('x',), ('z', 'y'), ('p',)], [0, 0, 0, 1]
+  got = text_scores.baseline('exact_match', train, evaluated, ('a', 'b'))
   assert got == {'exact_match': 3 / 4, 'a/exact_match': 2 / 3, 'b/exact_match': 1.0,
                  'mean_over_tasks': (2 / 3 + 1) / 2}
   # A task that was not trained on: its prediction is empty, and wrong.
-  got = text_scores.baseline('exact_match', ([('y',)], [0]), held, ('a', 'b'))
+  got = text_scores.baseline('exact_match', ([('y',)], [0]), evaluated, ('a', 'b'))
   assert got['b/exact_match'] == 0.0

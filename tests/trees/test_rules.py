@@ -11,7 +11,7 @@ from moejax.trees.transforms import Repeat, Subset
 
 
 def run(table, source, target, fresh=None, **kwargs):
-  """apply on flat dicts of arrays; `target` holds arrays of the wanted shapes."""
+  """rules.apply on flat dicts of arrays; those of `target` only have the right shapes."""
   return rules.apply(rules.plan(table, source, target), source.__getitem__,
                      lambda path: (fresh or {})[path], **kwargs)
 
@@ -136,7 +136,7 @@ STRICT = {
     'source leaf left over': (
         [rules.copy('a')], {'a': W, 'b': V}, {'a': W},
         ['source leaves that no rule takes (1):', 'b (3,) float32']),
-    'target leaf nobody makes': (
+    'target leaf that nothing makes': (
         [rules.copy('a')], {'a': W}, {'a': W, 'b': V},
         ['target leaves that nothing makes (1):', 'b (3,) float32']),
     'misspelt: both sides are shown': (

@@ -132,10 +132,10 @@ def test_repeat_keeps_the_shards_of_an_mlp_together():
                                 [[0, 0, 0, 1, 1, 1], [6, 6, 6, 7, 7, 7]])
 
 
-@pytest.mark.parametrize('how, given, wanted', [
+@pytest.mark.parametrize('how, source, target', [
     (Subset(3), (D,), (2, D)), (Noise(1.0, ()), (D, F), (E, F, D)), (Mean(), (E, D), (E,)),
     (Mean(), (), ()), (Shard(4, 1), (D, F), (8, D, 1)), (Shard(2, 1), (D, F), (8, D, F)),
     (Shard(2, None), (D,), (8, D // 2)), (Slice(0), (F, D), (F + 1, D)), (Slice(0), (F, D), (2, 2)),
     (Slice(0), (F, D), (F,)), (Slice(None), (D,), (2,)), (Repeat(4), (), (D, F))])
-def test_what_does_not_fit(how, given, wanted):
-  assert not how.fits([given], wanted)
+def test_what_does_not_fit(how, source, target):
+  assert not how.fits([source], target)

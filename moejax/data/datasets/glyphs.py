@@ -30,7 +30,7 @@ RENDERING = 1            # raise when the rendering changes, so that cached glyp
 
 
 def cache_dir(config: DataConfig) -> pathlib.Path:
-  """The folder of what is kept between runs, created if missing.
+  """The folder of files to keep between runs, created if missing.
 
   Raises:
     ConfigError: it cannot be created.

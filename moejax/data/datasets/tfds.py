@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from moejax.config import ConfigError, check, check_choice
+from moejax.data import registry
 from moejax.data.config import DataConfig, TfdsConfig
 from moejax.data.source import Source
 
-SAMPLED = 16   # examples per split that stand for it: in the digest, and as targets to check
+SAMPLED = 16   # examples per split that represent it: in the digest, and as targets to check
 
 
 class TfdsExamples:
@@ -74,7 +75,7 @@ def load(config: DataConfig) -> Source:
     ConfigError: the package or the folder is missing, the name is unknown, the files are tfrecord,
       a split does not exist, or the features are of another kind of task.
   """
-  name = config.source.removeprefix('tfds:')
+  name = config.source.removeprefix(registry.TFDS)
   builder = open_builder(name, config.data_dir)
   features = builder.info.features
   if config.tfds.input:

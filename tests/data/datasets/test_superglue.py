@@ -65,7 +65,7 @@ def test_by_hand(task):
 
 
 @pytest.mark.parametrize('text, first, second, marked', [
-    # The example of t5's docstring: the pronoun stands first, so its mark moves nothing.
+    # The example of t5's docstring: the pronoun is first, so its mark moves nothing.
     ('This is a test sentence .', (3, 'test'), (0, 'This'), '# This # is a * test * sentence .'),
     ('Ann (Bob) saw her .', (1, '(Bob)'), (3, 'her'), 'Ann * (Bob) * saw # her # .'),
     ('Bo told Bo that Bo won.', (2, 'Bo'), (4, 'Bo'), 'Bo told * Bo * that # Bo # won.'),
