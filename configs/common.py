@@ -29,10 +29,11 @@ def path(name: str) -> str:
   name: of the file, with or without its folder. Raises ConfigError if there is no such file.
   """
   root = pathlib.Path(__file__).parent
-  files = {file.stem: file for file in root.glob('*/*.py')}
-  files |= {str(file.relative_to(root).with_suffix('')): file for file in root.glob('*/*.py')}
-  check_choice('config', name, files)
-  return str(files[name].relative_to(root).with_suffix(''))
+  paths = [str(file.relative_to(root).with_suffix('')) for file in root.glob('*/*.py')
+           if file.stem != '__init__']
+  by_name = {p.rpartition('/')[2]: p for p in paths} | {p: p for p in paths}
+  check_choice('config', name, by_name)
+  return by_name[name]
 
 
 def words(arg: str | None, *others: str) -> list[str]:
