@@ -205,8 +205,8 @@ def test_an_index_of_many_nodes(tmp_path):
   sizes = damage._sizes(epath.Path(tmp_path))
   assert sum(sizes.values()) >= 200 * 100
   assert damage.of_files(epath.Path(tmp_path)) is None
-  file = largest(tmp_path / 'd')
-  file.write_bytes(file.read_bytes()[:-1])
+  name, size = max(sizes.items(), key=lambda item: item[1])
+  (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:size - 1])
   assert damage.of_files(epath.Path(tmp_path))
 
 
