@@ -26,6 +26,7 @@ setuptools.setup(
         'optax>=0.2.5',
         'orbax-checkpoint>=0.11',
         'pillow',
+        'rapidfuzz',
         'scikit-learn',
         'scipy',
         'tensorboardX',

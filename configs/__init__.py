@@ -1,1 +1,1 @@
-"""Run configs: one file is one run, get_config(arg) its ConfigDict. See common.py for `arg`."""
+"""Run configs, one file per run: get_config(arg) -> ConfigDict of every key. See common.py."""

@@ -1,9 +1,9 @@
-"""The edge between a run's ConfigDict and the frozen dataclasses the code works with.
+"""Conversion between a run's ConfigDict and the frozen dataclasses that the code works with.
 
-Every room declares its own settings as a frozen dataclass of int, float, bool, str, tuple and
-nested dataclasses, with a default for each field. `as_config_dict` turns one into the ConfigDict a
-config file edits and `--config.a.b=c` overrides; `build` turns the edited ConfigDict back, and
-strictly: an unknown key, a wrong type or a value out of range is a ConfigError before anything is
+Each room declares its settings as a frozen dataclass of int, float, bool, str, tuple and nested
+dataclasses, with a default for every field. `as_config_dict` turns it into the ConfigDict that a
+config file edits and `--config.a.b=c` overrides. `build` turns the edited ConfigDict back, and is
+strict: an unknown key, a wrong type or a value out of range is a ConfigError before anything is
 allocated.
 """
 
@@ -17,27 +17,27 @@ from typing import Any
 from ml_collections import ConfigDict
 
 UNIONS = (typing.Union, types.UnionType)
-# Keys of earlier versions -> their names now. Files of those versions are read under the new names.
+# {key of an earlier version: its name now}; files of earlier versions are read under the new names.
 RENAMED = {'config.steps_per_dispatch': 'config.steps_per_call'}
 
 
 class ConfigError(ValueError):
-  """A setting that cannot work; its message is one line a user can act on."""
+  """A setting that cannot work; the message names it and the fix, usually in one line."""
 
 
 def fail(key: str, given: Any, allowed: Any, fix: str) -> typing.NoReturn:
-  """Raises ConfigError naming the key, what was given, what is allowed, and the fix."""
+  """Raises ConfigError with the key, the given value, what is allowed, and the fix."""
   raise ConfigError(f'{key}: got {given!r}, allowed: {allowed}. {fix}')
 
 
 def check(ok: bool, key: str, given: Any, allowed: Any, fix: str) -> None:
-  """`fail` unless ok."""
+  """Raises ConfigError, as `fail` does, unless ok."""
   if not ok:
     fail(key, given, allowed, fix)
 
 
 def check_choice(key: str, given: Any, choices: Iterable[Any]) -> None:
-  """`fail`, with the nearest choice, unless given is one of choices."""
+  """Raises ConfigError, with the nearest choice, unless given is one of choices."""
   choices = list(choices)
   if given in choices:
     return
@@ -47,13 +47,13 @@ def check_choice(key: str, given: Any, choices: Iterable[Any]) -> None:
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-  """The closest of words to a misspelt word, or None."""
-  found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-  return found[0] if found else None
+  """The one of words that is closest to a misspelt word, or None."""
+  close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+  return close[0] if close else None
 
 
 def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
-  """The error for a key that does not exist; `known` are the keys that exist beside it."""
+  """The error for a key that does not exist; `known` are the keys beside it."""
   if key in RENAMED:
     return ConfigError(f'{key}: is called {RENAMED[key]} now.')
   parent, _, name = key.rpartition('.')
@@ -65,17 +65,20 @@ def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
 
 
 def renamed(values: Mapping[str, Any], where: str = 'config') -> dict[str, Any]:
-  """The nested settings of a run of any version, under the keys of this one (see RENAMED)."""
-  found = {}
+  """The nested settings of a run of an earlier version, under the keys of this version.
+
+  A key that is renamed stays in its group.
+  """
+  result = {}
   for name, value in values.items():
     key = f'{where}.{name}'
     name = RENAMED.get(key, key).rpartition('.')[2]
-    found[name] = renamed(value, key) if isinstance(value, Mapping) else value
-  return found
+    result[name] = renamed(value, key) if isinstance(value, Mapping) else value
+  return result
 
 
 def as_config_dict(settings: Any) -> ConfigDict:
-  """Dataclass instance (nested ones too) -> ConfigDict of every key, for config files to edit."""
+  """Dataclass instance -> ConfigDict of all keys, nested ones too, for a config file to edit."""
   def convert(value):
     if dataclasses.is_dataclass(value):
       return ConfigDict({f.name: convert(getattr(value, f.name))
@@ -88,16 +91,14 @@ def build(cls: type, values: Mapping[str, Any], where: str = 'config') -> Any:
   """ConfigDict -> instance of the frozen dataclass `cls`; missing keys take their defaults.
 
   Args:
-    cls: frozen dataclass. In a field that is a union of dataclasses, the value of `family` (first
-      field of each) chooses among them.
-    values: mapping of field names to values, nested like cls.
+    cls: frozen dataclass. In a field that is a union of dataclasses, the value of `family` (the
+      first field of each) chooses among them.
+    values: {field: value}, nested like cls.
     where: dotted path of `values`, for messages.
 
-  Returns:
-    The instance; its own __post_init__ checks ranges.
-
   Raises:
-    ConfigError: unknown key (with the nearest known one) or wrong type.
+    ConfigError: a key is unknown (the message has the nearest known one), a value is of a wrong
+      type, or __post_init__ of a dataclass refuses it.
   """
   if not isinstance(values, Mapping | ConfigDict):
     fail(where, values, 'a group of keys', f'Set keys inside it, as in {where}.key=value.')
@@ -109,12 +110,12 @@ def build(cls: type, values: Mapping[str, Any], where: str = 'config') -> Any:
   kwargs = {k: _convert(hints[k], values[k], f'{where}.{k}') for k in known if k in values}
   try:
     return cls(**kwargs)
-  except ConfigError as error:   # a room knows its own keys, not where they stand in a run
+  except ConfigError as error:   # a room names its own keys, without their path in a run
     raise ConfigError(_full_key(str(error), where, known)) from None
 
 
 def _full_key(message: str, where: str, known: set[str]) -> str:
-  """The message 'moe.k: got 9, ...' with its key as one writes it: 'config.model.moe.k: ...'."""
+  """The message 'moe.k: got 9, ...' with the full key: 'config.model.moe.k: got 9, ...'."""
   key, colon, rest = message.partition(':')
   parent, _, room = where.rpartition('.')
   if key.startswith(f'{room}.') and parent:
@@ -125,9 +126,9 @@ def _full_key(message: str, where: str, known: set[str]) -> str:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-  """value as the annotated type `hint`; raises ConfigError if it is of another type."""
+  """value as the annotated type `hint`. Raises ConfigError if it is of another type."""
   options = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else ()
-  if options:  # a union of dataclasses, told apart by the value of `family`
+  if options:   # a union of dataclasses
     by_family = {dataclasses.fields(o)[0].default: o for o in options}
     family = _value(value, 'family', where)
     check_choice(f'{where}.family', family, by_family)
@@ -147,7 +148,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _value(value: Any, key: str, where: str) -> Any:
-  """value[key], or a ConfigError that names the missing key."""
+  """value[key]. Raises ConfigError if it is missing."""
   if not isinstance(value, Mapping | ConfigDict) or key not in value:
     raise ConfigError(f'{where}.{key}: missing, and it decides which other keys {where} has')
   return value[key]

@@ -1,6 +1,7 @@
-"""The edge between ConfigDict and dataclasses: conversions, refusals and their words."""
+"""Conversion between ConfigDict and dataclasses: values, refusals and their messages."""
 
 import dataclasses
+import json
 
 import pytest
 from ml_collections import ConfigDict
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 from configs.upcycle import t5_stdlib_upcycled
 from moejax import config
 from moejax.config import ConfigError
+from moejax.models.t5 import T5Config
 from moejax.train import config as settings
 
 
@@ -100,6 +102,37 @@ def test_refusals_are_one_line_that_begins_with_the_key(values, key, words):
   assert message.startswith(f'{key}: ') and words in message and '\n' not in message
 
 
+def test_a_key_of_an_earlier_version_is_answered_with_its_new_name(monkeypatch):
+  monkeypatch.setitem(config.RENAMED, 'config.inner.ratio', 'config.inner.rate')
+  for values, message in (({'inner': {'ratio': 1.0}},
+                           'config.inner.ratio: is called config.inner.rate now.'),
+                          ({'ratio': 1.0}, 'config.ratio: no such key;')):   # of another group
+    assert refusal(values).startswith(message)
+  assert str(config.unknown_key('config.steps_per_dispatch', ['steps_per_call', 'steps'])) == (
+      'config.steps_per_dispatch: is called config.steps_per_call now.')
+
+
+def test_settings_of_an_earlier_version_are_read_under_the_new_names(monkeypatch):
+  monkeypatch.setitem(config.RENAMED, 'config.inner.ratio', 'config.inner.rate')
+  values = {'steps': 3, 'inner': {'ratio': 0.25, 'flag': True},
+            'shape': {'family': 'square', 'inner': {'rate': 1.0}}, 'splits': ['a']}
+  given = json.dumps(values)
+  assert config.renamed(values) == {
+      'steps': 3, 'inner': {'rate': 0.25, 'flag': True},
+      'shape': {'family': 'square', 'inner': {'rate': 1.0}}, 'splits': ['a']}
+  assert json.dumps(values) == given
+  assert config.build(Outer, config.renamed(values)).inner == Inner(0.25, True)
+
+
+def test_every_new_name_is_a_key_of_a_run_and_no_old_one_is():
+  keys = set(settings.default(T5Config()).to_dict())
+  for old, new in config.RENAMED.items():
+    assert old.rpartition('.')[0] == new.rpartition('.')[0] == 'config'   # else extend this test
+    assert new.removeprefix('config.') in keys and old.removeprefix('config.') not in keys
+  run = settings.from_dict({'steps_per_dispatch': 4, 'model': {'family': 't5'}})
+  assert run.steps_per_call == 4
+
+
 def test_where_names_the_root():
   with pytest.raises(ConfigError, match=r'^other\.stesp: '):
     config.build(Outer, {'stesp': 1}, where='other')
@@ -139,7 +172,7 @@ def test_check_and_check_choice():
     ('optimizer.b1', 2.0, 'config.optimizer.b1: got 2.0'),
     ('data.text.window', 1, 'config.data.text.window: got 1'),
     ('init.experts', 'copie', "config.init.experts: got 'copie'")])
-def test_a_message_names_the_key_as_one_would_set_it(key, value, message):
+def test_a_message_has_the_full_key(key, value, message):
   edited = t5_stdlib_upcycled.get_config()
   edited.update_from_flattened_dict({key: value})
   with pytest.raises(ConfigError) as error:

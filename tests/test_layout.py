@@ -44,14 +44,13 @@ CIRCLES = {
 MANY_PARAMETERS = {
     'experiments.protocol:Regime.claim',
     'moejax.cluster.watchdog:Watchdog.__init__',
-    'moejax.evaluation.few_shot:few_shot',
     'moejax.flops:_moe_layer',
     'moejax.models.attention:Attention.__init__',
     'moejax.models.blocks:Block.__call__',
     'moejax.models.layers:MLP.__init__',
     'moejax.train.step:make_train_step',
 }
-FRAGMENTS = {'moejax.data.registry'}
+FRAGMENTS: set[str] = set()
 
 
 def room(name: str) -> str:

@@ -1,8 +1,8 @@
 """Fine-tunes a run of vit_glyphs.py on scikit-learn's handwritten digits, with a new head.
 
---config.init.parent=DIR names the run; with :upcycled it is one of vit_glyphs_upcycled.py, with
-:switch one of vit_glyphs_upcycled.py:switch, and so for each preset. All parameters are trained. A
-few-shot linear probe of the features is taken at the end.
+--config.init.parent=DIR names the run; with :upcycled it is a run of vit_glyphs_upcycled.py, with
+:switch of vit_glyphs_upcycled.py:switch, and so for each preset. All parameters are trained. At the
+end a few-shot linear probe measures the features.
 """
 
 from configs.common import of_parent, shrink
@@ -11,9 +11,9 @@ from configs.upcycle import vit_glyphs_upcycled
 
 
 def get_config(arg=None):
-  theirs, runlocal = of_parent(arg)
-  parent = vit_glyphs if theirs is None else vit_glyphs_upcycled
-  config = parent.get_config(theirs)
+  parents_arg, runlocal = of_parent(arg)
+  parent = vit_glyphs if parents_arg is None else vit_glyphs_upcycled
+  config = parent.get_config(parents_arg)
   config.init.mode = 'continue'
   config.init.parent = f'runs/{parent.__name__.rpartition(".")[2]}'
   config.init.new_head = True

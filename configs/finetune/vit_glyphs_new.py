@@ -1,11 +1,12 @@
 """Fine-tunes a run of vit_glyphs.py on the 284 glyph classes that it never saw, with a new head.
 
---config.init.parent=DIR names the run; :upcycled and presets say which, as in vit_digits.py. All
-parameters are trained. Of the classes' 2,781 glyphs 2,078 are trained on; 172 (of 120 classes) are
-the validation split, 190 (of 130) test_seen, and 341 (of 139) test, of a family held out as before.
+--config.init.parent=DIR names the run; :upcycled and presets choose its kind, as in vit_digits.py.
+All parameters are trained. The classes have 2,781 glyphs: 2,078 to train on, 172 (of 120 classes)
+for validation, 190 (of 130) in test_seen, 341 (of 139) in test, of the family that is held out in
+the parent's run too.
 
-A few-shot linear probe on the same classes is taken at the end; 222 of them have the five glyphs it
-takes. To probe what pretraining alone made of the features, set the same probe in the parent's run:
+At the end a few-shot linear probe measures the features on these classes, of which 222 have the
+five glyphs that it needs. To probe the features of pretraining alone, set it in the parent's run:
 --config.probe.source=glyphs --config.probe.skip_classes=4096 --config.probe.drop_rare
 "--config.probe.shots=(1, 5)".
 """

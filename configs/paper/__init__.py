@@ -1,26 +1,26 @@
-"""The real runs of Komatsuzaki et al. (2023), as far as its text and the public code tell them.
+"""The real runs of Komatsuzaki et al. (2023), as far as its text and the public code describe them.
 
-Where neither does, the choice is ours and the file says so. The data, C4, ImageNet (for JFT-300M,
+Where neither does, the choice is ours, as the file notes. The data, C4, ImageNet (for JFT-300M,
 which is not public) and SuperGLUE, must be prepared by TFDS as array_record; data.data_dir names
-their folder. SLICES names the TPU slice that each is compiled for, with --compile_for=SLICE; on
-other machines set --config.mesh.fsdp and --config.mesh.expert.
+their folder. SLICES names the TPU slice of each run, for --compile_for=SLICE; on other machines set
+--config.mesh.fsdp and --config.mesh.expert.
 
 :runlocal changes more here than in other configs: the model becomes one of mini size, with at most
-four experts, and reads embedded data. Optimizer, losses, kind of routing and surgery stay: it shows
-that a config runs from end to end, and nothing about the sizes above.
+four experts, and reads data that need no download. Optimizer, losses, kind of routing and surgery
+stay: it shows that a config runs from end to end, and nothing about the sizes above.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import shrink, words
+from configs.common import shrink, t5_stacks, words
 from moejax.models import t5, vit
 from moejax.moe import presets
 
 EXPERTS = 4
 
-# Where each pair of runs, dense and upcycled, is meant to be trained, and over how many chips the
-# experts lie there. Tokens cross the slice to get to them, and its longest side decides how fast:
-# so experts had better lie on few chips, or on a slice whose sides are closed to rings.
+# The TPU slice of each pair of runs, dense and upcycled, and the number of chips over which experts
+# are placed there. Tokens cross the slice to their experts, and its longest side limits the speed:
+# few chips are better, or a slice whose sides are closed to rings.
 SLICES = {
     't5_base': 'v5e:4x4', 't5_base_superglue': 'v5e:4x4', 't5_large': 'v5p:4x4x4',
     't5_xl': 'v5p:4x4x8', 'vit_b32': 'v5e:4x4', 'vit_b16': 'v5p:2x2x2', 'vit_l32': 'v5e:4x4',
@@ -28,11 +28,11 @@ SLICES = {
 EXPERT_AXIS = {
     't5_base': 16, 't5_base_superglue': 16, 't5_large': 32, 't5_xl': 32, 'vit_b32': 16,
     'vit_b16': 8, 'vit_l32': 16, 'vit_l16': 32}
-# Of upcycled runs with so many experts, where the whole batch would not fit.
+# {(run, experts): microbatches} of upcycled runs whose whole batch would not fit.
 MICROBATCHES = {('t5_base', 8): 2, ('t5_base', 32): 2, ('t5_base', 128): 4}
 
-# What the paper varies, as words in the argument of an upcycled run, of all its sparse stacks. (Its
-# routers are presets: 'switch' is top-1, 'vmoe' top-2.)
+# What the paper varies: words in the argument of an upcycled run, for all its sparse stacks. (The
+# paper's routers are presets: 'switch' is top-1, 'vmoe' top-2.)
 ABLATIONS = {
     'capacity_1': {'capacity_factor': 1.0, 'eval_capacity_factor': 1.0},
     'capacity_3': {'capacity_factor': 3.0, 'eval_capacity_factor': 3.0},
@@ -41,18 +41,18 @@ ABLATIONS = {
 
 
 def vary(moe: ConfigDict, arg: str | None) -> None:
-  """Changes a sparse stack by the words of ABLATIONS in a config's argument."""
+  """Sets the keys of ABLATIONS of the words in a config's argument."""
   for word in words(arg, *presets.BY_NAME, *ABLATIONS):
     moe.update(ABLATIONS.get(word, {}))
 
 
 def place(config: ConfigDict, name: str, *, experts: int = 0) -> None:
-  """Scanned blocks, and the mesh of the run's slice; `data` takes what the experts leave.
+  """Sets scanned blocks and the mesh of the run's slice, where data takes the remaining chips.
 
   Args:
-    config: changed.
+    config: of the run; changed.
     name: key of SLICES.
-    experts: of a sparse layer, to which tokens travel once a pass; 0: it is dense.
+    experts: number of a sparse layer; 0: the run is dense.
   """
   config.microbatches = MICROBATCHES.get((name, experts), 1)
   config.execution.update(scan=True, remat='sent' if experts else 'full')
@@ -60,13 +60,13 @@ def place(config: ConfigDict, name: str, *, experts: int = 0) -> None:
 
 
 def unplace(config: ConfigDict) -> None:
-  """Whatever devices there are, split over the data alone, and whole batches."""
+  """Sets a mesh of any devices over the data alone, and whole batches."""
   config.microbatches = 1
   config.mesh.update(data=-1, fsdp=1, expert=1, model=1)
 
 
 def shrink_t5(config: ConfigDict, source: str, encoder_length: int, decoder_length: int) -> None:
-  """The same kind of T5 run in mini size, on bytes of an embedded source."""
+  """Makes a T5 run one of mini size, on bytes of a source that needs no download."""
   shrink(config)
   unplace(config)
   config.model.update(t5.SIZES['mini'])
@@ -74,13 +74,13 @@ def shrink_t5(config: ConfigDict, source: str, encoder_length: int, decoder_leng
   config.data.text.vocabulary = 'bytes'
   config.data.text.encoder_length = encoder_length
   config.data.text.decoder_length = decoder_length
-  for moe, length in stacks(config):
+  for moe, length in t5_stacks(config):
     moe.num_experts = EXPERTS
     moe.group_size = moe.group_size and length
 
 
 def shrink_vit(config: ConfigDict) -> None:
-  """The same kind of ViT run in mini size, on glyphs of ten characters, probed on digits."""
+  """Makes a ViT run one of mini size, on glyphs of ten characters, probed on digits."""
   shrink(config)
   unplace(config)
   config.model.update(vit.SIZES['mini'])
@@ -89,9 +89,3 @@ def shrink_vit(config: ConfigDict) -> None:
   if config.model.moe.layers != 'none':
     config.model.moe.layers = 'last_2'
     config.model.moe.num_experts = EXPERTS
-
-
-def stacks(config: ConfigDict) -> list[tuple[ConfigDict, int]]:
-  """(MoE settings, tokens of an example) of a T5's encoder and decoder."""
-  return [(config.model.encoder_moe, config.data.text.encoder_length),
-          (config.model.decoder_moe, config.data.text.decoder_length)]

@@ -2,10 +2,10 @@
 
 From the paper, via summaries of it: T5 1.1 sizes, span corruption of C4, trained by the authors
 themselves. From t5x's and flaxformer's configs: Adafactor with T5's settings, no weight decay, no
-gradient clipping; rate 1 / sqrt(max(step, 10,000)), with no warm-up and no cooldown; z-loss 1e-4;
-no dropout; bfloat16; 512 tokens in, 114 out, and a batch of 2,048 (that of T5 1.1; the paper's own
-is not known to us). Our choices: 1,000,000 steps, as T5 1.1 has; a window is cut out of one
-document, where t5 packs several; how often and on how much is evaluated.
+gradient clipping; rate 1 / sqrt(max(step, 10,000)), without warm-up or cooldown; z-loss 1e-4; no
+dropout; bfloat16; 512 input and 114 target tokens, and a batch of 2,048 (that of T5 1.1; we do not
+know the paper's own). Our choices: 1,000,000 steps, as in T5 1.1; a window is cut from a single
+document, where t5 packs several; how often and on how many examples the run is evaluated.
 
 --config.data.text.vocabulary=PATH names T5's SentencePiece model (cc_all.32000.100extra).
 """

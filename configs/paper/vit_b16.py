@@ -1,12 +1,12 @@
-"""ViT-B/16 on ImageNet-1k: stands for the dense parent of the paper's vision runs, on JFT-300M.
+"""ViT-B/16 on ImageNet-1k, in place of the dense parent of the paper's vision runs, on JFT-300M.
 
-JFT-300M is not public; ImageNet has 1/240 of its images, and nothing here is expected to reach the
-paper's figures. From the paper: global average pooling; a 10-shot least-squares probe on ImageNet,
-5 draws. Batch 4,096, Adam, rate 1e-3 warmed up over 10,000 steps and falling as 1 / sqrt(step),
-weight decay 3.0 for the head and 0.03 for other kernels and clipping at 1 are those of the same
-group's published Soft MoE config, the nearest there is; it is said that the paper's runs had
-Adafactor with momentum, which moejax has not. Our choices: 112,000 steps to the trunk (about 380
-epochs), then a cooldown of 22,400; bfloat16; flips and shifted crops, and no mixup.
+JFT-300M is not public. ImageNet has 1/240 of its images, and the paper's figures cannot be expected
+here. From the paper: global average pooling; a 10-shot least-squares probe on ImageNet, 5 draws.
+From the same research group's published Soft MoE config, the nearest there is: batch 4,096, Adam,
+rate 1e-3 warmed up over 10,000 steps and falling as 1 / sqrt(step), weight decay 3.0 for the head
+and 0.03 for other kernels, clipping at 1. (By a summary, the paper's runs use Adafactor with
+momentum, which moejax does not have.) Our choices: 112,000 steps to the trunk (about 380 epochs),
+then a cooldown of 22,400; bfloat16; flips and shifted crops, and no mixup.
 """
 
 from configs.common import words
@@ -47,7 +47,7 @@ def get_config(arg=None, size='B/16'):
 
   config.probe.source = 'tfds:imagenet2012'
   config.probe.shots = (10,)
-  config.probe.examples = 51_200   # 50 of a class, more or less
+  config.probe.examples = 51_200   # about 50 of each class
 
   place(config, short_name(size))
   if words(arg):

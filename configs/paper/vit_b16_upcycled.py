@@ -3,10 +3,10 @@
 From the paper: 32 experts in the last six of the twelve blocks (B.4's best, with five), copies of
 the MLP; expert choice with C = 2; weights renormalised (B.7) and the optimizer's state carried over
 (B.6); half as many steps again as the parent's (B.1: 7 epochs after 14). A group is the tokens of
-one image, as in the same group's published Soft MoE config; the paper's is not known to us. Groups
-this small are dispatched by one-hot matmuls, which cost a TPU less than gathering rows (6 % of the
-FLOPs of the experts at 196 tokens). A preset's name as an argument replaces the routing; a word of
-configs.paper.ABLATIONS changes what the paper varies.
+one image, as in the same research group's published Soft MoE config; we do not know the paper's.
+Groups this small are dispatched by one-hot matmuls, which cost a TPU less than gathers (6 % of the
+FLOPs of the experts at 196 tokens). The name of a preset as argument replaces the routing; a word
+of configs.paper.ABLATIONS changes what the paper varies.
 """
 
 from configs.common import preset, set_moe

@@ -1,7 +1,7 @@
 """T5 v1.1 on stdlib_text: span corruption of the bytes of Python's own standard library.
 
-The size is one that 2 CPU cores train in minutes. The trunk (before cooldown) is what
-t5_stdlib_upcycled.py starts from.
+2 CPU cores train this size in minutes. t5_stdlib_upcycled.py starts from the trunk, the last
+checkpoint before the cooldown.
 """
 
 from configs.common import shrink, words

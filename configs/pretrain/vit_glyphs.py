@@ -1,7 +1,7 @@
-"""ViT on glyphs: 4,096 characters from the fonts inside matplotlib, told apart at 24 x 24 pixels.
+"""ViT on glyphs: classifies 4,096 characters from the fonts inside matplotlib, at 24 x 24 pixels.
 
-The size is one that 2 CPU cores train in minutes. The trunk (before cooldown) is what
-vit_glyphs_upcycled.py starts from.
+2 CPU cores train this size in minutes. vit_glyphs_upcycled.py starts from the trunk, the last
+checkpoint before the cooldown.
 """
 
 from configs.common import shrink, words

@@ -1,13 +1,14 @@
 """Upcycles a run of t5_stdlib.py: --config.init.parent=DIR names its workdir.
 
-As the paper does for language (Komatsuzaki et al. 2023): every second layer sparse, expert choice
+As in the paper for language (Komatsuzaki et al. 2023): every second layer sparse, expert choice
 with C = 2 in the encoder, top-2 with load-balance loss in the decoder, weights not renormalised,
 optimizer state not carried over. The paper's loss weight 0.01 is flaxformer's, whose fractions of
-assignments sum to k = 2; here they sum to 1, hence 0.02. An argument such as :switch or :mixtral
-replaces the routing of both stacks by that preset's; expert choice stays out of the decoder.
+assignments sum to k = 2; here they sum to 1, hence 0.02. The name of a preset as argument, such as
+:switch or :mixtral, replaces the routing of both stacks, or of the encoder alone if it is not
+causal.
 """
 
-from configs.common import preset, set_moe
+from configs.common import preset, set_moe, t5_stacks
 from configs.pretrain import t5_stdlib
 from moejax.moe import presets
 
@@ -18,8 +19,7 @@ def get_config(arg=None):
   config.init.mode = 'upcycle'
   config.init.parent = 'runs/t5_stdlib'
   config.init.optimizer = 'reset'
-  for moe, length in ((config.model.encoder_moe, config.data.text.encoder_length),
-                      (config.model.decoder_moe, config.data.text.decoder_length)):
+  for moe, length in t5_stacks(config):
     moe.layers = 'every_2'
     moe.num_experts = 8
     moe.capacity_factor = moe.eval_capacity_factor = 2.0

@@ -1,8 +1,8 @@
 """Upcycles a run of vit_glyphs.py: --config.init.parent=DIR names its workdir.
 
-As the paper does for vision (Komatsuzaki et al. 2023, B.6-B.7): expert choice with C = 2 in the
-last half of the blocks, weights renormalised, the optimizer's state carried over. An argument such
-as :switch or :vmoe replaces the routing by that preset's.
+As in the paper for vision (Komatsuzaki et al. 2023, B.6-B.7): expert choice with C = 2 in the last
+half of the blocks, weights renormalised, the optimizer's state carried over. The name of a preset
+as argument, such as :switch or :vmoe, replaces the routing.
 """
 
 from configs.common import preset, set_moe

@@ -81,7 +81,7 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
         "'' with --compile_for", 'The teacher is not compiled.')
   devices = parallel.make('mesh', config.mesh, chips.topology(slice_name).devices)
   started = time.monotonic()
-  step = step_of(config, devices, config.data.scored)
+  step = step_of(config, devices, bool(config.data.metric))
   lowered = step.lower()
   traced = time.monotonic()
   try:

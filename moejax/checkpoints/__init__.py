@@ -1,1 +1,1 @@
-"""Everything that stands on disk, one file per format."""
+"""Checkpoints on disk, one file per format."""

@@ -1,9 +1,9 @@
 """moejax's own checkpoints: Orbax, one directory per step under WORKDIR/checkpoints.
 
-A step directory holds `state` (a nested dict of arrays) and `extra` (JSON). Orbax writes it under a
-temporary name and renames it when complete; on top of that a directory counts as finished only if
-its metadata carries the commit time, so neither a killed save nor a half-copied directory is ever
-listed or restored.
+The directory of a step has `state` (a nested dict of arrays) and `extra` (JSON). Orbax writes it
+under a temporary name and renames it when complete. It counts as finished only if its metadata has
+the commit time and both parts exist; so a killed save or a directory copied in part is neither
+listed nor restored.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ Tree = trees.Tree
 SUBDIR = 'checkpoints'
 _COMMIT_FILE = '_CHECKPOINT_METADATA'
 _AHEAD = 2**25     # bytes read at once where leaves are small, see Reader._read_from
-_GARBAGE = 2**27   # bytes read between collections, likewise
+_GARBAGE = 2**27   # bytes read between garbage collections, see there too
 
 
-def _another(older: list[int]) -> str:
-  """What to do about damage, where nothing is known of what the checkpoint is for."""
+def _copy_again(older: list[int]) -> str:
+  """What to do about damage if the use of the checkpoint is unknown."""
   return 'Take one of these, or copy it again.' if older else 'Copy it again.'
 
 
@@ -42,11 +42,11 @@ class Writer:
 
   Args:
     workdir: checkpoints go to workdir/checkpoints, made if missing.
-    keep: how many of the last steps to keep.
-    keep_steps: steps kept forever (the trunk that later runs branch from).
+    keep: number of last steps to keep.
+    keep_steps: steps to keep forever (the trunk that later runs branch from).
 
   Attributes:
-    aside: in process 0, what unfinished step directories that were there are called now.
+    aside: new names of the unfinished step directories that were found; [] but in process 0.
 
   Raises:
     ConfigError: keep below 1, or a directory that cannot be written.
@@ -70,74 +70,73 @@ class Writer:
            f'{type(error).__name__}: {error}. Choose another workdir.')
 
   def save(self, step: int, state: Tree, extra: dict[str, Any]) -> bool:
-    """Starts saving; returns once state's arrays may be donated or overwritten.
+    """Starts to save, and returns once state's arrays may be donated or overwritten.
 
     Args:
-      step: number of updates the state has seen; names the checkpoint.
+      step: number of updates in the state; names the checkpoint.
       state: nested dict of jax or numpy arrays; keys without '.' or '/'.
-      extra: what else to keep, as JSON.
+      extra: JSON saved beside it.
 
     Returns:
       False if this step is already saved (a state is a function of its step), else True.
 
     Raises:
-      ValueError: a key or leaf that would not come back as it is.
+      ValueError: a key or leaf that a restore would change.
       Exception: an earlier asynchronous save failed.
     """
     if step in self._manager.all_steps():
       return False
-    trees.flatten(state)  # every key a str without '/'
+    trees.flatten(state)   # raises unless every key is a str without '/'
     state = trees.map_with_path(_savable, state)
-    json.dumps(extra)  # a TypeError here rather than in the background
+    json.dumps(extra)      # raises TypeError here, not in the background
     self._manager.save(step, force=True, args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra)))
     return True
 
   def wait(self) -> None:
-    """Blocks until every started save is finished; raises the error of one that failed."""
+    """Blocks until all saves are finished. Raises the error of one that failed."""
     self._manager.wait_until_finished()
     self._manager.check_for_errors()
 
   def close(self) -> None:
-    """Waits, raises like `wait`, and releases the manager's threads."""
+    """Waits as `wait` does, then ends the manager's threads."""
     try:
       self.wait()
     finally:
       self._manager.close()
 
   def latest_step(self) -> int | None:
-    """The last step whose save is finished, or None."""
+    """The last finished step, or None."""
     steps = finished_steps(self.directory)
     return steps[-1] if steps else None
 
   def restore(self, step: int, like: Tree) -> Tree:
-    """`Reader.restore` of one of this writer's finished steps; raises what Reader does."""
+    """`Reader.restore` of a finished step of this writer. Raises ConfigError as Reader does."""
     def remedy(older: list[int]) -> str:
       return f'Start again after {set_away(step, older, "the run")}.'
     return Reader(self.directory, step, remedy=remedy).restore(like)
 
 
 class Reader:
-  """Reads a finished checkpoint leaf by leaf, or whole.
+  """Reads a finished checkpoint leaf by leaf, or as a whole.
 
   Args:
-    directory: a run's workdir, its checkpoints directory, or one step's directory.
-    step: which step; None takes the last finished one.
-    key: what named the directory, for messages about damage.
-    remedy: what to do about damage, given the older finished steps.
+    directory: a run's workdir, its checkpoints directory, or the directory of a step.
+    step: which step; None: the last finished one.
+    key: the config key that names the directory, for messages about damage.
+    remedy: older finished steps -> the part of such a message that advises what to do.
 
   Attributes:
-    step: the step being read.
+    step: the step that is read.
     shapes: {path: ShapeDtypeStruct} of the state's leaves.
-    extra: the JSON dict saved beside the state.
 
   Raises:
-    ConfigError: no such directory, no finished checkpoint in it, or not this step; here and in
-      whatever reads: files of the step are damaged.
+    ConfigError: there is no such directory, finished checkpoint or step; or, in this and every
+      other method, files of the step are damaged.
   """
 
   def __init__(self, directory: str | os.PathLike, step: int | None = None,
-               key: str = 'checkpoint', remedy: Callable[[list[int]], str] = _another):
+               key: str = 'checkpoint', remedy: Callable[[list[int]], str] = _copy_again):
     root = _absolute(directory)
     if root.name.isdigit() and (root / 'state').exists():
       check(step in (None, int(root.name)), 'checkpoint.step', step, root.name,
@@ -169,14 +168,15 @@ class Reader:
 
   @property
   def extra(self) -> dict[str, Any]:
-    """The JSON dict saved beside the state."""
+    """The JSON saved beside the state."""
     with self._reading():
       return ocp.JsonCheckpointHandler().restore(self._directory.parent / 'extra')
 
   def read(self, path: str) -> np.ndarray:
-    """One leaf, whole, in host memory; cheapest in the order of `shapes`.
+    """A whole leaf in host memory; fastest in the order of `shapes`.
 
-    Raises ConfigError if there is no such leaf.
+    Raises:
+      ConfigError: there is no such leaf.
     """
     if path not in self.shapes:
       raise ConfigError(f'{path}: no such leaf in {self._directory}; see Reader.shapes')
@@ -185,31 +185,31 @@ class Reader:
     return self._ahead.pop(path)
 
   def _read_from(self, path: str) -> dict[str, np.ndarray]:
-    """The leaf at path and those that follow, up to _AHEAD bytes.
+    """The leaf at path and those after it, up to _AHEAD bytes.
 
-    Orbax goes through the metadata of all leaves at every call, so that single reads would take
-    time quadratic in the number of leaves. It also holds what it read in reference cycles, which
-    large arrays alone never make Python collect: the whole tree would end up in memory.
+    Orbax goes through the metadata of all leaves at every call, so single reads would take time
+    quadratic in the number of leaves. It also keeps what it has read in reference cycles, which
+    Python does not collect for large arrays alone: the whole tree would stay in memory.
     """
     if self._garbage > _GARBAGE:
       gc.collect()
       self._garbage = 0
-    wanted, size = {}, 0
+    chosen, size = {}, 0
     for name in itertools.dropwhile(lambda name: name != path, self.shapes):
       size += math.prod(self.shapes[name].shape) * self.shapes[name].dtype.itemsize
-      if wanted and size > _AHEAD:
+      if chosen and size > _AHEAD:
         break
-      wanted[name] = self.shapes[name]
-    found = trees.flatten(self._read(wanted))
-    self._garbage += sum(array.nbytes for array in found.values())
-    return found
+      chosen[name] = self.shapes[name]
+    arrays = trees.flatten(self._read(chosen))
+    self._garbage += sum(array.nbytes for array in arrays.values())
+    return arrays
 
   def restore(self, like: Tree) -> Tree:
     """The whole state.
 
     Args:
-      like: nested dict of arrays or ShapeDtypeStructs, the same leaves as were saved. Leaves with
-        a sharding come back as jax arrays with it, the others as numpy arrays.
+      like: nested dict of arrays or ShapeDtypeStructs with the leaves that were saved. Leaves with
+        a sharding are restored as jax arrays with it, others as numpy arrays.
 
     Returns:
       Nested dict like `like`.
@@ -217,20 +217,21 @@ class Reader:
     Raises:
       ConfigError: paths, shapes or dtypes differ; lists every difference.
     """
-    wanted = trees.flatten(like)
-    lines = trees.diff(trees.unflatten(self.shapes), like)
-    lines += [f'dtypes differ: {p} {self.shapes[p].dtype} and {wanted[p].dtype}' for p in wanted
-              if p in self.shapes and self.shapes[p].dtype != wanted[p].dtype]
-    if lines:
+    leaves = trees.flatten(like)
+    differences = trees.diff(trees.unflatten(self.shapes), like)
+    differences += [f'dtypes differ: {p} {self.shapes[p].dtype} and {leaf.dtype}'
+                    for p, leaf in leaves.items()
+                    if p in self.shapes and self.shapes[p].dtype != leaf.dtype]
+    if differences:
       raise ConfigError(f'the checkpoint {self._directory} (first) does not hold what this run '
-                        'needs (second):\n  ' + '\n  '.join(lines))
-    read = trees.flatten(self._read(wanted))
-    return trees.map_with_path(lambda path, _: read[path], like)
+                        'needs (second):\n  ' + '\n  '.join(differences))
+    arrays = trees.flatten(self._read(leaves))
+    return trees.map_with_path(lambda path, _: arrays[path], like)
 
-  def _read(self, wanted: dict[str, Any]) -> Tree:
-    """Reads the leaves at the paths of wanted and nothing else."""
-    item = {p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for p, leaf in wanted.items()}
-    how = {p: _restore_args(leaf) for p, leaf in wanted.items()}
+  def _read(self, leaves: dict[str, Any]) -> Tree:
+    """Reads the leaves at these paths and nothing else, each where its sharding places it."""
+    item = {p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for p, leaf in leaves.items()}
+    how = {p: _restore_args(leaf) for p, leaf in leaves.items()}
     args = ocp.args.PyTreeRestore(trees.unflatten(item), restore_args=trees.unflatten(how),
                                   partial_restore=True)
     with self._reading():
@@ -238,7 +239,7 @@ class Reader:
 
   @contextlib.contextmanager
   def _reading(self) -> Iterator[None]:
-    """Around a read: what it raises of damaged files becomes a ConfigError."""
+    """Turns errors about damaged files, in the reads within, into a ConfigError."""
     try:
       with damage.quiet():
         yield
@@ -248,7 +249,7 @@ class Reader:
       raise
 
   def _refuse(self, reason: str) -> NoReturn:
-    """Says that this step is damaged."""
+    """Raises ConfigError: this step is damaged."""
     step = self._directory.parent
     older = [other for other in finished_steps(step.parent) if other < self.step]
     fail(self._key, str(step), 'a checkpoint whose files are whole',
@@ -257,13 +258,13 @@ class Reader:
 
 
 def set_away(step: int, older: Collection[int], run: str) -> str:
-  """'renaming it ...': how the run whose step this is can go on without it."""
+  """Advice for messages: how a run can go on without its damaged step."""
   then = f'resumes from step {max(older)}' if older else 'begins anew'
   return f'renaming it to {step}.damaged: {run} {then}'
 
 
 def finished_steps(directory: str | os.PathLike) -> list[int]:
-  """Steps under a checkpoints directory whose save was committed, in order."""
+  """The finished steps under a checkpoints directory, in order."""
   directory = epath.Path(directory)
   if not directory.exists():
     return []
@@ -271,12 +272,12 @@ def finished_steps(directory: str | os.PathLike) -> list[int]:
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
-  """path made absolute, which Orbax demands; gs:// and its like as they are."""
+  """path as an absolute path, which Orbax requires; a URL such as gs:// stays as it is."""
   return epath.Path(path if '://' in str(path) else os.path.abspath(path))
 
 
 def _finished(directory: epath.Path) -> bool:
-  """Whether the save of this step's directory was committed."""
+  """Whether the directory of a step was saved completely."""
   try:
     metadata = json.loads((directory / _COMMIT_FILE).read_text())
   except (OSError, ValueError):
@@ -288,9 +289,9 @@ def _finished(directory: epath.Path) -> bool:
 
 
 def _set_unfinished_aside(directory: epath.Path) -> list[str]:
-  """Renames step directories that are not finished, which would make Orbax refuse their steps.
+  """Renames unfinished step directories, because of which Orbax would refuse to save their steps.
 
-  Returns what they are called now, in process 0; the others do nothing.
+  Process 0 does it and returns their new names; other processes do nothing.
   """
   if jax.process_index() != 0:
     return []
@@ -306,7 +307,7 @@ def _set_unfinished_aside(directory: epath.Path) -> list[str]:
 
 
 def _savable(path: str, leaf: Any) -> jax.Array | np.ndarray:
-  """The leaf, if it will come back under its path as the same array."""
+  """Returns the leaf. Raises ValueError if a restore would change it or its path."""
   if any('.' in key or not key for key in path.split('/')):
     raise ValueError(f'{path!r}: a checkpoint key must not be empty or hold "."')
   if isinstance(leaf, np.generic):
@@ -319,7 +320,7 @@ def _savable(path: str, leaf: Any) -> jax.Array | np.ndarray:
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-  """How Orbax should hand back one leaf: where `leaf` says, else as numpy."""
+  """How Orbax restores a leaf: with the sharding of `leaf`, or as numpy."""
   sharding = getattr(leaf, 'sharding', None)
   if sharding is None:
     return ocp.RestoreArgs(restore_type=np.ndarray)

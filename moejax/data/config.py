@@ -1,27 +1,28 @@
-"""The data room's settings: what is read, how it is shaped, how it is batched."""
+"""Settings of a run's data: what is read, how it is shaped, how it is batched."""
 
 import dataclasses
 
 from moejax.config import check, check_choice
+from moejax.data import registry
 
 AUGMENTS = ('none', 'mild', 'flip_crop')
-EMBEDDED = ('glyphs', 'digits', 'stdlib_text', 'stdlib_tasks', 'cmudict')
-NAMED = (*EMBEDDED, 'super_glue')   # sources that are not simply a TFDS dataset
-SCORED = ('stdlib_tasks', 'cmudict', 'super_glue')   # whose Source has a metric
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
   """Images become (size, size, channels) float32, (pixel / 255 - mean) / std.
 
-  augment: 'none'; 'mild' (rotation, scale, shear, shift, contrast, noise: see image.MILD), for
-    glyphs and digits; 'flip_crop' (horizontal flip, crop after padding size/8), for photographs,
-    applied to the training split only. 'mild' applies to every split, with fixed draws outside
-    training: held-out glyphs are as distorted as the ones trained on.
-  classes: this many classes by a fixed random permutation (so 512 are among the 1,024); 0 = all.
-  skip_classes: the first so many of that permutation are left out, so that 4,096 here gives classes
-    that a run with classes=4096 never saw; labels count from 0 again.
-  channels: 1 or 3; 0 = the source's own.
+  Attributes:
+    size: height and width in pixels.
+    channels: 1 or 3; 0: as many as the source has.
+    classes: this many classes, by a fixed random permutation (512 are among the 1,024); 0: all.
+    skip_classes: leave out the first classes of that permutation: 4,096 here gives classes that a
+      run with classes=4096 never saw. Labels count from 0 again.
+    augment: 'none'; 'mild' (rotation, scale, shear, shift, contrast, noise: see image.MILD), for
+      glyphs and digits; 'flip_crop' (horizontal flip, crop after padding size/8), for photographs,
+      in the training split only. 'mild' applies to every split, with fixed draws outside training:
+      held-out glyphs are as distorted as the training glyphs.
+    mean, std: of the normalisation above.
   """
   size: int = 24
   channels: int = 0
@@ -44,15 +45,16 @@ class ImageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-  """T5's span corruption (Raffel et al. 2020, section 3.1.4) of windows of text, or pairs.
+  """T5's span corruption (Raffel et al. 2020, section 3.1.4) of windows of text, or pairs of texts.
 
-  encoder_length, decoder_length: tokens, eos included. The input of a pair is cut at its end to
-    fit; a target that does not fit is an error.
-  window: tokens cut from the text per example; 0 = as many as fill encoder_length after
-    corruption (the t5 library's rule: 127 tokens for 113, 568 for 512).
-  vocabulary: 'bytes' or the path of a SentencePiece model.
-
-  window, noise_density and mean_span_length are of span corruption; pairs do not read them.
+  Attributes:
+    encoder_length, decoder_length: tokens, eos included. The input of a pair is cut at its end to
+      fit; a target that does not fit is an error.
+    window: tokens cut from the text per example; 0: as many as fill encoder_length after
+      corruption (the t5 library's rule: 127 tokens for 113, 568 for 512). Not read for pairs.
+    noise_density: fraction of masked tokens. Not read for pairs.
+    mean_span_length: tokens per masked span. Not read for pairs.
+    vocabulary: 'bytes' or the path of a SentencePiece model.
   """
   encoder_length: int = 113
   decoder_length: int = 22
@@ -75,9 +77,12 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsConfig:
-  """Which TFDS split (TFDS slicing syntax, as 'train[:95%]') serves as which; '' = by rule.
+  """How a TFDS dataset is read.
 
-  input, target: string features that make a dataset text-to-text; '' = image and label, or text.
+  Attributes:
+    train, validation, test: which TFDS split is read as which (TFDS slicing syntax, as
+      'train[:95%]'): all three, or '' for the rule below.
+    input, target: string features that make a text-to-text dataset; '': image and label, or text.
 
   The rule: `test`, for reporting, is the dataset's own test split if it is labelled, else its own
   validation split. `validation`, for choosing, is the dataset's own if that is still free, else
@@ -91,7 +96,8 @@ class TfdsConfig:
 
   def __post_init__(self):
     check(bool(self.input) == bool(self.target), 'data.tfds.input and target',
-          (self.input, self.target), 'both or none', 'Name the feature to read and the one to say.')
+          (self.input, self.target), 'both or none',
+          'Name the feature to read and the feature to predict.')
     given = [bool(self.train), bool(self.validation), bool(self.test)]
     check(all(given) or not any(given), 'data.tfds', (self.train, self.validation, self.test),
           'all three of train, validation and test, or none',
@@ -99,7 +105,7 @@ class TfdsConfig:
 
   @property
   def splits(self) -> dict[str, str]:
-    """The three given, by moejax's names; {} for the rule."""
+    """{moejax's split: TFDS split} as given; {} for the rule."""
     given = {key: getattr(self, key) for key in ('train', 'validation', 'test')}
     return given if all(given.values()) else {}
 
@@ -108,14 +114,16 @@ class TfdsConfig:
 class DataConfig:
   """What a run reads.
 
-  source: 'glyphs', 'digits', 'stdlib_text', 'stdlib_tasks', 'cmudict'; 'super_glue', its eight
-    tasks from TFDS in one mixture; or 'tfds:NAME' ('tfds:cifar10', 'tfds:c4/en').
-  batch_size, eval_batch_size: global examples per step; both divide by the number of hosts.
-  eval_examples: evaluate the first n of each split's fixed order; 0 = the whole split.
-  eval_repeats: each of them this many times, with other fixed draws (distortions, windows) each.
-  cache_dir: '' = $MOEJAX_CACHE or ~/.cache/moejax.
-  data_dir: TFDS data_dir; '' = TFDS's own default.
-  threads: background threads that make batches ahead of the train step.
+  Attributes:
+    source: 'glyphs', 'digits', 'stdlib_text', 'stdlib_tasks', 'cmudict'; 'super_glue', its eight
+      tasks from TFDS in one mixture; or 'tfds:NAME' ('tfds:cifar10', 'tfds:c4/en').
+    batch_size, eval_batch_size: global examples per step; the number of hosts must divide both.
+    eval_examples: evaluate the first n of each split's fixed order; 0: the whole split.
+    eval_repeats: evaluate each of them this often, with other fixed draws (distortions, windows).
+    cache_dir: '': $MOEJAX_CACHE or ~/.cache/moejax.
+    data_dir: TFDS data_dir; '': TFDS's own default.
+    threads: background threads that make batches ahead of the train step.
+    image, text, tfds: see their own classes.
   """
   source: str = 'glyphs'
   batch_size: int = 64
@@ -130,15 +138,14 @@ class DataConfig:
   tfds: TfdsConfig = TfdsConfig()
 
   @property
-  def scored(self) -> bool:
-    """Whether outputs are decoded and scored, told without the data: if Dataset.metric is set."""
-    return self.source in SCORED or (self.source.startswith('tfds:') and bool(self.tfds.input))
+  def metric(self) -> str:
+    """How decoded outputs are scored, a key of text_scores.METRICS; '' where they are not."""
+    if self.source in registry.SOURCES:
+      return registry.SOURCES[self.source].metric
+    return 'exact_match' if self.tfds.input else ''
 
   def __post_init__(self):
-    if not (self.source.startswith('tfds:') and self.source != 'tfds:'):
-      check_choice('data.source', self.source, (*NAMED, 'tfds:NAME'))
-      check(self.source != 'tfds:NAME', 'data.source', self.source, 'a TFDS name after "tfds:"',
-            'For example tfds:cifar10.')
+    registry.check_name(self.source)
     for key in ('batch_size', 'eval_batch_size', 'eval_repeats', 'threads'):
       check(getattr(self, key) >= 1, f'data.{key}', getattr(self, key), 'at least 1', 'Raise it.')
     check(self.eval_examples >= 0, 'data.eval_examples', self.eval_examples,

@@ -1,9 +1,10 @@
-"""Grain: step n's batch as a pure function of (config, seed, n).
+"""Step n's batch as a pure function of (config, seed, n), by Grain.
 
-global examples -> shuffle(seed), anew each epoch, without end -> a few random numbers per example
--> batches of one host's size -> every hosts-th batch, from this host's -> the heavy work, on a
-whole batch. Batching to the host's size and slicing last gives each host contiguous rows of one
-global batch, the same batch for 1, 2 or 4 hosts. Position is the step; nothing else is stored.
+Grain composes, in this order: the numbers of a split's examples; their shuffle by the seed, anew
+in each epoch, without end; a few random numbers per example; batches of one host's size; every
+hosts-th of these, from this host's own on; the heavy work, on a whole batch. So the hosts' batches
+at step n are the parts of one global batch, which does not depend on the number of hosts. The
+position is the step; nothing else is stored.
 """
 
 import dataclasses
@@ -19,32 +20,38 @@ from moejax.config import check, check_choice
 from moejax.data import registry
 from moejax.data.config import DataConfig
 from moejax.data.image import ImageProcessor
-from moejax.data.text_pairs import references
+from moejax.data.source import Source
+from moejax.data.text import TextProcessor
+from moejax.data.text_pairs import PairProcessor, references
 
-EVAL_SEED = 20221209   # the same examples, windows and distortions whatever the run's seed
-# Settings that change how fast or where from, not what a split contains.
+EVAL_SEED = 20221209   # of evaluation: its examples, windows and distortions ignore a run's seed
+# Settings that leave the contents of a split as they are.
 NOT_SHAPING = ('batch_size', 'eval_batch_size', 'cache_dir', 'data_dir', 'threads')
-CORRUPTING = ('window', 'noise_density', 'mean_span_length')   # of text, where pairs are not
+CORRUPTING = ('window', 'noise_density', 'mean_span_length')   # settings of text that pairs ignore
 
 Batch = dict[str, np.ndarray]
+Processor = ImageProcessor | TextProcessor | PairProcessor
 
 
 class Dataset:
-  """One host's view of a source's splits.
+  """One host's part of the batches of all splits.
 
-  kind: 'classification' (image (B, S, S, C) float32, label (B,) int32, weight (B,) float32) or
-    'seq2seq' (encoder_input (B, Le), decoder_input, target (B, Ld) int32, weight (B, Ld) float32).
-    Every batch also has index (B,) int32, the row in the GLOBAL batch. Filler rows of a last
-    evaluation batch are all zero but for index. Batches of pairs have task (B,) and example (B,)
-    int32 too, the example's number in its split.
-  tasks: names of what is learnt from pairs, which a batch's task indexes; () if it is one thing.
-  metric: how answers to pairs are scored, see text_scores.py; '' where there are no pairs.
-  num_classes, image_shape / vocab_size, encoder_length, decoder_length: 0 or () where they do not
-    apply.
-  vocabulary: of text (encode, decode), else None.
-  examples: split -> number of examples evaluated, or drawn from per epoch.
-  fingerprint: SHA-256 hex of the data and of the settings that shape it; not of the seed, batch
-    sizes or folders.
+  A batch is a dict. Of 'classification': image (B, S, S, C) float32, label (B,) int32, weight (B,)
+  float32. Of 'seq2seq': encoder_input (B, Le), decoder_input, target (B, Ld) int32, weight (B, Ld)
+  float32; of pairs also task (B,) int32 and example (B,) int32, the example's number in its split.
+  Of both: index (B,) int32, the position in the GLOBAL batch. The last batch of an evaluation is
+  filled up with filler examples, zero in all but index.
+
+  Attributes:
+    kind: 'classification' or 'seq2seq'.
+    tasks: names that a batch's task indexes; () for a single task.
+    metric: how decoded outputs are scored, see text_scores.py; '' where there are no pairs.
+    num_classes, image_shape / vocab_size, encoder_length, decoder_length: 0 or () where they do not
+      apply.
+    vocabulary: of text (encode, decode), else None.
+    examples: {split: number of examples that are evaluated, or trained on per epoch}.
+    fingerprint: SHA-256 hex of the data and of the settings that shape it; seed, batch sizes and
+      folders are not among them.
   """
 
   def __init__(self, config: DataConfig, seed: int, host: int = 0, hosts: int = 1):
@@ -56,9 +63,10 @@ class Dataset:
       check(given % hosts == 0, f'data.{key}', given, f'a multiple of the {hosts} hosts',
             f'Use {max(given // hosts, 1) * hosts}.')
     self._config, self._host, self._hosts = config, host, hosts
-    source, self._processor = registry.build(config)
-    self.kind = source.kind
-    self.tasks, self.metric, self._pairs = source.tasks, source.metric, source.pairs
+    source = registry.load(config)
+    self._processor = make_processor(config, source)
+    self.kind, self.metric = source.kind, config.metric
+    self.tasks, self._pairs = source.tasks, source.pairs
     self.num_classes = source.num_classes
     image = isinstance(self._processor, ImageProcessor)
     self.image_shape = self._processor.image_shape if image else ()
@@ -70,50 +78,48 @@ class Dataset:
     for split, examples in source.splits.items():
       check(len(examples) > 0, 'data.source', config.source, f'at least one example in {split!r}',
             'Shorten data.text.window, or choose other splits.')
-    limit = config.eval_examples
-    self.examples = {split: len(e) if split == 'train' or not limit else min(len(e), limit)
-                     for split, e in source.splits.items()}
+    self.examples = {split: len(examples) if split == 'train' else self._evaluated(split)
+                     for split, examples in source.splits.items()}
     self.fingerprint = _fingerprint(config, source)
     self._train = self._train_pipeline(seed)
 
   def train_batch(self, step: int) -> Batch:
-    """This host's rows of step's global batch."""
+    """This host's part of the global batch of `step`."""
     return self._train[step]
 
   def train_batches(self, start: int, stop: int) -> Iterator[Batch]:
-    """train_batch(start), ..., train_batch(stop - 1), made ahead of time in threads."""
+    """train_batch(start), ..., train_batch(stop - 1), made ahead by threads."""
     return self._prefetch(self._train[start:stop])
 
   def eval_batches(self, split: str = 'validation') -> Iterator[Batch]:
-    """A split once, in an order and with distortions that depend on nothing but the config.
+    """The batches of one pass over a split, in an order and with draws that only the config sets.
 
-    Every batch has the same shape; rows beyond the last example are filler. On 'train' it evaluates
-    training examples, undistorted by flips and crops.
+    All batches have one shape; filler examples follow the last one. In 'train' images are not
+    flipped or cropped. Raises ConfigError on an unknown split.
     """
     check_choice('split', split, self._splits)
     return self._prefetch(self._eval_pipeline(split))
 
   def references(self, split: str, batch: Batch) -> list[tuple[str, ...]]:
-    """The right answers of each row of one of a split's batches of pairs; () for a filler row.
+    """The right answers of each example in a batch of a split of pairs; () for a filler example.
 
-    The first of a row is its target. Answers are whole texts, whatever the vocabulary made of them:
-    compare them with `vocabulary.decode` of what a model said.
+    The first answer is the target. Answers are the source's texts, not what the vocabulary can
+    express of them: compare them with `vocabulary.decode` of a model's output.
     """
     examples, real = self._pairs_of(split), batch['weight'].any(axis=1)
     return [references(examples[int(n)]) if r else () for n, r in zip(batch['example'], real)]
 
   def answers(self, split: str) -> tuple[list[tuple[str, ...]], list[int]]:
-    """(right answers, task) of every example that `examples[split]` counts.
+    """(right answers, task) of every example that `examples[split]` counts; reads the split once.
 
-    For the score of always giving the commonest answer (text_scores.baseline). It reads the
-    split once.
+    text_scores.baseline needs them to score always giving the commonest answer.
     """
     examples, n = self._pairs_of(split), self.examples[split]
-    numbers = range(n)   # of a whole split the order does not matter, and Grain's is slow to list
+    numbers = range(n)   # the order of a whole split does not matter, and Grain lists it slowly
     if n < len(examples):
       numbers = self._numbers(split).shuffle(EVAL_SEED)[:n]
-    found = [examples[int(number)] for number in numbers]
-    return [references(e) for e in found], [int(e['task']) for e in found]
+    evaluated = [examples[int(number)] for number in numbers]
+    return [references(e) for e in evaluated], [int(e['task']) for e in evaluated]
 
   def _pairs_of(self, split: str) -> Sequence:
     check(self._pairs, 'data.source', self._config.source, 'a source of pairs',
@@ -122,48 +128,52 @@ class Dataset:
     return self._splits[split]
 
   def _train_pipeline(self, seed: int) -> grain.MapDataset:
-    rows = self._config.batch_size // self._hosts
-    ds = self._numbers('train').seed(seed).shuffle().random_map(self._reader('train'))
-    ds = ds.repeat().batch(rows, batch_fn=_stack)[self._host::self._hosts]
-    index = self._global_rows(rows)
+    size = self._config.batch_size // self._hosts
+    ds = self._numbers('train').seed(seed).shuffle().random_map(self._reader('train', train=True))
+    ds = ds.repeat().batch(size, batch_fn=_stack)[self._host::self._hosts]
+    index = self._global_index(size)
     return ds.map(lambda batch: {**self._processor.finish(batch), 'index': index.copy()})
 
   def _eval_pipeline(self, split: str) -> grain.MapDataset:
     batch_size, repeats = self._config.eval_batch_size, self._config.eval_repeats
     n = self._evaluated(split) * repeats
-    rows = batch_size // self._hosts
-    whole = -(-n // batch_size) * batch_size
-    index = self._global_rows(rows)
+    size = batch_size // self._hosts
+    padded = -(-n // batch_size) * batch_size
+    index = self._global_index(size)
 
     def finish(step, batch):
       batch = self._processor.finish(batch)
-      filler = step * batch_size + index >= n                      # (rows,)
+      filler = step * batch_size + index >= n                      # (size,)
       for value in batch.values():
         value[filler] = 0
       return {**batch, 'index': index.copy()}
 
     order = self._numbers(split).shuffle(EVAL_SEED)
     ds = grain.MapDataset.range(n).map(lambda i: order[i % (n // repeats)])
-    ds = ds.random_map(self._reader(split, fixed=True), seed=EVAL_SEED).repeat()[:whole]
-    return ds.batch(rows, batch_fn=_stack)[self._host::self._hosts].map_with_index(finish)
+    ds = ds.random_map(self._reader(split, train=False), seed=EVAL_SEED).repeat()[:padded]
+    return ds.batch(size, batch_fn=_stack)[self._host::self._hosts].map_with_index(finish)
 
   def _numbers(self, split: str) -> grain.MapDataset:
-    # Numbers, not MapDataset.source, which pays for metrics on each of 64 small reads per batch.
+    """The numbers of a split's examples.
+
+    Not the examples by MapDataset.source, which records metrics on each of many small reads.
+    """
     return grain.MapDataset.range(len(self._splits[split]))
 
-  def _reader(self, split: str, fixed: bool = False) -> Callable:
-    examples = self._splits[split]
-    draw = self._processor.draw_fixed if fixed else self._processor.draw
+  def _reader(self, split: str, train: bool) -> Callable:
+    """A function (number of an example, random generator) -> the example's arrays."""
+    examples, draw = self._splits[split], self._processor.draw
     if self._pairs:
-      return lambda number, rng: {**draw(examples[number], rng), 'example': np.int32(number)}
-    return lambda number, rng: draw(examples[number], rng)
+      return lambda number, rng: {**draw(examples[number], rng, train), 'example': np.int32(number)}
+    return lambda number, rng: draw(examples[number], rng, train)
 
   def _evaluated(self, split: str) -> int:
-    """Examples of `split` that an evaluation covers, 'train' included."""
+    """How many examples of `split`, which may be 'train', an evaluation covers."""
     return min(len(self._splits[split]), self._config.eval_examples or len(self._splits[split]))
 
-  def _global_rows(self, rows: int) -> np.ndarray:
-    return np.arange(self._host * rows, (self._host + 1) * rows, dtype=np.int32)
+  def _global_index(self, size: int) -> np.ndarray:
+    """(size,) positions of this host's examples in the global batch."""
+    return np.arange(self._host * size, (self._host + 1) * size, dtype=np.int32)
 
   def _prefetch(self, ds: grain.MapDataset) -> Iterator[Batch]:
     threads = self._config.threads
@@ -179,16 +189,38 @@ def _stack(examples: list[Batch]) -> Batch:
   return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
 
-def _fingerprint(config: DataConfig, source: registry.Source) -> str:
+def make_processor(config: DataConfig, source: Source) -> Processor:
+  """What turns the source's examples into batches.
+
+  Raises:
+    ConfigError: text lengths do not fit a window, or targets do not fit decoder_length.
+  """
+  if source.kind == 'classification':
+    return ImageProcessor(config.image, source.channels, source.same_shape)
+  if not source.pairs:
+    return TextProcessor(config.text)
+  processor = PairProcessor(config.text)
+  # The longest in bytes first, so that the length in the error is (for bytes) enough for all.
+  targets = set().union(*(examples.targets for examples in source.splits.values()))
+  for target in sorted(targets, key=lambda t: (-len(t), t)):
+    processor.check_target(target)
+  return processor
+
+
+def _fingerprint(config: DataConfig, source: Source) -> str:
+  """See Dataset.fingerprint.
+
+  Later settings at their default are left out, so that earlier results keep their fingerprints.
+  """
   shaping = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SHAPING}
   shaping.pop('text' if source.kind == 'classification' else 'image')
   if source.pairs:
     shaping['text'] = {k: v for k, v in shaping['text'].items() if k not in CORRUPTING}
-  else:   # and results from before there were pairs keep their fingerprints
+  else:
     del shaping['tfds']['input'], shaping['tfds']['target']
-  if source.kind == 'classification' and not config.image.skip_classes:   # likewise
+  if source.kind == 'classification' and not config.image.skip_classes:
     del shaping['image']['skip_classes']
-  if config.eval_repeats == 1:   # likewise
+  if config.eval_repeats == 1:
     del shaping['eval_repeats']
   counts = {split: len(examples) for split, examples in source.splits.items()}
   record = json.dumps([shaping, counts, source.digest], sort_keys=True)
@@ -196,22 +228,21 @@ def _fingerprint(config: DataConfig, source: registry.Source) -> str:
 
 
 def build(config: DataConfig, *, seed: int, host: int = 0, hosts: int = 1) -> Dataset:
-  """The dataset a config names, as host `host` of `hosts` sees it.
+  """The dataset that a config names, for host `host` of `hosts`.
 
   Raises:
-    ConfigError: whatever cannot work, before anything is trained: see settings.py for ranges;
-      batch sizes that hosts do not divide; text lengths a window does not fit; a TFDS folder that
-      is missing or not array_record.
+    ConfigError: batch sizes that hosts do not divide, text lengths that a window does not fit, too
+      many classes, a source that is missing or cannot be read.
   """
   return Dataset(config, seed, host, hosts)
 
 
 def throughput(dataset: Dataset, steps: int, *, threads: bool = False) -> float:
-  """Batches per second of `steps` training batches, made in this thread or, as in training, ahead.
+  """Batches per second over `steps` training batches.
 
-  Compare with the train step's own rate: the loader must be the faster of the two.
+  threads: whether background threads make them ahead, as in training, or this thread.
   """
-  dataset.train_batch(0)   # imports and first touches are not throughput
+  dataset.train_batch(0)   # imports and first reads do not count
   start = time.perf_counter()
   if threads:
     for _ in dataset.train_batches(1, steps + 1):

@@ -1,48 +1,44 @@
-"""Names to sources, and to what turns their examples into batches."""
+"""The sources of examples, by the name that data.source gives them.
 
-from collections.abc import Callable
+To add one, write datasets/MODULE.py with `load(config: DataConfig) -> Source` and enter it in
+SOURCES. A source's module is imported when it is read, since data/config.py needs the names alone.
+"""
 
-from moejax.config import check
-from moejax.data.config import NAMED, DataConfig
-from moejax.data.datasets import cmudict, embedded, stdlib_tasks, superglue, tfds
-from moejax.data.image import ImageProcessor
+import importlib
+from typing import Any, NamedTuple
+
+from moejax.config import check_choice
 from moejax.data.source import Source
-from moejax.data.text import TextProcessor
-from moejax.data.text_pairs import PairProcessor, PairTable
 
-# A new source is a function (config, window_bytes) -> Source, here and in settings.NAMED.
-REGISTRY: dict[str, Callable[[DataConfig, int], Source]] = {
-    'glyphs': embedded.glyphs, 'digits': embedded.digits, 'stdlib_text': embedded.stdlib_text,
-    'stdlib_tasks': stdlib_tasks.stdlib_tasks, 'cmudict': cmudict.cmudict,
-    'super_glue': superglue.super_glue}
-TEXT_SOURCES = ('stdlib_text',)
-
-Processor = ImageProcessor | TextProcessor | PairProcessor
+TFDS = 'tfds:'   # before the name of a TFDS dataset, which needs no entry
 
 
-def build(config: DataConfig) -> tuple[Source, Processor]:
-  """The source that config.source names, and what turns its examples into batches."""
-  if config.source in REGISTRY:
-    text = TextProcessor(config.text) if config.source in TEXT_SOURCES else None
-    source = REGISTRY[config.source](config, text.window_bytes if text else 0)
-  else:
-    check(config.source.startswith('tfds:'), 'data.source', config.source,
-          f'{", ".join(NAMED)} or tfds:NAME', 'Choose one of these.')
-    source = tfds.tfds_source(config)
-    text = TextProcessor(config.text) if source.kind == 'seq2seq' and not source.pairs else None
-  if source.pairs:
-    return source, _pair_processor(config, source)
-  return source, text or ImageProcessor(config.image, source.channels, source.same_shape)
+class Entry(NamedTuple):
+  """A source: its file in datasets/, and how answers to its pairs are scored.
+
+  metric: a key of evaluation.text_scores.METRICS; '' where outputs are not scored.
+  """
+  module: str
+  metric: str = ''
 
 
-def _pair_processor(config: DataConfig, source: Source) -> PairProcessor:
-  """The processor, once the targets fit: all those in memory, of others the ones of the digest."""
-  processor = PairProcessor(config.text)
-  targets: set[bytes] = set()
-  for examples in source.splits.values():
-    targets |= (examples.targets if isinstance(examples, PairTable)
-                else {examples[i]['target'] for i in tfds.sampled(examples)})
-  # The longest in bytes first, so that the length asked for is (for bytes) enough for all.
-  for target in sorted(targets, key=lambda t: (-len(t), t)):
-    processor.check_target(target)
-  return processor
+SOURCES = {
+    'glyphs': Entry('glyphs'),
+    'digits': Entry('digits'),
+    'stdlib_text': Entry('stdlib'),
+    'stdlib_tasks': Entry('stdlib_tasks', 'exact_match'),
+    'cmudict': Entry('cmudict', 'pronunciation'),
+    'super_glue': Entry('superglue', 'exact_match'),
+}
+
+
+def check_name(name: str) -> None:
+  """Raises ConfigError unless `name` is in SOURCES or is TFDS and the name of a dataset."""
+  if name == TFDS or not name.startswith(TFDS):
+    check_choice('data.source', name, (*SOURCES, f'{TFDS}NAME'))
+
+
+def load(config: Any) -> Source:
+  """Reads the source that a DataConfig names. Raises ConfigError: see its module."""
+  entry = SOURCES.get(config.source, Entry('tfds'))
+  return importlib.import_module(f'moejax.data.datasets.{entry.module}').load(config)

@@ -1,4 +1,4 @@
-"""What a source of examples is, whoever reads it."""
+"""What every source of examples provides, whether it is read from memory, files or TFDS."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,17 @@ from collections.abc import Mapping, Sequence
 class Source:
   """Splits of examples with random access.
 
-  kind: 'classification', examples {'image': (H, W, C) uint8, 'label': int}; or 'seq2seq', examples
-    {'text': UTF-8 bytes} to be span-corrupted, or pairs.
-  pairs: examples are {'input': UTF-8 bytes, 'target': UTF-8 bytes, 'task': int}; with 'references',
-    a tuple of UTF-8 bytes, where more answers than 'target' are right.
-  tasks: names that 'task' indexes; () where there is one thing to learn.
-  metric: how answers to pairs are scored: 'exact_match' or 'pronunciation'; '' without pairs.
-  splits: 'train', 'validation', 'test' -> sequence (len, [i]).
-  digest: SHA-256 hex of the contents.
-  num_classes, channels: of images; 0 for text.
-  same_shape: all images are square and of one size.
+  Attributes:
+    kind: 'classification', examples {'image': (H, W, C) uint8, 'label': int}; or 'seq2seq',
+      examples {'text': UTF-8 bytes} for span corruption, or pairs.
+    splits: {'train', 'validation', 'test', perhaps more: sequence (len, [i])}. Splits of pairs also
+      have `targets`, the targets to check against decoder_length before training.
+    digest: SHA-256 hex of the contents.
+    num_classes, channels: of images; 0 for text.
+    same_shape: whether all images are square and of one size.
+    pairs: whether examples are {'input': UTF-8 bytes, 'target': UTF-8 bytes, 'task': int}; with
+      'references', a tuple of UTF-8 bytes, where more answers than 'target' are right.
+    tasks: names that 'task' indexes; () for a single task.
   """
   kind: str
   splits: Mapping[str, Sequence]
@@ -27,4 +28,3 @@ class Source:
   same_shape: bool = False
   pairs: bool = False
   tasks: tuple[str, ...] = ()
-  metric: str = ''

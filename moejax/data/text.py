@@ -1,6 +1,6 @@
 """Text: vocabularies and T5's span corruption (Raffel et al. 2020, sections 2.2 and 3.1.4).
 
-B batch, W window, L encoder or decoder length.
+B batch, W window, Le encoder length, Ld decoder length.
 """
 
 import pathlib
@@ -18,8 +18,8 @@ PAD, EOS = 0, 1
 class ByteVocabulary:
   """ByT5's ids (Xue et al. 2022): pad 0, eos 1, unk 2, bytes at 3..258, then 125 sentinels.
 
-  The first masked span's sentinel is the highest id, 383, and the others descend, as in the t5
-  library. (The published ByT5 checkpoints reuse the last byte ids as sentinels instead.)
+  The first masked span gets the highest id, 383, as its sentinel, and the others descend, as in the
+  t5 library. (The published ByT5 checkpoints reuse the last byte ids as sentinels instead.)
   """
   size = 384
   sentinels = 125
@@ -31,7 +31,7 @@ class ByteVocabulary:
     return np.frombuffer(text, np.uint8).astype(np.int32) + 3
 
   def decode(self, ids: np.ndarray) -> str:
-    """Ids -> text up to the first eos; anything that is not a byte is left out."""
+    """Ids -> text up to the first eos, without the ids that are not bytes."""
     ids = _until_eos(ids)
     return bytes(int(i) - 3 for i in ids if 3 <= i < 259).decode('utf-8', errors='replace')
 
@@ -45,7 +45,7 @@ class SentencePieceVocabulary:
     ConfigError: no such file, the package is missing, or the model's pad and eos ids are not T5's.
   """
   sentinels = 100
-  bytes_per_token = 8   # generous: the text cut for a window nearly always fills it
+  bytes_per_token = 8   # generous, so that the text cut for a window nearly always fills it
 
   def __init__(self, path: str):
     key = 'data.text.vocabulary'
@@ -69,11 +69,11 @@ class SentencePieceVocabulary:
     self.size = -(-total // 128) * 128
 
   def encode(self, text: bytes) -> np.ndarray:
-    """UTF-8 bytes (a character cut in two at either end is left out) -> (n,) int32 ids."""
+    """UTF-8 bytes -> (n,) int32 ids; parts of a character at either end are left out."""
     return np.asarray(self._model.encode(text.decode('utf-8', errors='ignore')), np.int32)
 
   def decode(self, ids: np.ndarray) -> str:
-    """Ids -> text up to the first eos; sentinels are left out."""
+    """Ids -> text up to the first eos, without sentinels."""
     pieces = self._model.vocab_size()
     return self._model.decode([int(i) for i in _until_eos(ids) if 1 < i < pieces])
 
@@ -87,7 +87,7 @@ def _until_eos(ids: np.ndarray) -> np.ndarray:
 
 
 def vocabulary(name: str) -> ByteVocabulary | SentencePieceVocabulary:
-  """'bytes' or the path of a SentencePiece model -> the vocabulary."""
+  """The vocabulary that data.text.vocabulary names. Raises ConfigError: see the classes."""
   return ByteVocabulary() if name == 'bytes' else SentencePieceVocabulary(name)
 
 
@@ -102,7 +102,7 @@ def noise_counts(length: int, density: float, mean_span: float) -> tuple[int, in
 
 
 def corrupted_lengths(length: int, density: float, mean_span: float) -> tuple[int, int]:
-  """(encoder, decoder) tokens of a corrupted window: one sentinel per span, one eos each."""
+  """(encoder, decoder) tokens of a corrupted window, with a sentinel per span and an eos each."""
   tokens, spans = noise_counts(length, density, mean_span)
   return length - tokens + spans + 1, tokens + spans + 1
 
@@ -116,7 +116,7 @@ def longest_window(encoder_length: int, density: float, mean_span: float) -> int
 
 
 def _random_partition(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-  """(parts,) positive lengths that sum to total, uniformly among all such."""
+  """(parts,) positive lengths that sum to total, drawn uniformly from all such partitions."""
   bounds = np.zeros(parts + 1, np.int64)
   bounds[1:-1] = np.sort(rng.permutation(total - 1)[:parts - 1]) + 1
   bounds[-1] = total
@@ -127,30 +127,30 @@ def noise_mask(length: int, density: float, mean_span: float,
                rng: np.random.Generator) -> np.ndarray:
   """(length,) bool, True at masked tokens: t5's random_spans_noise_mask.
 
-  Kept and masked spans alternate, a kept one first and a masked one last; the number of spans is
-  fixed by the length, and the lengths of each kind are a uniformly random partition.
+  Kept and masked spans alternate, a kept one first and a masked one last. Their number follows from
+  the length; the lengths of each kind are a uniformly random partition.
   """
   tokens, spans = noise_counts(length, density, mean_span)
   kept = _random_partition(length - tokens, spans, rng)
   masked = _random_partition(tokens, spans, rng)
-  runs = np.stack([kept, masked], axis=1).reshape(-1)              # (2 * spans,)
-  return np.repeat(np.arange(2 * spans) % 2 == 1, runs)
+  lengths = np.stack([kept, masked], axis=1).reshape(-1)           # (2 * spans,)
+  return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
 
 
 def span_corrupt(tokens: np.ndarray, mask: np.ndarray, length: np.ndarray, encoder_length: int,
                  decoder_length: int, first_sentinel: int) -> dict[str, np.ndarray]:
-  """Replaces each masked span by a sentinel; the target spells out what each stood for.
+  """Replaces each masked span by a sentinel; the target lists each sentinel and its span.
 
   Args:
     tokens: (B, W) int32 ids.
     mask: (B, W) bool, True at masked tokens.
     length: (B,) tokens before padding.
-    encoder_length, decoder_length: lengths of the results.
+    encoder_length, decoder_length: Le, Ld.
     first_sentinel: id of the first span's sentinel; the others descend.
 
   Returns:
-    encoder_input (B, Le), decoder_input, target (B, Ld), all int32 and closed by eos, and weight
-    (B, Ld) float32, 0 at the target's padding. decoder_input is target shifted right after a pad.
+    encoder_input (B, Le), target (B, Ld) int32, both closed by eos; decoder_input and weight of
+    `decoder_side`.
   """
   B, W = tokens.shape
   row = np.arange(B)[:, None].repeat(W, 1)
@@ -171,23 +171,30 @@ def span_corrupt(tokens: np.ndarray, mask: np.ndarray, length: np.ndarray, encod
   target = np.zeros((B, decoder_length), np.int32)
   target[row[mask], to[mask]] = tokens[mask]
   target[row[first], to[first] - 1] = sentinel[first]
-  end = mask.sum(1) + span[:, -1]
-  target[np.arange(B), end] = EOS
+  target[np.arange(B), mask.sum(1) + span[:, -1]] = EOS
+  return {'encoder_input': encoder_input, **decoder_side(target)}
+
+
+def decoder_side(target: np.ndarray) -> dict[str, np.ndarray]:
+  """The decoder's arrays for target (B, Ld) int32.
+
+  Returns:
+    target; decoder_input (B, Ld) int32, target shifted right after a pad; weight (B, Ld) float32, 1
+    where target is a token, 0 at padding.
+  """
   decoder_input = np.zeros_like(target)
   decoder_input[:, 1:] = target[:, :-1]
-  weight = (np.arange(decoder_length) <= end[:, None]).astype(np.float32)
-  return {'encoder_input': encoder_input, 'decoder_input': decoder_input, 'target': target,
-          'weight': weight}
+  return {'target': target, 'decoder_input': decoder_input,
+          'weight': (target != PAD).astype(np.float32)}
 
 
 class TextProcessor:
-  """Examples {'text': bytes} -> span-corruption batches.
+  """Turns examples {'text': bytes} into span-corruption batches.
 
   Raises:
     ConfigError: the corrupted window does not fit encoder_length or decoder_length, or has more
       spans than the vocabulary has sentinels.
   """
-  kind = 'seq2seq'
 
   def __init__(self, config: TextConfig):
     self.config = config
@@ -209,14 +216,16 @@ class TextProcessor:
 
   @property
   def window_bytes(self) -> int:
-    """Bytes of text to cut for one window."""
+    """Bytes of text that are cut for one window."""
     return self.window * self.vocabulary.bytes_per_token
 
-  def draw(self, example: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Cuts a random window and draws its mask: tokens, mask (W,), length ().
+  def draw(self, example: Mapping[str, Any], rng: np.random.Generator,
+           train: bool = True) -> dict[str, np.ndarray]:
+    """A random window and its random mask: tokens (W,), mask (W,), length ().
 
     Text too short for a window is corrupted whole; below two tokens it is an empty example.
     """
+    del train   # evaluation is corrupted too
     text, W = example['text'], self.window
     start = int(rng.integers(0, max(len(text) - self.window_bytes, 0) + 1))
     ids = self.vocabulary.encode(text[start:start + self.window_bytes])[:W]
@@ -227,10 +236,8 @@ class TextProcessor:
       mask[:n] = noise_mask(n, self.config.noise_density, self.config.mean_span_length, rng)
     return {'tokens': tokens, 'mask': mask, 'length': np.int32(n)}
 
-  draw_fixed = draw   # evaluation is corrupted in the same way, by fixed draws
-
   def finish(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stacked draws -> the batch (span_corrupt); empty examples become filler rows."""
+    """Stacked draws -> the batch of span_corrupt; empty examples become filler, all zero."""
     out = span_corrupt(batch['tokens'], batch['mask'], batch['length'], self.config.encoder_length,
                        self.config.decoder_length, self.vocabulary.first_sentinel)
     for value in out.values():

@@ -1,6 +1,6 @@
-"""Pairs of texts: an input to read and a target to say, as T5 is fine-tuned (Raffel et al. 2020).
+"""Pairs of texts: an input and the target to predict, as T5 is fine-tuned (Raffel et al. 2020).
 
-B batch, L encoder or decoder length.
+B batch, Le encoder length, Ld decoder length.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ import numpy as np
 from moejax.config import check
 from moejax.data.config import TextConfig
 from moejax.data.source import Source
-from moejax.data.text import EOS, PAD, vocabulary
+from moejax.data.text import EOS, PAD, decoder_side, vocabulary
 
 
 class Pair(NamedTuple):
-  """One example; `references` are the right answers, () where `target` is the only one."""
+  """One example; `references` are all right answers, () where `target` is the only one."""
   input: bytes
   target: bytes
   task: int = 0
@@ -37,19 +37,20 @@ class PairTable:
 
   @property
   def targets(self) -> set[bytes]:
+    """All targets."""
     return {pair.target for pair in self._pairs}
 
 
 def pair_source(splits: Mapping[str, Sequence[Pair]], metric: str,
                 tasks: tuple[str, ...] = ()) -> Source:
-  """Splits of pairs -> a Source that holds them in memory; its digest covers every byte."""
+  """The Source of pairs in memory; its digest covers every byte, the metric and the tasks."""
   sha = hashlib.sha256(repr((metric, tasks)).encode())
   for name, pairs in sorted(splits.items()):
     sha.update(name.encode())
     for pair in pairs:
       sha.update(repr(tuple(pair)).encode())
   return Source(kind='seq2seq', splits={name: PairTable(pairs) for name, pairs in splits.items()},
-                digest=sha.hexdigest(), pairs=True, tasks=tasks, metric=metric)
+                digest=sha.hexdigest(), pairs=True, tasks=tasks)
 
 
 def references(example: Mapping[str, Any]) -> tuple[str, ...]:
@@ -59,32 +60,29 @@ def references(example: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class PairProcessor:
-  """Examples {'input', 'target', 'task'} -> batches of the same keys as span corruption, and task.
+  """Turns examples {'input', 'target', 'task'} into batches as of span corruption, and task.
 
   An input too long for encoder_length loses its end: sources put first what the answer needs. A
-  target is never cut, since a model would be taught, and scored on, half an answer: one that does
-  not fit decoder_length is an error, at build where the source is in memory (`check_target`).
-
-  Raises:
-    ConfigError: a target does not fit.
+  target that does not fit decoder_length is an error (`check_target`) and never cut, since the
+  model would be trained and scored on half an answer.
   """
-  kind = 'seq2seq'
 
   def __init__(self, config: TextConfig):
     self.config = config
     self.vocabulary = vocabulary(config.vocabulary)
 
   def check_target(self, target: bytes) -> np.ndarray:
-    """Its ids, or a ConfigError when they and an eos do not fit decoder_length."""
+    """The target's ids. Raises ConfigError if they and an eos do not fit decoder_length."""
     ids = self.vocabulary.encode(target)
     check(len(ids) < self.config.decoder_length, 'data.text.decoder_length',
           self.config.decoder_length, f'at least {len(ids) + 1} for the target {target[:80]!r}',
           'Raise it: targets are never cut.')
     return ids
 
-  def draw(self, example: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A pair's encoder_input (Le,), target (Ld,) and task (), int32; nothing here is random."""
-    del rng
+  def draw(self, example: Mapping[str, Any], rng: np.random.Generator,
+           train: bool = True) -> dict[str, np.ndarray]:
+    """A pair's encoder_input (Le,), target (Ld,) and task (), int32; nothing is random."""
+    del rng, train
     L = self.config.encoder_length
     encoder_input = np.full(L, PAD, np.int32)
     ids = self.vocabulary.encode(example['input'])[:L - 1]
@@ -94,15 +92,6 @@ class PairProcessor:
     target[:len(ids)], target[len(ids)] = ids, EOS
     return {'encoder_input': encoder_input, 'target': target, 'task': np.int32(example['task'])}
 
-  draw_fixed = draw
-
   def finish(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stacked draws -> encoder_input (B, Le), decoder_input, target (B, Ld), task (B,), weight.
-
-    decoder_input is target shifted right after a pad; weight (B, Ld) float32 is 1 up to the eos.
-    """
-    target = batch['target']
-    decoder_input = np.zeros_like(target)
-    decoder_input[:, 1:] = target[:, :-1]
-    return {**batch, 'decoder_input': decoder_input,
-            'weight': (target != PAD).astype(np.float32)}
+    """Stacked draws, with decoder_input and weight of text.decoder_side."""
+    return {**batch, **decoder_side(batch['target'])}

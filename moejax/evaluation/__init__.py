@@ -1,1 +1,1 @@
-"""What a trained model is worth: losses over a split, decoded text, few-shot probes."""
+"""How good a trained model is: losses over a split, scores of decoded text, few-shot probes."""

@@ -1,10 +1,10 @@
 """Autoregressive decoding: greedy and beam search over a model's cached steps.
 
-Both are one jax.lax.while_loop that ends when every sequence has: they jit, and run unchanged under
-a mesh or a pmap. The decoder starts from pad, as it was trained to. Pad is never chosen (our
-choice: it is weighted 0 in every loss, so its logit says nothing), so it stands only after eos.
+Each is one jax.lax.while_loop that ends when all sequences have ended, and runs under jit, a mesh
+or a pmap. The decoder starts from pad, as in training. Pad is never chosen (our choice: every loss
+weighs it 0, so its logit means nothing); it only follows eos.
 
-Dimensions: B batch, N beams, L tokens at most, V vocabulary.
+B batch, M source length, N beams, L tokens at most, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -17,17 +17,17 @@ from moejax.models.t5 import EOS, PAD
 
 
 def greedy(model, params: dict, batch: dict, max_length: int) -> jax.Array:
-  """The most probable token at each step.
+  """Decodes the most probable token at each step.
 
   Args:
     model: models.Model of a T5.
     params: its parameters.
-    batch: with 'encoder_input' (B, M), 0 at padding; a row of nothing else (filler) decodes to
-      padding.
+    batch: with 'encoder_input' (B, M), 0 at padding; a filler example, which is all padding,
+      decodes to padding.
     max_length: L.
 
   Returns:
-    (B, L) int32 ids: up to and with eos, then pad; without eos where L tokens did not suffice.
+    (B, L) int32 ids, up to and including eos, then pad; without eos where L tokens do not suffice.
   """
   encoded, real = model.encode(params, batch), _real(batch)
 
@@ -54,11 +54,10 @@ class Beams(NamedTuple):
 
   Attributes:
     position: int32 scalar, tokens chosen so far.
-    live: (B, N, 1 + L) int32 ids of hypotheses without eos, best first, after the pad that starts
-      them.
-    live_score: (B, N) their log-probabilities; -inf for none.
+    live: (B, N, 1 + L) int32 ids of hypotheses without eos, best first; a pad starts each.
+    live_score: (B, N) their log-probabilities; -inf where there is no hypothesis.
     finished: (B, 1 + L) int32 ids of the best hypothesis that ends in eos.
-    finished_score: (B,) its log-probability over length penalty; -inf for none.
+    finished_score: (B,) its log-probability over length penalty; -inf where there is none.
     cache: of the live hypotheses, leaves (B*N, L, ...).
   """
   position: jax.Array
@@ -71,13 +70,13 @@ class Beams(NamedTuple):
 
 def beam_search(model, params: dict, batch: dict, max_length: int, beams: int,
                 alpha: float = 0.6) -> jax.Array:
-  """The finished hypothesis of the highest score found with a beam of N.
+  """Decodes by a beam of N and returns the finished hypothesis of the highest score.
 
   The score is log P(y) / ((5 + |y|) / 6)^alpha, |y| counting eos (Wu et al. 2016, eq. 14, without
-  its coverage). A step keeps the N best unfinished continuations, and those that end in eos if they
-  are among the N best of all; a sequence is done when no unfinished hypothesis can still beat its
-  best finished one. With N = 1 and alpha = 0 this is `greedy`. (t5x also lets in endings up to rank
-  2N, which makes its beam of one differ from greedy.)
+  its coverage). A step keeps the N best unfinished continuations, and continuations that end in eos
+  if they are among the N best of all. A sequence is done when no unfinished hypothesis can still
+  beat its best finished one. With N = 1 and alpha = 0 this is `greedy`. (t5x also admits endings up
+  to rank 2N, so its beam of one differs from greedy.)
 
   Args:
     model, params, batch, max_length: as for `greedy`.
@@ -85,7 +84,7 @@ def beam_search(model, params: dict, batch: dict, max_length: int, beams: int,
     alpha: >= 0; 0 compares plain log-probabilities, which favours short outputs.
 
   Returns:
-    (B, L) int32 ids as of `greedy`; the best unfinished hypothesis where none is finished.
+    (B, L) int32 ids as of `greedy`; where no hypothesis is finished, the best unfinished one.
   """
   N = beams
   real = _real(batch)
@@ -120,7 +119,7 @@ def beam_search(model, params: dict, batch: dict, max_length: int, beams: int,
     return Beams(position + 1, _take(ids, kept), live_score, finished, finished_score, cache)
 
   nothing = jnp.full((B, N, 1 + max_length), PAD, jnp.int32)
-  none = jnp.full((B, N), -jnp.inf)   # at first there is one hypothesis, and none for fillers
+  none = jnp.full((B, N), -jnp.inf)   # the search starts from one hypothesis, or none for filler
   state = jax.lax.while_loop(unfinished, advance, Beams(
       jnp.int32(0), nothing, none.at[:, 0].set(jnp.where(real, 0.0, -jnp.inf)), nothing[:, 0],
       none[:, 0], model.init_cache(encoded, max_length)))
@@ -130,12 +129,12 @@ def beam_search(model, params: dict, batch: dict, max_length: int, beams: int,
 
 
 def length_penalty(length, alpha: float) -> jax.Array:
-  """((5 + length) / 6)^alpha, by which a log-probability is divided (Wu et al. 2016, eq. 14)."""
+  """((5 + length) / 6)^alpha, which divides a log-probability (Wu et al. 2016, eq. 14)."""
   return ((5.0 + length) / 6.0)**alpha
 
 
 def _real(batch: dict) -> jax.Array:
-  """(B,) bool, False for filler rows."""
+  """(B,) bool, False for filler examples."""
   return (batch['encoder_input'] != PAD).any(axis=1)
 
 
@@ -150,15 +149,15 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _repeat(x: jax.Array, N: int) -> jax.Array:
-  """(B, ...) -> (B*N, ...), each row N times in a row."""
+  """(B, ...) -> (B*N, ...), each example N times in succession."""
   return jnp.broadcast_to(x[:, None], (x.shape[0], N, *x.shape[1:])).reshape(-1, *x.shape[1:])
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-  """(B, N, ...) and (B, n) -> (B, n, ...): entries of each row, which stays on its device."""
-  return jax.vmap(lambda row, i: row[i])(x, index)
+  """(B, N, ...), (B, n) -> (B, n, ...): n of each example's N entries, on the example's device."""
+  return jax.vmap(lambda entries, i: entries[i])(x, index)
 
 
 def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """jax.lax.top_k of (B, n), each row on its device: the compiler would gather the whole batch."""
+  """jax.lax.top_k of (B, n) on each device alone: the compiler would gather the whole batch."""
   return sharding.over_groups(lambda x, weights, **_: (jax.lax.top_k(x, k), ()))(x, ())[0]

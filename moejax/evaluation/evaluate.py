@@ -1,6 +1,6 @@
-"""Evaluation: sums of task loss and router telemetry over a whole split; decoded texts.
+"""Evaluation of a whole split: sums of task loss and router telemetry, and decoded texts.
 
-Dimensions: B batch, L tokens decoded at most.
+B batch, L decoded tokens at most.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from moejax.evaluation import decoding
 
 
 def make_eval_step(apply: Callable, reduce: Callable = lambda x: x) -> Callable:
-  """(params, batch) -> sums: `tasks.loss_sums`, and what MoELayer returns under 'layers'.
+  """A function (params, batch) -> sums of `losses.loss_sums`, and of MoE telemetry under 'layers'.
 
   Args:
     apply: Model.apply.
-    reduce: adds over the devices of a pmap; the identity where arrays are global.
+    reduce: sums over the devices of a pmap; the identity where arrays are global.
   """
   def eval_step(params, batch):
     logits, aux = apply(params, batch, train=False)
@@ -28,9 +28,10 @@ def make_eval_step(apply: Callable, reduce: Callable = lambda x: x) -> Callable:
 
 
 def total(eval_step: Callable, params: dict, batches: Iterable) -> dict:
-  """Adds eval_step(params, batch) over batches; float64 sums on the host, nested as eval_step's.
+  """The sum of eval_step(params, batch) over batches, in float64 on the host.
 
-  Raises ValueError on an empty split.
+  Raises:
+    ValueError: there is no batch.
   """
   sums = None
   for batch in batches:
@@ -47,10 +48,10 @@ class DecodeConfig:
   """How outputs are decoded from a seq2seq model.
 
   Attributes:
-    beams: 1 for greedy decoding, which then ignores alpha; else the hypotheses of a beam search.
+    beams: hypotheses of a beam search; 1: greedy decoding, which ignores alpha.
     alpha: of the length penalty ((5 + length) / 6)^alpha; t5x's default is 0.6.
-    max_length: tokens at most; 0: the length of the data's targets.
-    examples: of a split at most; 0: all.
+    max_length: most tokens of an output; 0: the length of the data's targets.
+    examples: most examples of a split; 0: all.
   """
   beams: int = 1
   alpha: float = 0.6
@@ -62,16 +63,16 @@ class DecodeConfig:
     check(self.alpha >= 0, 'decode.alpha', self.alpha, '>= 0', '0 turns the length penalty off.')
     for name in ('max_length', 'examples'):
       check(getattr(self, name) >= 0, f'decode.{name}', getattr(self, name), '>= 0',
-            '0 is the longest there is.')
+            'Use 0 for the length of the targets, or for all examples.')
 
 
 def make_decode_step(model, config: DecodeConfig, gather: Callable = lambda x: x) -> Callable:
-  """(params, batch) -> {'ids': (B, L) int32, 'real': (B,) bool, False at filler}, of all devices.
+  """A function (params, batch) -> {'ids': (B, L) int32, 'real': (B,) bool, False for filler}.
 
   Args:
     model: models.Model.
-    config: how.
-    gather: collects rows from all devices onto each; the identity where there is one.
+    config: how to decode.
+    gather: collects the outputs of all devices of a pmap; the identity where arrays are global.
 
   Raises:
     ConfigError: the model has no decoder.
@@ -91,14 +92,14 @@ def make_decode_step(model, config: DecodeConfig, gather: Callable = lambda x: x
 
 def predictions(decode_step: Callable, params: dict, batches: Iterable, vocabulary,
                 examples: int = 0) -> list[str]:
-  """Decoded texts of a split, in the order of its examples; filler rows are left out.
+  """Decoded texts of a split's examples in their order, without filler.
 
   Args:
     decode_step: of `make_decode_step`, compiled.
-    params: parameters.
+    params: of the model.
     batches: of the split, on the devices.
     vocabulary: with decode(ids (L,)) -> str.
-    examples: stop after this many; 0: all.
+    examples: stop after this many; 0: decode all.
   """
   texts = []
   for batch in batches:

@@ -1,37 +1,38 @@
-"""Few-shot linear probe: how well frozen features tell classes apart, from a few examples of each.
+"""Few-shot linear probe: how well a linear classifier of frozen features does with few examples.
 
-Least squares in closed form, float64 on the host, over several draws of the few examples, as
+Ridge regression in float64 on the host, repeated for several draws of the few examples, as
 Komatsuzaki et al. 2023 report for 10 shots and 5 draws.
 
-Dimensions: N examples, D features, C classes.
+N examples, D features, C classes.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from moejax.config import check
 
-STD_FLOOR = 1e-5   # added to standard deviations: a constant feature stays 0
+STD_FLOOR = 1e-5   # added to standard deviations, so that a constant feature becomes 0
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-  """A probe at the end of a run.
+  """The probe at the end of a run.
 
   Attributes:
-    source: classification data to draw examples from and to test on, such as 'digits'; empty: no
-      probe.
-    skip_classes: as data.image.skip_classes: classes of the source that are left out, such as those
-      that the model was trained on.
+    source: classification data whose 'train' split gives the few examples and whose 'test' split
+      is classified, such as 'digits'; '': no probe.
+    skip_classes: as data.image.skip_classes: classes of the source to leave out, such as those that
+      the model was trained on.
     examples: draw from this many examples of the training split, the first of its fixed order; 0:
-      from all. (ImageNet: 50 a class are plenty, and it has 1,281.)
+      from all. (ImageNet has 1,281 a class, and 50 are plenty.)
     drop_rare: leave out, in training and test, classes with fewer examples than the most shots;
-      otherwise they are an error.
-    shots: examples per class, one result for each number.
-    draws: sets of examples that a result is averaged over.
-    l2: ridge penalty on standardised features (big_vision and vmoe: 1024).
+      otherwise such a class is an error.
+    shots: examples per class; each number gives a result.
+    draws: number of draws of the examples, over which a result is averaged.
+    l2: ridge penalty on standardised features (big_vision and vmoe: 1024); 0: least squares.
   """
   source: str = ''
   skip_classes: int = 0
@@ -50,14 +51,25 @@ class ProbeConfig:
     check(self.l2 >= 0, 'probe.l2', self.l2, '>= 0', '0 is plain least squares.')
 
 
+class Features(NamedTuple):
+  """Features and classes of examples: values (N, D) float64, labels (N,) integers."""
+  values: np.ndarray
+  labels: np.ndarray
+
+  def of_classes(self, classes: np.ndarray) -> 'Features':
+    """Those of the examples of some classes."""
+    chosen = np.isin(self.labels, classes)
+    return Features(self.values[chosen], self.labels[chosen])
+
+
 def run(config: ProbeConfig, feature_step: Callable, params: dict, train_batches: Iterable,
         test_batches: Iterable, seed: int = 0) -> dict[str, float]:
   """Probes a model.
 
   Args:
-    config: what to measure.
+    config: see ProbeConfig.
     feature_step, params: see `extract`.
-    train_batches: host batches of which the few examples are drawn.
+    train_batches: host batches from which the few examples are drawn.
     test_batches: host batches on which accuracy is measured.
     seed: of the draws.
 
@@ -66,75 +78,69 @@ def run(config: ProbeConfig, feature_step: Callable, params: dict, train_batches
     fractions.
 
   Raises:
-    ConfigError: more shots than a class has examples, or, with drop_rare, than any class has.
+    ConfigError: a class has fewer examples than shots, or, with drop_rare, fewer than two classes
+      have enough.
   """
-  features, labels = extract(feature_step, params, train_batches, config.examples)
-  test_features, test_labels = extract(feature_step, params, test_batches)
+  train = extract(feature_step, params, train_batches, config.examples)
+  test = extract(feature_step, params, test_batches)
   if config.drop_rare:
-    common = common_classes(labels, max(config.shots))
-    kept, test_kept = np.isin(labels, common), np.isin(test_labels, common)
-    features, labels = features[kept], labels[kept]
-    test_features, test_labels = test_features[test_kept], test_labels[test_kept]
+    classes = common_classes(train.labels, max(config.shots))
+    train, test = train.of_classes(classes), test.of_classes(classes)
   results = {}
   for shots in config.shots:
-    mean, std = few_shot(features, labels, test_features, test_labels, shots, config.draws, seed,
-                         config.l2)
+    mean, std = accuracy(train, test, shots, config, seed)
     results |= {f'{shots}shot_accuracy': mean, f'{shots}shot_accuracy_std': std}
   return results
 
 
 def common_classes(labels: np.ndarray, shots: int) -> np.ndarray:
-  """The classes of which `labels` (N,) holds at least `shots`; ConfigError if there are not two."""
+  """The classes with at least `shots` examples among labels (N,).
+
+  Raises:
+    ConfigError: there are fewer than two.
+  """
   classes, counts = np.unique(labels, return_counts=True)
   common = classes[counts >= shots]
   check(len(common) >= 2, 'probe.shots', shots,
         f'what two classes have (the most frequent has {counts.max()} examples)',
-        'Ask for fewer shots.')
+        'Set fewer shots.')
   return common
 
 
 def extract(feature_step: Callable, params: dict, batches: Iterable[dict],
-            limit: int = 0) -> tuple[np.ndarray, np.ndarray]:
-  """Features and labels of the real examples of some batches.
+            limit: int = 0) -> Features:
+  """Features of the real examples of some batches.
 
   Args:
-    feature_step: (params, batch) -> (B, D), one row per example of the batch as it stands here: it
-      does any placing on devices, and brings home what they have.
+    feature_step: (params, batch) -> (B, D) on the host, for a host batch.
     params: of the model.
-    batches: dicts of host arrays with 'label' (B,) and 'weight' (B,), 0 for fillers.
-    limit: of how many examples, the first; 0: of all.
-
-  Returns:
-    (N, D) float64 and (N,) integers.
+    batches: dicts of host arrays with 'label' (B,) and 'weight' (B,), 0 for filler examples.
+    limit: stop after this many examples; 0: read all.
   """
-  features, labels, number = [], [], 0
+  values, labels, number = [], [], 0
   for batch in batches:
     real = np.asarray(batch['weight']) > 0
-    features.append(np.asarray(feature_step(params, batch), np.float64)[real])
+    values.append(np.asarray(feature_step(params, batch), np.float64)[real])
     labels.append(np.asarray(batch['label'])[real])
     number += len(labels[-1])
     if limit and number >= limit:
       break
-  features, labels = np.concatenate(features), np.concatenate(labels)
-  return (features[:limit], labels[:limit]) if limit else (features, labels)
+  return Features(np.concatenate(values)[:limit or None], np.concatenate(labels)[:limit or None])
 
 
-def few_shot(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray,
-             test_labels: np.ndarray, shots: int, draws: int = 5, seed: int = 0,
-             l2: float = 1024.0) -> tuple[float, float]:
-  """Accuracy of a linear classifier fitted to a few examples of each class.
+def accuracy(train: Features, test: Features, shots: int, config: ProbeConfig,
+             seed: int = 0) -> tuple[float, float]:
+  """Accuracy of a linear classifier fitted to `shots` training examples of each class.
 
-  Draw d takes, by default_rng([seed, d]), a permutation of each class and its first `shots`: fewer
-  shots are part of more.
+  Draw d permutes the examples of each class by default_rng([seed, d]) and takes the first `shots`,
+  so that the examples of fewer shots are among those of more.
 
   Args:
-    features: (N, D) to draw from.
-    labels: (N,) integers; the classes are those found here.
-    test_features, test_labels: (M, D), (M,).
+    train: examples to draw from; its classes are the classifier's.
+    test: examples to classify.
     shots: examples per class.
-    draws: times that examples are drawn.
+    config: for draws and l2.
     seed: of the draws.
-    l2: ridge penalty.
 
   Returns:
     Mean over draws of the fraction of test examples whose class has the largest output, and its
@@ -143,50 +149,44 @@ def few_shot(features: np.ndarray, labels: np.ndarray, test_features: np.ndarray
   Raises:
     ConfigError: a class has fewer than `shots` examples, or is only in the test.
   """
-  classes, counts = np.unique(labels, return_counts=True)
+  classes, counts = np.unique(train.labels, return_counts=True)
   check(counts.min() >= shots, 'probe.shots', shots,
         f'at most {counts.min()}, the examples of class {classes[counts.argmin()]}',
-        'Ask for fewer shots.')
-  absent = np.setdiff1d(test_labels, classes)
+        'Set fewer shots.')
+  absent = np.setdiff1d(test.labels, classes)
   check(not len(absent), 'probe.examples', f'none of class {absent[0] if len(absent) else ""}',
-        'examples of every class that is tested', 'Draw from more, or set probe.drop_rare.')
+        'examples of every class in the test', 'Draw from more, or set probe.drop_rare.')
+  of_class = [np.flatnonzero(train.labels == c) for c in classes]
   accuracies = []
-  for draw in range(draws):
+  for draw in range(config.draws):
     rng = np.random.default_rng([seed, draw])
-    chosen = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:shots] for c in classes])
-    outputs = ridge(features[chosen], labels[chosen], test_features, classes, l2)
-    accuracies.append(np.mean(classes[outputs.argmax(-1)] == test_labels))
+    chosen = np.concatenate([rng.permutation(numbers)[:shots] for numbers in of_class])
+    few = Features(train.values[chosen], train.labels[chosen])
+    outputs = ridge(few, test.values, classes, config.l2)
+    accuracies.append(np.mean(classes[outputs.argmax(-1)] == test.labels))
   return float(np.mean(accuracies)), float(np.std(accuracies))
 
 
-def ridge(x: np.ndarray, labels: np.ndarray, test_x: np.ndarray, classes: np.ndarray,
-          l2: float) -> np.ndarray:
+def ridge(few: Features, test_values: np.ndarray, classes: np.ndarray, l2: float) -> np.ndarray:
   """Outputs of a ridge regression onto the classes, as in big_vision's fewshot_lsr.
 
-  Features are standardised (there called whitened) by mean and standard deviation of the N drawn
+  Features are standardised (there called whitened) by mean and standard deviation of the few
   examples; targets are 1 for the label and -1 for others. The intercept is not penalised; there it
   is the weight of a constant feature of 100, hence nearly so.
 
   Args:
-    x: (N, D).
-    labels: (N,).
-    test_x: (M, D).
+    few: (N, D) and (N,), the examples to fit.
+    test_values: (M, D).
     classes: (C,).
-    l2: penalty on the squared weights, beside the sum of squared errors; 0: least squares, the
+    l2: penalty on the squared weights, added to the sum of squared errors; 0: least squares, the
       solution of least norm.
 
   Returns:
     (M, C) float64.
   """
-  x, test_x = np.asarray(x, np.float64), np.asarray(test_x, np.float64)
-  mean, std = x.mean(0), x.std(0) + STD_FLOOR
-  x, test_x = (x - mean) / std, (test_x - mean) / std
-  y = 2.0 * (labels[:, None] == classes) - 1.0                      # (N, C)
-  N, D = x.shape
-  if l2 == 0:
-    weights = np.linalg.lstsq(x, y, rcond=None)[0]
-  elif N >= D:
-    weights = np.linalg.solve(x.T @ x + l2 * np.eye(D), x.T @ y)
-  else:   # the same by the dual, N x N
-    weights = x.T @ np.linalg.solve(x @ x.T + l2 * np.eye(N), y)
-  return test_x @ weights + y.mean(0)   # the intercept, as x is centred
+  from sklearn.linear_model import LinearRegression, Ridge
+  mean, std = few.values.mean(0), few.values.std(0) + STD_FLOOR
+  targets = 2.0 * (few.labels[:, None] == classes) - 1.0            # (N, C)
+  model = Ridge(l2, solver='cholesky') if l2 else LinearRegression()
+  model.fit((few.values - mean) / std, targets)
+  return model.predict((test_values - mean) / std)

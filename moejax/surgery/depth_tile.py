@@ -1,4 +1,4 @@
-"""Depth tiling: a deeper dense or sparse model whose blocks are the parent's, n times over.
+"""Depth tiling: a deeper model whose blocks are the parent's, each n times.
 
 Depth growth as in Gopher (Rae et al. 2021; recalled, not checked against its text) and the baseline
 of Komatsuzaki et al. (2023), Fig. 5. Two ways to order n copies of the blocks A B:
@@ -7,15 +7,14 @@ of Komatsuzaki et al. (2023), Fig. 5. Two ways to order n copies of the blocks A
 - 'layer': each block n times, A A B B.
 
 The new model has n times the blocks, and so n times their parameters and n times their FLOPs per
-token; embeddings, final norms, relative biases and head are single, as before. Stacks may have
-different n, 1 included. It is not the parent's function at step 0: every block adds to the residual
-stream, n times now, and the loss starts well above the parent's.
+token; embeddings, final norms, relative biases and head are not repeated. Each stack has its own n,
+which may be 1. The new model is not the parent's function at step 0: every block adds to the
+residual stream, now n times, and the loss starts well above the parent's.
 
-The schedule is that of any run with a parent: steps go on counting from the parent's, and
-schedule.start says what the rate does. Optimizer
-slots have their leaves' shapes, so they may be carried, each copy with its parent's moments and
-count; what they are moments of is another function's gradient, so a re-warmed learning rate
-(schedule.start='rewarm') or optimizer='reset' are as plausible.
+The learning rate follows `schedule.start`, as in any run with a parent. Optimizer state has the
+shapes of its leaves, so it may be carried, to each copy the parent's moments and count. They are
+moments of another function's gradient, though: a re-warmed learning rate (schedule.start='rewarm')
+or optimizer='reset' are as plausible.
 """
 
 import re
@@ -30,12 +29,12 @@ _BLOCK = re.compile(r'(?:params/|opt_state/)?(?P<stack>.+)/layers/(?P<name>[^/]+
 
 
 def blocks(paths: Collection[str]) -> dict[str, list[str]]:
-  """{stack: names of its blocks in order}, parameters and optimizer state alike."""
-  found: dict[str, set[str]] = {}
+  """{stack: names of its blocks in order}, from paths of parameters or optimizer state."""
+  stacks: dict[str, set[str]] = {}
   for m in filter(None, map(_BLOCK.fullmatch, paths)):
-    found.setdefault(m['stack'], set()).add(m['name'])
+    stacks.setdefault(m['stack'], set()).add(m['name'])
   return {stack: sorted(names, key=lambda name: (len(name), name))
-          for stack, names in found.items()}
+          for stack, names in stacks.items()}
 
 
 def block_rules(source_paths: Collection[str], target_paths: Collection[str], tiling: str,
@@ -43,12 +42,12 @@ def block_rules(source_paths: Collection[str], target_paths: Collection[str], ti
   """The rules for all blocks of all stacks.
 
   Args:
-    source_paths, target_paths: paths of the states.
+    source_paths, target_paths: of both states.
     tiling: 'stack' or 'layer'.
-    carry: whether the rules are for the blocks' optimizer state too.
+    carry: whether the rules also take the blocks' optimizer state.
 
   Returns:
-    The rules, and the regular expression of the paths they take.
+    The rules, and a regular expression of the paths that they take.
 
   Raises:
     ConfigError: a stack of the target is not n times as deep as the parent's, or none is deeper.

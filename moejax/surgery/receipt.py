@@ -1,4 +1,4 @@
-"""The receipt of a surgery: what became of every leaf, and what was measured at step 0."""
+"""The receipt of a surgery: the fate of every leaf, and measurements at step 0."""
 
 import dataclasses
 import json
@@ -11,11 +11,11 @@ from moejax.trees.rules import FATES, Entry
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-  """Every leaf's fate, and numbers the caller measured.
+  """The fate of every leaf, and measurements of the caller.
 
   Attributes:
     entries: one for each leaf of either side.
-    about: where it came from, as JSON: parent, step, settings.
+    about: the origin, as JSON: parent, step, settings.
     measured: numbers at step 0, as JSON: loss of parent and child, drop rate, ...
   """
   entries: tuple[Entry, ...]
@@ -24,17 +24,19 @@ class Receipt:
 
   @classmethod
   def of(cls, entries: Iterable[Entry], **about: Any) -> 'Receipt':
-    """The receipt of rules.apply's entries."""
+    """The receipt of the entries that rules.apply returns."""
     return cls(tuple(entries), about)
 
   def with_measured(self, **measured: Any) -> 'Receipt':
-    """The same receipt with more measurements."""
+    """This receipt with more measurements."""
     return dataclasses.replace(self, measured=self.measured | measured)
 
   @property
   def counts(self) -> dict[str, dict[str, int]]:
-    """{fate: {'leaves', 'scalars'}} for the fates that occur; scalars of the new tree (of the old
-    one where dropped)."""
+    """{fate: {'leaves': number, 'scalars': number}} of the fates that occur.
+
+    Scalars are those of the new tree, or of the old one for dropped leaves.
+    """
     counts = {}
     for fate in FATES:
       sizes = [math.prod(e.shape) for e in self.entries if e.fate == fate]
@@ -43,20 +45,20 @@ class Receipt:
     return counts
 
   def to_json(self) -> str:
-    """JSON text; `from_json` gives an equal receipt back."""
+    """JSON text, from which `from_json` makes an equal receipt."""
     return json.dumps({'about': self.about, 'measured': self.measured, 'counts': self.counts,
                        'entries': [dataclasses.asdict(e) for e in self.entries]}, indent=1)
 
   @classmethod
   def from_json(cls, text: str) -> 'Receipt':
-    """The inverse of to_json; counts are computed anew."""
+    """The inverse of to_json."""
     data = json.loads(text)
     entries = tuple(Entry(**e | {'sources': tuple(e['sources']), 'shape': tuple(e['shape'])})
                     for e in data['entries'])
     return cls(entries, data['about'], data['measured'])
 
   def to_text(self) -> str:
-    """For people: where from, measurements, a summary by fate, then a line per leaf."""
+    """Text for people: origin, measurements, a summary by fate, then a line per leaf."""
     lines = [f'{k}: {v}' for k, v in self.about.items()]
     lines += _align([(k, f'{v:.6g}' if isinstance(v, float) else str(v))
                      for k, v in self.measured.items()])
@@ -64,15 +66,15 @@ class Receipt:
     lines += _align([('fate', 'leaves', 'scalars'),
                      *((fate, f'{c["leaves"]:,}', f'{c["scalars"]:,}')
                        for fate, c in self.counts.items())])
-    rows = [('fate', 'target', 'shape', 'dtype', 'source')]
+    leaves = [('fate', 'target', 'shape', 'dtype', 'source')]
     for e in self.entries:
       shape = 'x'.join(map(str, e.shape)) or 'scalar'
       dtype = f'{e.source_dtype} -> {e.dtype}' if e.source_dtype else e.dtype
-      rows.append((e.fate, e.target or '-', shape, dtype, ', '.join(e.sources) or '-'))
-    return '\n'.join([*lines, '', *_align(rows)]) + '\n'
+      leaves.append((e.fate, e.target or '-', shape, dtype, ', '.join(e.sources) or '-'))
+    return '\n'.join([*lines, '', *_align(leaves)]) + '\n'
 
 
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
-  """Rows of cells as lines with aligned columns."""
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  return ['  '.join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+def _align(table: list[tuple[str, ...]]) -> list[str]:
+  """A table of cells as lines with aligned columns."""
+  widths = [max(map(len, column)) for column in zip(*table)]
+  return ['  '.join(cell.ljust(w) for cell, w in zip(cells, widths)).rstrip() for cells in table]

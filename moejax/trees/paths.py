@@ -1,7 +1,7 @@
-"""Nested dicts of arrays, seen as flat tables of 'a/b/c' paths.
+"""Nested dicts of arrays as flat tables of 'a/b/c' paths.
 
-Checkpoints, surgery, sharding and optimizer groups all speak of a leaf by its path, so that one
-regular expression means the same leaf everywhere.
+Checkpoints, surgery, sharding and parameter groups all name a leaf by its path, so that a regular
+expression selects one set of leaves everywhere.
 """
 
 import re
@@ -15,7 +15,7 @@ Tree = Any  # nested dicts with str keys and array leaves
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-  """Nested dict -> {'a/b/c': leaf}, sorted by path; ValueError on a key that is not a str."""
+  """Nested dict -> {'a/b/c': leaf}, sorted by path. ValueError if a key is no str or has '/'."""
   flat = {}
 
   def visit(node, prefix):
@@ -44,7 +44,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
 
 
 def map_with_path(fn: Callable, tree: Tree, *rest: Tree) -> dict:
-  """fn('a/b/c', leaf, *leaves of rest) over every leaf; `rest` may have subtrees at the leaves."""
+  """A tree of fn('a/b/c', leaf, *values), values being what the trees `rest` have at that path."""
   def visit(node, others, prefix):
     if not isinstance(node, Mapping):
       return fn('/'.join(prefix), node, *others)
@@ -53,13 +53,13 @@ def map_with_path(fn: Callable, tree: Tree, *rest: Tree) -> dict:
 
 
 def mask(tree: Tree, patterns: str | Iterable[str]) -> dict:
-  """Tree of bool: True where any regular expression is found in (re.search) the leaf's path."""
+  """A tree of bool: whether re.search finds any of the regular expressions in the leaf's path."""
   patterns = [patterns] if isinstance(patterns, str) else list(patterns)
   return map_with_path(lambda path, _: any(re.search(p, path) for p in patterns), tree)
 
 
 def diff(a: Tree, b: Tree) -> list[str]:
-  """One line per leaf that a and b do not share in path and shape; empty when they agree."""
+  """A line for each leaf whose path or shape is not in both a and b; [] if there is none."""
   a, b = flatten(a), flatten(b)
   lines = [f'only in the first: {p} {tuple(a[p].shape)}' for p in a if p not in b]
   lines += [f'only in the second: {p} {tuple(b[p].shape)}' for p in b if p not in a]
@@ -69,5 +69,5 @@ def diff(a: Tree, b: Tree) -> list[str]:
 
 
 def count(tree: Tree) -> int:
-  """Number of scalars in all leaves."""
+  """The number of scalars in all leaves."""
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,10 +1,11 @@
 """Rule tables that turn one flat tree of arrays into another, leaf by leaf and strictly.
 
-A table is checked as a whole against the shapes of both sides before anything is read: every
-source leaf must be taken by exactly one rule, every target leaf made by exactly one. What fails to
-match is an error, never a leaf that silently keeps its random values.
+    planned = plan([copy('a/.*'), tile('b', 'experts/b'), fresh('router')], old_shapes, new_shapes)
+    new_tree, entries = apply(planned, read, make_fresh)
 
-E experts.
+`plan` checks a table as a whole against the shapes of both sides before anything is read: exactly
+one rule must take each source leaf, and exactly one must make each target leaf. A name that matches
+nothing is an error, never a leaf that silently keeps its random values.
 """
 
 import dataclasses
@@ -16,61 +17,38 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.config import ConfigError, check_choice
+from moejax.config import ConfigError
 from moejax.trees import transforms
 from moejax.trees.transforms import Index, Transform
 
-KINDS = ('copy', 'tile', 'stack', 'transpose', 'mean', 'derive', 'fresh', 'drop')
 FATES = ('copied', 'repeated', 'tiled', 'tiled, scaled', 'tiled in part', 'tiled with noise',
          're-initialised', 'sharded', 'sharded, scaled', 'sliced', 'stacked', 'transposed',
-         'averaged', 'fresh', 'dropped')   # in the order of receipts
+         'averaged', 'fresh', 'dropped')   # of a leaf, in the order of receipts
 Make = Callable[[Index], np.ndarray]
 Place = Callable[[str, Make, tuple[int, ...], Any], Any]
-_LISTED = 5  # leaves listed per kind of problem
+_LISTED = 5   # leaves that a message lists per kind of problem
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
   """What becomes of the leaves whose whole path a regular expression matches.
 
+  The functions below make rules.
+
   Attributes:
-    kind: 'copy'; 'tile': repeated along a new first axis, as often as the target's shape says;
-      'stack': all leaves with the same target, in natural order of their paths, along a new first
-      axis; 'transpose'; 'mean': averaged over the first axis; 'derive': by the transforms in
-      `how`; 'fresh': a new value; 'drop'.
-    source: regular expression on source paths; unused by 'fresh'.
-    target: template of the target path (`\\1` is the first group of source), or several: each
-      becomes a leaf of its own. For 'fresh' a regular expression on target paths; unused by 'drop'.
-    axes: 'transpose' only, as numpy's; () reverses all axes.
-    how: 'derive': a transform for each target. 'fresh': at most one, of the fresh value.
+    kind: name of the function, for messages.
+    source: regular expression for source paths; '' of 'fresh'.
+    targets: templates of target paths (`\\1` is the first group of source), each a leaf of its own;
+      () of 'drop'. 'fresh': a regular expression for target paths.
+    how: a transform for each target, or for the dropped leaf.
   """
   kind: str
-  source: str = ''
-  target: str | tuple[str, ...] = ''
-  axes: tuple[int, ...] = ()
-  how: tuple[Transform, ...] = ()
-
-  def __post_init__(self):
-    check_choice('rule.kind', self.kind, KINDS)
+  source: str
+  targets: tuple[str, ...]
+  how: tuple[Transform, ...]
 
   def __str__(self):
-    sides = (self.source, *self.targets)
-    return f'{self.kind} {" -> ".join(repr(p) for p in sides if p)}'
-
-  @property
-  def targets(self) -> tuple[str, ...]:
-    return (self.target,) if isinstance(self.target, str) else self.target
-
-  @property
-  def transforms(self) -> tuple[Transform, ...]:
-    """One for each target."""
-    if self.how:
-      return self.how
-    how = {'tile': transforms.Tile(), 'stack': transforms.Stack(), 'mean': transforms.Mean(),
-           'transpose': transforms.Transpose(self.axes), 'fresh': transforms.Copy('fresh'),
-           'drop': transforms.Copy('dropped')}.get(self.kind)
-    how = how or transforms.Copy('copied' if len(self.targets) == 1 else 'repeated')
-    return (how,) * len(self.targets)
+    return f'{self.kind} {" -> ".join(repr(p) for p in (self.source, *self.targets) if p)}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +60,7 @@ class Entry:
     sources: paths in the old tree; () if fresh.
     fate: one of FATES.
     shape: the target's, or the source's if dropped.
-    dtype: as shape.
+    dtype: the target's, or the source's if dropped.
     source_dtype: the source's where it differs (a cast between float types), else ''.
   """
   target: str
@@ -95,7 +73,14 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-  """One target leaf to make (or, with target '', one source leaf to drop)."""
+  """A target leaf to make, or a source leaf to drop.
+
+  Attributes:
+    rule: which rule requires it.
+    sources: paths of the source leaves, in the order in which `how` takes them.
+    target: path of the target leaf; '' to drop.
+    how: the transform that makes it.
+  """
   rule: Rule
   sources: tuple[str, ...]
   target: str
@@ -103,61 +88,69 @@ class Move:
 
   @property
   def needs_fresh(self) -> bool:
+    """Whether the target leaf is new, or new in part."""
     return bool(self.target) and (self.how.with_fresh or not self.sources)
 
 
 def copy(source: str, target: str | tuple[str, ...] = r'\g<0>') -> Rule:
-  """The leaf as it is, by default under the same path; or under several."""
-  return Rule('copy', source, target)
+  """The leaf as it is, by default under its old path; or under several paths."""
+  targets = (target,) if isinstance(target, str) else target
+  how = transforms.Copy('copied' if len(targets) == 1 else 'repeated')
+  return Rule('copy', source, targets, (how,) * len(targets))
 
 
 def tile(source: str, target: str) -> Rule:
-  """The leaf repeated along a new first axis."""
-  return Rule('tile', source, target)
+  """The leaf repeated along a new first axis, to the length that the target has."""
+  return Rule('tile', source, (target,), (transforms.Tile(),))
 
 
 def stack(source: str, target: str) -> Rule:
-  """Several leaves along a new first axis."""
-  return Rule('stack', source, target)
+  """All leaves with this target, in natural order of their paths, along a new first axis."""
+  return Rule('stack', source, (target,), (transforms.Stack(),))
 
 
 def transpose(source: str, target: str, axes: Iterable[int] = ()) -> Rule:
-  """The leaf with its axes permuted."""
-  return Rule('transpose', source, target, tuple(axes))
+  """The leaf with its axes permuted as in np.transpose; () reverses them."""
+  return Rule('transpose', source, (target,), (transforms.Transpose(tuple(axes)),))
 
 
 def mean(source: str, target: str) -> Rule:
   """The average of the leaf over its first axis."""
-  return Rule('mean', source, target)
+  return Rule('mean', source, (target,), (transforms.Mean(),))
 
 
 def derive(source: str, targets: Mapping[str, Transform]) -> Rule:
-  """The leaf made into several, or one: {template of a target: how it is made}."""
-  return Rule('derive', source, tuple(targets), how=tuple(targets.values()))
+  """One or more leaves made from the leaf: {template of a target: how it is made}."""
+  return Rule('derive', source, tuple(targets), tuple(targets.values()))
 
 
-def fresh(target: str, *how: Transform) -> Rule:
-  """Target leaves that no source leaf becomes; optionally a transform of their fresh value."""
-  return Rule('fresh', target=target, how=how)
+def fresh(target: str, how: Transform | None = None) -> Rule:
+  """Target leaves without a source.
+
+  Args:
+    target: regular expression for target paths.
+    how: a transform of the fresh values; None: they stay as they are.
+  """
+  return Rule('fresh', '', (target,), (how or transforms.Copy('fresh'),))
 
 
 def drop(source: str) -> Rule:
-  """Source leaves that become nothing."""
-  return Rule('drop', source)
+  """Source leaves that nothing is made of."""
+  return Rule('drop', source, (), (transforms.Copy('dropped'),))
 
 
 def on_host(path: str, make: Make, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-  """The `place` that makes a numpy array."""
+  """A `place` that makes a numpy array."""
   del path, dtype
   return np.array(make((slice(None),) * len(shape)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A table that accounts for both sides, ready to be applied; `plan` makes it.
+  """A table that accounts for every leaf of both sides, for `apply`; `plan` makes it.
 
   Attributes:
-    moves: one for each leaf of either side, in order of target path, dropped leaves last.
+    moves: one for each target leaf, in order of its path, then one for each dropped leaf.
     source_shapes, target_shapes: {path: anything with shape and dtype}.
   """
   moves: tuple[Move, ...]
@@ -175,19 +168,19 @@ def apply(planned: Plan, read: Callable[[str], np.ndarray], make_fresh: Callable
   """Makes the target tree, one leaf after the other.
 
   Args:
-    planned: what to do.
+    planned: from `plan`.
     read: source path -> numpy array; called once for each leaf that is used.
-    make_fresh: target path -> array, for the leaves of `planned.fresh`. Anything with shape, dtype
-      and slices as numpy arrays will do.
-    place: (path, make, shape, dtype) -> the target leaf, where make(index) gives the values of one
-      slice; `lambda path, make, shape, dtype: jax.make_array_from_callback(shape, sharding[path],
-      make)` puts each shard where it belongs without E copies of it on the host.
+    make_fresh: target path -> array, for the leaves of `planned.fresh`; or anything with shape,
+      dtype and numpy's slices.
+    place: (path, make, shape, dtype) -> the target leaf, where make(index) returns the values of a
+      slice. `lambda path, make, shape, dtype: jax.make_array_from_callback(shape, sharding[path],
+      make)` puts each shard on its devices without the whole leaf on the host.
 
   Returns:
-    ({path: leaf} of the target, an Entry for every leaf of either side).
+    {path: leaf} of the target, and an Entry for every target leaf and every dropped leaf.
 
   Raises:
-    ConfigError: an array does not have the shape that was announced.
+    ConfigError: an array does not have the shape that `plan` was given.
   """
   source_shapes, target_shapes = planned.source_shapes, planned.target_shapes
   target, entries = {}, []
@@ -212,7 +205,7 @@ def apply(planned: Plan, read: Callable[[str], np.ndarray], make_fresh: Callable
 
 
 def _by_sources(moves: Iterable[Move]) -> list[list[Move]]:
-  """Moves that share their sources together, so that each source is read once."""
+  """Moves grouped by their sources, so that each source is read once."""
   shared = defaultdict(list)
   for move in moves:
     shared[move.sources or move.target].append(move)
@@ -221,17 +214,17 @@ def _by_sources(moves: Iterable[Move]) -> list[list[Move]]:
 
 def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Any],
          target_shapes: Mapping[str, Any]) -> Plan:
-  """Checks a table against both sides, reading nothing.
+  """Checks a table against the shapes of both sides and reads nothing.
 
   Args:
-    rules: the table; the order of rules means nothing.
+    rules: the table; the order of rules does not matter.
     source_shapes, target_shapes: {path: anything with shape and dtype}.
 
   Raises:
-    ConfigError: a source leaf that no rule takes, or two; a target leaf that nothing makes, or two
-      things; a target that does not exist; a shape or dtype that does not fit; a rule that matches
-      nothing. All kinds of problems are listed, each with their number and the first leaves of
-      either side; parameters stand before their optimizer slots.
+    ConfigError: no rule takes a source leaf, or two do; nothing makes a target leaf, or two rules
+      do; a target does not exist; a shape or dtype does not fit; a rule matches nothing. The
+      message lists all kinds of problems with their number and first leaves, parameters before
+      optimizer state.
   """
   problems: dict[str, list[str]] = defaultdict(list)
   taken, moves = defaultdict(list), []
@@ -270,25 +263,25 @@ def plan(rules: Iterable[Rule], source_shapes: Mapping[str, Any],
 
 
 def _match(rule: Rule, source_shapes: Mapping, target_shapes: Mapping) -> list[Move]:
-  """The moves that one rule asks for."""
+  """The moves that one rule requires."""
   if rule.kind == 'fresh':
-    return [Move(rule, (), path, *rule.transforms) for path in target_shapes
-            if re.fullmatch(rule.target, path)]
-  found = [(path, m) for path in source_shapes if (m := re.fullmatch(rule.source, path))]
+    return [Move(rule, (), path, *rule.how) for path in target_shapes
+            if re.fullmatch(*rule.targets, path)]
+  matches = [(path, m) for path in source_shapes if (m := re.fullmatch(rule.source, path))]
   if rule.kind == 'drop':
-    return [Move(rule, (path,), '', *rule.transforms) for path, _ in found]
+    return [Move(rule, (path,), '', *rule.how) for path, _ in matches]
   if rule.kind != 'stack':
-    return [Move(rule, (path,), m.expand(template), how) for path, m in found
-            for template, how in zip(rule.targets, rule.transforms)]
-  groups = defaultdict(list)
-  for path, m in found:
-    groups[m.expand(rule.target)].append(path)
-  return [Move(rule, tuple(sorted(paths, key=_natural)), target, *rule.transforms)
-          for target, paths in groups.items()]
+    return [Move(rule, (path,), m.expand(template), how) for path, m in matches
+            for template, how in zip(rule.targets, rule.how)]
+  stacks = defaultdict(list)
+  for path, m in matches:
+    stacks[m.expand(*rule.targets)].append(path)
+  return [Move(rule, tuple(sorted(paths, key=_natural)), target, *rule.how)
+          for target, paths in stacks.items()]
 
 
 def _natural(path: str) -> list:
-  """Sort key by which block.2 comes before block.10."""
+  """A sort key that puts block.2 before block.10."""
   return [(0, int(part), '') if part.isdigit() else (1, 0, part)
           for part in re.split(r'(\d+)', path) if part]
 
@@ -308,12 +301,12 @@ def _misfit(move: Move, source_shapes: Mapping, target_shapes: Mapping) -> str:
 
 
 def _maker(how: Transform, arrays: list, like: Any) -> Make:
-  """index -> the values of that slice of the target, without making the rest of it."""
+  """A function from an index to that slice of the target, which makes nothing else."""
   return lambda index: np.asarray(how.make(arrays, index, like), like.dtype)
 
 
 def _check_read(path: str, array: Any, like: Any) -> Any:
-  """array, if it has the announced shape."""
+  """Returns array. Raises ConfigError unless it has the shape of `like`."""
   if tuple(array.shape) != tuple(like.shape):
     raise ConfigError(f'{path}: read an array of shape {tuple(array.shape)}, '
                       f'expected {tuple(like.shape)}')

@@ -1,14 +1,14 @@
 """Blocks whose parameters are stacked, so that one `lax.scan` runs them.
 
 Deep models repeat: 24 dense blocks, or 12 times a dense and a sparse one. Unrolled, the compiler
-works through each of them; scanned, through one repetition. A stacked block stands for the blocks
-that it repeats, and its name says which: '01+2x12' is 01, 03, ..., 23 (from 01, every 2nd, 12 of
-them), and its leaves have a leading axis of 12. Everything that goes by paths can thus tell.
+works through each block; scanned, through one repetition. The name of a stacked block lists its
+single blocks: '01+2x12' is 01, 03, ..., 23 (from 01, every 2nd, 12 of them). Its leaves have a
+leading axis of 12. So the path of a leaf shows whether it is stacked.
 
-Parameters and optimizer slots are stacked from the first step to the last. Checkpoints, surgery and
-receipts know single blocks only, so they are the same either way.
+Parameters and optimizer state are stacked from the first step to the last. Checkpoints, surgery and
+receipts have single blocks only, and so do not depend on how a run stacks them.
 
-Dimensions: N blocks of a stacked one.
+N single blocks in a stacked one.
 """
 
 import re
@@ -18,11 +18,11 @@ from typing import Any
 from moejax import trees
 
 _NAME = re.compile(r'(\d+)\+(\d+)x(\d+)')
-_BLOCK = re.compile(r'(.*?)(\w+/layers/\d+)(/.*)')   # before a single block, the block, inside it
+_BLOCK = re.compile(r'(.*?)(\w+/layers/\d+)(/.*)')   # before a single block, the block, within it
 
 
 def name(first: int, stride: int, count: int) -> str:
-  """Of the blocks first, first + stride, ...; a single block goes by its own number: '05'."""
+  """The name of the blocks first, first + stride, ...; of a single block its number: '05'."""
   return f'{first:02d}' if count == 1 else f'{first:02d}+{stride}x{count}'
 
 
@@ -30,14 +30,14 @@ def repeats(kinds: Sequence[Hashable]) -> list[tuple[int, int, int]]:
   """Cuts a stack into repetitions.
 
   Args:
-    kinds: of each block; blocks of a kind have the same parameters.
+    kinds: of each block; blocks of one kind have parameters of the same paths and shapes.
 
   Returns:
-    [(first block, blocks in the pattern, how often it is repeated)], which cover the stack in
-    order. Greedy: each covers as many blocks as can be, with the shortest pattern that does. What
+    [(first block, blocks in the pattern, number of repetitions)], which cover the stack in order.
+    Each covers as many blocks as possible (greedily), with the shortest such pattern. A block that
     does not repeat is (block, 1, 1).
   """
-  found, first = [], 0
+  result, first = [], 0
   while first < len(kinds):
     best = (1, 1)
     for period in range(1, (len(kinds) - first) // 2 + 1):
@@ -46,19 +46,19 @@ def repeats(kinds: Sequence[Hashable]) -> list[tuple[int, int, int]]:
         count += 1
       if count > 1 and period * count > best[0] * best[1]:
         best = (period, count)
-    found.append((first, *best))
+    result.append((first, *best))
     first += best[0] * best[1]
-  return found
+  return result
 
 
 def names(kinds: Sequence[Hashable]) -> list[list[str]]:
-  """Names of the blocks of each of `repeats`, a list per repetition."""
+  """The names of the stacked blocks of each repetition in `repeats`, a list per repetition."""
   return [[name(first + i, period, count) for i in range(period)]
           for first, period, count in repeats(kinds)]
 
 
 def members(path: str) -> list[str]:
-  """The paths that a stacked one stands for, in order; [path] if it is not stacked."""
+  """The paths of the single leaves in a stacked one, in order; [path] if it is not stacked."""
   match = _NAME.search(path)
   if not match:
     return [path]
@@ -73,29 +73,28 @@ def is_stacked(path: str) -> bool:
 
 
 def stacked_paths(paths: Iterable[str], param_paths: Iterable[str]) -> list[str]:
-  """Paths of leaves of single blocks -> those of the leaves they are stacked into, each once.
+  """The paths of the leaves into which leaves of single blocks are stacked, each once.
 
   Args:
-    paths: such as 'params/encoder/layers/01/mlp/wo' or that of an optimizer slot.
-    param_paths: of all parameters, those of stacked blocks among them
-      ('encoder/layers/01+2x12/mlp/wo').
+    paths: of parameters ('params/encoder/layers/01/mlp/wo') or optimizer state.
+    param_paths: of all parameters, with stacked blocks ('encoder/layers/01+2x12/mlp/wo').
   """
   stacked = {member: block for path in param_paths if (match := _NAME.search(path))
              for block in [path[:match.end()]] for member in members(block)}
-  found = {}
+  result = {}
   for path in paths:
     match = _BLOCK.fullmatch(path)
     block = stacked.get(match[2]) if match else None
-    found[f'{match[1]}{block}{match[3]}' if block else path] = None
-  return list(found)
+    result[f'{match[1]}{block}{match[3]}' if block else path] = None
+  return list(result)
 
 
 def unstack(tree: trees.Tree, split: Callable[[str, Any], list]) -> dict:
   """The tree with single blocks in place of stacked ones.
 
   Args:
-    tree: nested dict; leaves of stacked blocks have a leading N.
-    split: (stacked path, leaf) -> its N parts.
+    tree: nested dict; leaves of stacked blocks have a leading axis N.
+    split: (stacked path, leaf) -> list of its N single leaves.
   """
   flat = {}
   for path, leaf in trees.flatten(tree).items():
@@ -107,16 +106,15 @@ def stack(tree: trees.Tree, param_paths: Iterable[str], join: Callable[[str, lis
   """The inverse of `unstack`.
 
   Args:
-    tree: nested dict with single blocks, and no other reference to it: its arrays are let go of as
-      soon as they are joined.
+    tree: nested dict with single blocks, which is emptied, so that arrays are freed once joined.
     param_paths: as in `stacked_paths`.
-    join: (stacked path, the leaves of its N members) -> one leaf with a leading N.
+    join: (stacked path, list of its N single leaves) -> one leaf with a leading axis N.
   """
   flat = trees.flatten(tree)
   for node in [tree, *(node for node in tree.values() if isinstance(node, dict))]:
     node.clear()
-  made = {}
+  stacked = {}
   for path in stacked_paths(list(flat), param_paths):
     leaves = [flat.pop(member) for member in members(path)]
-    made[path] = join(path, leaves) if is_stacked(path) else leaves[0]
-  return trees.unflatten(made)
+    stacked[path] = join(path, leaves) if is_stacked(path) else leaves[0]
+  return trees.unflatten(stacked)

@@ -1,10 +1,10 @@
-"""What a new leaf is made of: one class per way, each giving any slice of the leaf and no more.
+"""How one new leaf is made: a class per way, each giving any slice of the leaf and no more.
 
-A device asks for its own slice of the leaf, so a leaf larger than memory is never made as a whole,
-and of the leaves stacked over experts at most one expert is held besides the slice. What is drawn
-at random depends on the seed and the expert alone, not on who asks for which slice.
+A device requests its own slice, so a leaf larger than memory is never made as a whole; of a leaf
+stacked over experts at most one whole expert is in memory besides the slice. Random draws depend on
+the seed and the expert alone, not on the slice.
 
-Dimensions: E experts, D model, F hidden units, G shards of an MLP (granularity).
+E experts, D model, F hidden units, G shards of an MLP (granularity).
 """
 
 import abc
@@ -19,31 +19,40 @@ Shape = tuple[int, ...]
 
 
 class Transform(abc.ABC):
-  """Base of all.
+  """A way to make a new leaf from the leaves of the old tree.
 
   Attributes:
-    fate: what the receipt calls it.
-    with_fresh: whether the last of `arrays` is the fresh value of the new leaf.
+    fate: its name in receipts.
+    with_fresh: whether `make` gets the fresh value of the new leaf as the last of `arrays`.
   """
   fate: ClassVar[str] = ''
   with_fresh: ClassVar[bool] = False
 
   @abc.abstractmethod
-  def fits(self, given: Sequence[Shape], wanted: Shape) -> bool:
-    """Whether sources of the shapes `given` can become a leaf of the shape `wanted`."""
+  def fits(self, sources: Sequence[Shape], target: Shape) -> bool:
+    """Whether leaves of these shapes can become a leaf of shape `target`."""
 
   @abc.abstractmethod
   def make(self, arrays: Sequence[Any], index: Index, like: Any) -> np.ndarray:
-    """The values of one slice of the new leaf (shape and dtype: like's), in any dtype."""
+    """One slice of the new leaf.
+
+    Args:
+      arrays: the sources.
+      index: the slice.
+      like: anything with the new leaf's shape and dtype.
+
+    Returns:
+      The values, in any dtype.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Copy(Transform):
-  """The leaf as it is. Also of a fresh value alone."""
+  """The leaf as it is, or its fresh value as it is."""
   fate: str = 'copied'
 
-  def fits(self, given, wanted):
-    return all(shape == wanted for shape in given)
+  def fits(self, sources, target):
+    return all(shape == target for shape in sources)
 
   def make(self, arrays, index, like):
     return arrays[0][index]
@@ -51,14 +60,14 @@ class Copy(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class Transpose(Transform):
-  """Axes permuted, as numpy's; () reverses them."""
+  """The leaf with axes permuted as in np.transpose; () reverses them."""
   axes: tuple[int, ...] = ()
   fate: ClassVar[str] = 'transposed'
 
-  def fits(self, given, wanted):
-    axes = self.axes or tuple(reversed(range(len(given[0]))))
-    return (sorted(axes) == list(range(len(given[0])))
-            and wanted == tuple(given[0][a] for a in axes))
+  def fits(self, sources, target):
+    axes = self.axes or tuple(reversed(range(len(sources[0]))))
+    return (sorted(axes) == list(range(len(sources[0])))
+            and target == tuple(sources[0][a] for a in axes))
 
   def make(self, arrays, index, like):
     return np.transpose(arrays[0], self.axes or None)[index]
@@ -68,32 +77,32 @@ class Stack(Transform):
   """All sources along a new first axis."""
   fate = 'stacked'
 
-  def fits(self, given, wanted):
-    return all(wanted == (len(given), *shape) for shape in given)
+  def fits(self, sources, target):
+    return all(target == (len(sources), *shape) for shape in sources)
 
   def make(self, arrays, index, like):
     return np.stack([a[index[1:]] for a in arrays[index[0]]])
 
 
 class Tile(Transform):
-  """Repeated along a new first axis, as often as the target's shape says."""
+  """The leaf repeated along a new first axis, to the length that the target has."""
   fate = 'tiled'
 
-  def fits(self, given, wanted):
-    return len(wanted) > 0 and wanted[1:] == given[0]
+  def fits(self, sources, target):
+    return len(target) > 0 and target[1:] == sources[0]
 
   def make(self, arrays, index, like):
     part = arrays[0][index[1:]]
     E = len(_experts(index, like))
-    return np.broadcast_to(part, (E, *np.shape(part)))   # a view: one expert in memory
+    return np.broadcast_to(part, (E, *np.shape(part)))   # a view: one expert is in memory
 
 
 class Mean(Transform):
-  """The average over the first axis, as w0 + mean(w_i - w0): exact if all are the same."""
+  """The average over the first axis, as w0 + mean(w_i - w0): exact if all w_i are equal."""
   fate = 'averaged'
 
-  def fits(self, given, wanted):
-    return len(given[0]) > 0 and given[0][0] > 0 and given[0][1:] == wanted
+  def fits(self, sources, target):
+    return len(sources[0]) > 0 and sources[0][0] > 0 and sources[0][1:] == target
 
   def make(self, arrays, index, like):
     first = np.asarray(arrays[0][0][index], np.float64)
@@ -104,22 +113,23 @@ class Mean(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class Slice(Transform):
-  """The first units of the hidden axis, as many as the target has, times `scale`.
+  """The first hidden units, as many as the target has, times `scale`.
 
   Attributes:
-    axis: of hidden units; None: the leaf has none (wo_bias) and is taken whole.
+    axis: of hidden units; None: the leaf has none (wo_bias) and is taken as a whole.
+    scale: factor of all values.
   """
   axis: int | None
   scale: float = 1.0
   fate: ClassVar[str] = 'sliced'
 
-  def fits(self, given, wanted):
+  def fits(self, sources, target):
     if self.axis is None:
-      return given[0] == wanted
-    if len(given[0]) != len(wanted) or not wanted:
+      return sources[0] == target
+    if len(sources[0]) != len(target) or not target:
       return False
-    units = wanted[self.axis]
-    return units <= given[0][self.axis] and _resized(given[0], self.axis, units) == wanted
+    units = target[self.axis]
+    return units <= sources[0][self.axis] and _resized(sources[0], self.axis, units) == target
 
   def make(self, arrays, index, like):
     whole = arrays[0]
@@ -135,8 +145,8 @@ class Subset(Transform):
   fate: ClassVar[str] = 'tiled in part'
   with_fresh: ClassVar[bool] = True
 
-  def fits(self, given, wanted):
-    return len(wanted) > 0 and wanted[1:] == given[0] and self.copies <= wanted[0]
+  def fits(self, sources, target):
+    return len(target) > 0 and target[1:] == sources[0] and self.copies <= target[0]
 
   def make(self, arrays, index, like):
     out = np.array(arrays[1][index], like.dtype)
@@ -147,14 +157,14 @@ class Subset(Transform):
 
 
 class _Experts(Transform):
-  """Experts that differ, made one at a time."""
+  """Stacked experts that differ, made one at a time."""
 
   @abc.abstractmethod
   def expert(self, source: np.ndarray, e: int) -> np.ndarray:
     """The whole leaf of expert e."""
 
-  def fits(self, given, wanted):
-    return len(wanted) > 0 and wanted[1:] == given[0]
+  def fits(self, sources, target):
+    return len(target) > 0 and target[1:] == sources[0]
 
   def make(self, arrays, index, like):
     experts, out = _experts(index, like), None
@@ -171,8 +181,8 @@ class Noise(_Experts):
   """Each expert is the source plus its own N(0, (std * s)^2), s the source's standard deviation.
 
   Attributes:
-    std: relative to s, so that it means the same for every leaf; a constant leaf gets none.
-    seed: integers, of this leaf; the expert's number is added to them.
+    std: relative to s, so that one value suits leaves of all scales; a constant leaf gets no noise.
+    seed: integers, of this leaf; the expert's number is appended.
   """
   std: float
   seed: tuple[int, ...]
@@ -191,8 +201,8 @@ class Reinit(_Experts):
   Attributes:
     fraction: r, of the hidden units.
     axis: of hidden units.
-    units_seed: integers; which units expert e loses follows from them and e, so leaves of a layer
-      with the same units_seed lose the same units.
+    units_seed: integers. They and the number of an expert decide which units it loses, so that all
+      leaves of a layer lose one set of units.
     seed: integers, of this leaf, for the new values.
   """
   fraction: float
@@ -213,60 +223,61 @@ class Reinit(_Experts):
 
 @dataclasses.dataclass(frozen=True)
 class Shard(_Experts):
-  """Expert e is shard e mod G of the source's hidden units, times `scale` (virtual groups).
+  """Expert e is shard e mod G of the source's hidden units, times `scale`.
 
   Attributes:
-    groups: G.
+    shards: G.
     axis: of hidden units; None: the leaf has none (wo_bias) and every expert gets all of it.
+    scale: factor of all values.
   """
-  groups: int
+  shards: int
   axis: int | None
   scale: float = 1.0
 
   @property
   def fate(self) -> str:
-    kind = 'tiled' if self.groups == 1 or self.axis is None else 'sharded'
+    kind = 'tiled' if self.shards == 1 or self.axis is None else 'sharded'
     return kind if self.scale == 1 else f'{kind}, scaled'
 
-  def fits(self, given, wanted):
-    if len(wanted) == 0 or self.axis is None:
-      return wanted[1:] == given[0] and len(wanted) > 0
-    F = given[0][self.axis]
-    return F % self.groups == 0 and wanted[1:] == _resized(given[0], self.axis, F // self.groups)
+  def fits(self, sources, target):
+    if len(target) == 0 or self.axis is None:
+      return target[1:] == sources[0] and len(target) > 0
+    F = sources[0][self.axis]
+    return F % self.shards == 0 and target[1:] == _resized(sources[0], self.axis, F // self.shards)
 
   def expert(self, source, e):
     if self.axis is not None:
-      size = source.shape[self.axis] // self.groups
-      source = _units(source, self.axis, e % self.groups * size, size)
+      size = source.shape[self.axis] // self.shards
+      source = _units(source, self.axis, e % self.shards * size, size)
     return _scaled(source, self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
 class Repeat(Transform):
-  """The fresh value's first columns, each repeated G times in a row: a router of groups of G.
+  """The fresh value's first columns, each repeated G times in succession: a router over shards.
 
-  All G experts of a group have the same logit until the router has learnt to tell them apart.
+  The G shards of an MLP have equal logits until the router has learnt to distinguish them.
   """
-  groups: int
+  shards: int
   fate: ClassVar[str] = 'fresh'
   with_fresh: ClassVar[bool] = True
 
-  def fits(self, given, wanted):
-    return len(wanted) > 0 and wanted[-1] % self.groups == 0
+  def fits(self, sources, target):
+    return len(target) > 0 and target[-1] % self.shards == 0
 
   def make(self, arrays, index, like):
-    columns = np.arange(like.shape[-1])[index[-1]] // self.groups
+    columns = np.arange(like.shape[-1])[index[-1]] // self.shards
     whole = arrays[-1][(slice(None),) * len(like.shape)]
     return np.asarray(whole)[*index[:-1]][..., columns]
 
 
 def _experts(index: Index, like: Any) -> range:
-  """Numbers of the experts in a slice."""
+  """The numbers of the experts in a slice."""
   return range(*index[0].indices(like.shape[0]))
 
 
 def _units(array: np.ndarray, axis: int, start: int, size: int) -> np.ndarray:
-  """A view of hidden units start .. start + size."""
+  """A view of hidden units from start to start + size."""
   where = [slice(None)] * array.ndim
   where[axis] = slice(start, start + size)
   return array[tuple(where)]
@@ -277,7 +288,7 @@ def _scaled(array: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _resized(shape: Shape, axis: int, size: int) -> Shape:
-  """shape with another size of one axis."""
+  """shape with `size` in place of the size of one axis."""
   sizes = list(shape)
   sizes[axis] = size
   return tuple(sizes)

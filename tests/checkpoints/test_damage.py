@@ -1,4 +1,4 @@
-"""A step whose files are damaged: always one line that says so, and never another error's."""
+"""A step with damaged files: always one line about it, and never for another error."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ from tests.checkpoints.test_orbax import assert_same
 
 
 def make_state() -> dict:
-  """Some leaves stand in the index itself, and some, too large, in files of their own."""
+  """Small leaves, which the index contains, and large ones, which have files of their own."""
   rng = np.random.default_rng(0)
   return {'step': jnp.int32(7), 'params': {
       f'w{i}': jnp.asarray(rng.normal(size=(64, 64)), jnp.float32) for i in range(20)}}
@@ -98,23 +98,19 @@ def test_a_damaged_step_is_named_with_the_older_ones(damaged, name, how):
   with pytest.raises(ConfigError) as error:
     reader = Reader(workdir, 30, 'config.x', lambda older: f'Now what of {older}?')
     read_all(reader) if how == 'leaf by leaf' else reader.restore(on_device(make_state()))
-  said = str(error.value)
-  assert said.startswith(f"config.x: got '{workdir}/checkpoints/30', allowed: a checkpoint whose "
-                         'files are whole. It is damaged: ')
-  assert said.endswith('. Older finished steps there: 10, 20. Now what of [10, 20]?')
-  assert '\n' not in said and 'tensorstore_spec' not in said and len(said) < 500
-  reason = said.partition('damaged: ')[2]
+  message = str(error.value)
+  assert message.startswith(f"config.x: got '{workdir}/checkpoints/30', allowed: a checkpoint "
+                            'whose files are whole. It is damaged: ')
+  assert message.endswith('. Older finished steps there: 10, 20. Now what of [10, 20]?')
+  assert '\n' not in message and 'tensorstore_spec' not in message and len(message) < 500
+  reason = message.partition('damaged: ')[2]
   assert re.search(DAMAGES[name][1], reason), reason
 
 
-def test_other_steps_are_read_as_ever(damaged):
-  workdir = damaged('array file cut')
+def test_its_own_run_is_advised_to_rename_it_and_other_steps_are_read(damaged):
+  workdir = damaged('array file gone')
   for step in (10, 20, 40):
     assert_same(Reader(workdir, step).restore(on_device(make_state())), make_state())
-
-
-def test_the_own_run_is_told_to_rename_it(damaged):
-  workdir = damaged('array file gone')
   writer = Writer(workdir, 9)
   with pytest.raises(ConfigError, match=r': 10, 20\. Start again after renaming it to 30\.damaged: '
                                         'the run resumes from step 20'):
@@ -123,7 +119,7 @@ def test_the_own_run_is_told_to_rename_it(damaged):
   assert orbax.set_away(10, [], 'the run') == 'renaming it to 10.damaged: the run begins anew'
 
 
-def test_a_step_renamed_so_is_in_nobodys_way(damaged):
+def test_a_renamed_step_is_ignored_and_can_be_saved_again(damaged):
   workdir = damaged('manifest cut')
   step = workdir / orbax.SUBDIR / '30'
   step.rename(step.with_name('30.damaged'))
@@ -196,7 +192,7 @@ def test_wrong_shapes_are_no_damage(saved):
 
 
 def test_an_index_of_many_nodes(tmp_path):
-  """As of a very large state: its root only points at other nodes."""
+  """As of a very large state: the root only points at other nodes."""
   store = ts.KvStore.open({
       'driver': 'ocdbt', 'base': f'file://{tmp_path}/',
       'config': {'max_decoded_node_bytes': 256, 'max_inline_value_bytes': 1}}).result()
@@ -209,13 +205,13 @@ def test_an_index_of_many_nodes(tmp_path):
   sizes = damage._sizes(epath.Path(tmp_path))
   assert sum(sizes.values()) >= 200 * 100
   assert damage.of_files(epath.Path(tmp_path)) is None
-  file = largest(tmp_path / 'd')
-  file.write_bytes(file.read_bytes()[:-1])
+  name, size = max(sizes.items(), key=lambda item: item[1])
+  (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:size - 1])
   assert damage.of_files(epath.Path(tmp_path))
 
 
 def test_nothing_but_the_line_is_printed(damaged):
-  """Where an array cannot be read, reads of others that are still going on say nothing."""
+  """Where an array cannot be read, reads of other arrays that still go on print nothing."""
   workdir = damaged('array file zero')
   done = fork_server.run([sys.executable, '-c', textwrap.dedent('''
       import sys
@@ -236,20 +232,20 @@ def test_nothing_but_the_line_is_printed(damaged):
   assert done.stderr.startswith('checkpoint: got ') and len(done.stderr.splitlines()) == 1
 
 
-def test_quiet_gives_the_hook_back_unless_there_was_an_error(monkeypatch):
-  seen = []
-  monkeypatch.setattr(sys, 'unraisablehook', seen.append)
+def test_quiet_restores_the_hook_unless_there_was_an_error(monkeypatch):
+  printed = []
+  monkeypatch.setattr(sys, 'unraisablehook', printed.append)
   before = sys.unraisablehook
   with damage.quiet():
     assert sys.unraisablehook != before
   assert sys.unraisablehook == before
   with pytest.raises(KeyError), damage.quiet():
     raise KeyError
-  given_up = caused(Exception('Encountered error while reading array index'), GeneratorExit())
-  errors = [RuntimeError('Event loop is closed'), given_up, RuntimeError('another'), None]
+  abandoned = caused(Exception('Encountered error while reading array index'), GeneratorExit())
+  errors = [RuntimeError('Event loop is closed'), abandoned, RuntimeError('another'), None]
   for error in errors:
     sys.unraisablehook(type('Raised', (), {'exc_value': error})())
-  assert [raised.exc_value for raised in seen] == errors[2:]
+  assert [raised.exc_value for raised in printed] == errors[2:]
 
 
 def test_leaves_in_the_index_need_no_file(tmp_path):
@@ -262,7 +258,7 @@ def test_leaves_in_the_index_need_no_file(tmp_path):
 
 
 @pytest.mark.parametrize('dump', [{}, {'versions': []}, {'versions': [{'root': None}]}, None])
-def test_an_index_of_a_version_that_is_not_known_is_left_to_the_read(saved, monkeypatch, dump):
+def test_an_index_of_an_unknown_version_is_left_to_the_read(saved, monkeypatch, dump):
   class Done:
     def result(self):
       return dump

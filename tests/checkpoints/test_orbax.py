@@ -1,4 +1,4 @@
-"""Native checkpoints: what comes back, what is never restored, and what is said when it cannot."""
+"""moejax's own checkpoints: what is restored, what never is, and the messages about it."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests import fork_server
 
 
 def make_state(value: float = 0.0) -> dict:
-  """A small state with every kind of leaf a run saves."""
+  """A small state with every kind of leaf that a run saves."""
   return {'step': jnp.int32(7), 'key': jax.random.key_data(jax.random.key(3)), 'window': {},
           'params': {'layers': {'00': {'wi': jnp.arange(12.0).reshape(3, 4) + value},
                                 '01': {'wi': jnp.full((3, 4), 1 / 3, jnp.bfloat16)}}},
@@ -83,7 +83,7 @@ def test_a_saved_step_is_not_saved_again(tmp_path):
 
 
 def test_arrays_may_be_overwritten_once_save_returns(tmp_path):
-  """Donated to the next step, or changed in place: the values at the call are saved."""
+  """Donated to the next step, or changed in place: the values at the time of the call are saved."""
   writer = Writer(tmp_path, keep=1)
   overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
   for step in range(1, 4):
@@ -120,7 +120,7 @@ KILLED_SAVE = '''
 def test_a_killed_save_is_neither_listed_nor_restored(tmp_path):
   assert run_python(KILLED_SAVE, tmp_path).returncode == -signal.SIGKILL
   leftovers = [d for d in os.listdir(tmp_path / 'checkpoints') if d.startswith('2.')]
-  assert leftovers  # the kill did strike a save
+  assert leftovers  # the kill did interrupt a save
   assert Reader(tmp_path).step == 1
   with pytest.raises(ConfigError, match=r'checkpoint.step: got 2, allowed: 1\.'):
     Reader(tmp_path, 2)
@@ -135,9 +135,9 @@ def test_a_killed_save_is_neither_listed_nor_restored(tmp_path):
 @pytest.mark.parametrize('missing', ['_CHECKPOINT_METADATA', 'commit time', 'state', 'extra',
                                      'everything'])
 def test_a_partly_copied_directory_is_neither_listed_nor_restored(tmp_path, missing):
-  """As a copy between machines leaves it: the final name, but not all of its content.
+  """As after an interrupted copy between machines: the final name, but not all of the content.
 
-  Without commit time it is what a killed save leaves on storage that cannot rename directories.
+  Without a commit time it is as after a killed save on storage that cannot rename directories.
   """
   save(tmp_path, 1, 2)
   broken = tmp_path / 'checkpoints' / '2'
@@ -256,7 +256,7 @@ def test_small_leaves_are_read_together_and_each_is_right(tmp_path, monkeypatch)
   monkeypatch.setattr(orbax, '_AHEAD', 64 * 4 * 10)   # ten leaves
   reader, calls = Reader(tmp_path), []
   read = reader._read
-  monkeypatch.setattr(reader, '_read', lambda wanted: calls.append(len(wanted)) or read(wanted))
+  monkeypatch.setattr(reader, '_read', lambda leaves: calls.append(len(leaves)) or read(leaves))
   for i, path in enumerate(reader.shapes):
     np.testing.assert_array_equal(reader.read(path), np.full((64,), i, np.float32))
   assert calls == [10] * 10

@@ -1,4 +1,4 @@
-"""The paper's real runs: their sizes, and the train step at the real batch size, shapes only."""
+"""The paper's real runs: sizes, surgery, and the train step at the real batch size, by shapes."""
 
 import dataclasses
 import functools
@@ -7,7 +7,6 @@ import math
 import pathlib
 
 import jax
-import numpy as np
 import pytest
 
 from configs import common, paper
@@ -20,11 +19,10 @@ from moejax.sharding import MeshConfig
 from moejax.train import config as run_config
 from moejax.train import initialize, parallel, parameter_groups, plan
 from moejax.train.schedule import schedule
-from moejax.train.step import make_train_step
 from moejax.trees import rules, stacking
 
 EVERY = sorted(p.stem for p in pathlib.Path('configs/paper').glob('*.py') if p.stem != '__init__')
-NAMES = [name for name in EVERY if name.startswith(('t5_base', 'vit_b16'))]   # as the others
+NAMES = [name for name in EVERY if name.startswith(('t5_base', 'vit_b16'))]   # others follow them
 UPCYCLED = [(name, 'upcycled') for name in NAMES if name.endswith('superglue')]
 RUNS = [(name, '') for name in NAMES] + UPCYCLED
 
@@ -35,6 +33,18 @@ def get_config(name, *words):
 
 def resolved(name, *words):
   return run_config.resolve(get_config(name, *words))
+
+
+@functools.cache
+def built(name, *words):
+  """(run, its model)."""
+  run = resolved(name, *words)
+  return run, models.build(run.model, run.execution)
+
+
+def devices():
+  """A mesh of eight, four of them for experts."""
+  return parallel.make('mesh', MeshConfig(expert=4))
 
 
 def test_the_configs_are_found():
@@ -93,7 +103,7 @@ def test_another_argument_is_refused(name):
 @pytest.mark.parametrize('name', ['t5_base_upcycled', 't5_large_upcycled', 'vit_b16_upcycled'])
 @pytest.mark.parametrize('word', paper.ABLATIONS)
 def test_what_the_paper_varies(name, word):
-  """A word changes what it says, in every sparse stack, and nothing else but the mesh."""
+  """A word changes its settings in every sparse stack, and nothing else but the mesh."""
   plain, varied = resolved(name), resolved(name, word)
   for stack in stacks(plain):
     assert moe(varied, *stack) == dataclasses.replace(moe(plain, *stack), **paper.ABLATIONS[word])
@@ -115,8 +125,8 @@ def test_the_shapes_of_a_batch_are_those_that_the_data_has(config):
       k: (v.shape, v.dtype) for k, v in shapes.items()}
 
 
-def count(shapes):
-  return sum(int(np.prod(s.shape)) for s in jax.tree.leaves(shapes)) / 1e6
+def millions(model):
+  return trees.count(model.shapes) / 1e6
 
 
 # Millions of parameters: T5 v1.1 Base has 247.6 and ViT-B/16 86.6, as published. An upcycled one
@@ -125,7 +135,7 @@ def count(shapes):
 T5, VIT = 247.6, 86.6
 T5_MOE = T5 + 12 * (31 * 768 * 2048 * 3 + 768 * 32) / 1e6
 VIT_MOE = VIT + 6 * (31 * (768 * 3072 * 2 + 3840) + 768 * 32) / 1e6
-MILLIONS = {('t5_base', ''): T5, ('t5_base_superglue', ''): T5, ('t5_base_upcycled', ''): T5_MOE,
+MILLIONS = {('t5_base', ''): T5, ('t5_base_upcycled', ''): T5_MOE,
             ('t5_base_superglue', 'upcycled'): T5_MOE, ('vit_b16', ''): VIT,
             ('vit_b16_upcycled', ''): VIT_MOE}
 
@@ -137,20 +147,13 @@ SIZES = {
     'vit_l16': (304.3, 1024, 4096, 2, 12)}
 
 
-@functools.cache
-def built(name, word=''):
-  """The model of a run, as it is trained."""
-  run = resolved(name, word)
-  return models.build(run.model, run.execution)
-
-
 @pytest.mark.parametrize('name', SIZES)
 def test_the_other_sizes(name):
   dense, D, F, matrices, sparse = SIZES[name]
   experts = sparse * (31 * (matrices * D * F + (D + F if name.startswith('vit') else 0)) + 32 * D)
-  for suffix, millions in (('', dense), ('_upcycled', dense + experts / 1e6)):
-    run, local = resolved(name + suffix), resolved(name + suffix, 'runlocal')
-    assert count(built(name + suffix).shapes) == pytest.approx(millions, rel=2e-3)
+  for suffix, expected in (('', dense), ('_upcycled', dense + experts / 1e6)):
+    (run, model), local = built(name + suffix), resolved(name + suffix, 'runlocal')
+    assert millions(model) == pytest.approx(expected, rel=2e-3)
     assert run.execution.scan and local.model.d_model == 32 and local.mesh == MeshConfig()
     assert (pathlib.PurePath(run.init.parent).name == name) == bool(suffix)
 
@@ -158,65 +161,42 @@ def test_the_other_sizes(name):
 def test_every_run_has_a_slice_that_its_mesh_and_batches_fill():
   assert {name.removesuffix('_upcycled') for name in EVERY} == set(paper.SLICES)
   for name, word in [(name, '') for name in EVERY] + UPCYCLED:
-    run, model = resolved(name, word), built(name, word)
+    run, model = built(name, word)
     _, count = chips.parse(paper.SLICES[name.removesuffix('_upcycled')])
     sizes = [run.mesh.fsdp, run.mesh.expert, run.mesh.model]
     assert run.mesh.data == -1 and count % math.prod(sizes) == 0
-    rows = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
-    plan.check_batches(run, rows, count // run.mesh.model)
+    examples = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
+    plan.check_batches(run, examples, count // run.mesh.model)
     assert (run.mesh.expert > 1) == ('upcycled' in name + word)
     assert any(stacking.is_stacked(path) for path in model.param_paths)
 
 
 @functools.cache
-def state_shapes(name, word=''):
-  """(run, model, devices, shapes of the state) on a mesh of eight, four of them for experts."""
-  run, model = resolved(name, word), built(name, word)
-  devices = parallel.make('mesh', MeshConfig(expert=4))
-  return run, model, devices, initialize.state_shapes(run, model, devices)
+def leaves(name, word):
+  """{path: shape} of the parameters and optimizer state of a run."""
+  state = initialize.state_shapes(*built(name, word), devices())
+  return trees.flatten({'params': state.params, 'opt_state': state.opt_state})
 
 
-@pytest.mark.parametrize('name, word', RUNS)
-def test_sizes(name, word):
-  run, model, devices, shapes = state_shapes(name, word)
-  assert count(model.shapes) == pytest.approx(MILLIONS[name, word], rel=2e-3)
-  parameter_groups.check_groups(run.optimizer, trees.flatten(model.shapes).keys())
-  rows = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
-  assert run.data.batch_size % (rows * devices.shards) == 0
-  assert run.data.eval_batch_size % (rows * devices.shards) == 0
-  experts = [s for p, s in trees.flatten(shapes.params).items() if '/experts/' in p]
+# Not the dense fine-tuning: its model is the dense run's, its lengths the sparse fine-tuning's.
+@pytest.mark.parametrize('name, word', MILLIONS)
+def test_the_train_step_at_the_real_batch_size(name, word):
+  """Real depth, widths, lengths and batch on eight devices, with the checks that a run makes."""
+  step = report.step_of(resolved(name, word), devices())
+  run, model = step.config, step.model
+  assert millions(model) == pytest.approx(MILLIONS[name, word], rel=2e-3)
+  experts = [s for p, s in trees.flatten(step.single.params).items() if '/experts/' in p]
   assert all(s.sharding.shard_shape(s.shape)[0] == 32 // 4 for s in experts)
   assert bool(experts) == ('upcycled' in name + word)
-
-
-# One at its whole depth; of the others two blocks of each stack show what they do.
-WHOLE = ('vit_b16_upcycled',)
-
-
-@pytest.mark.parametrize('name, word', RUNS)
-def test_the_train_step_at_the_real_batch_size(name, word):
-  """Real widths, lengths and batch on eight devices; nothing is computed."""
-  run, _, devices, shapes = state_shapes(name, word)
-  if name not in WHOLE:
-    depths = (('num_layers',) if run.model.family == 'vit' else
-              ('encoder_layers', 'decoder_layers'))
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **dict.fromkeys(depths, 2)))
-  model = models.build(run.model)
-  if name not in WHOLE:
-    shapes = initialize.state_shapes(run, model, devices)
-  rows = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
-  step = make_train_step(
-      model, run.optimizer, schedule(run.schedule, run.optimizer.learning_rate, start_step=0,
-                                     end_step=run.steps),
-      task=run.task, microbatches=run.microbatches, examples_per_group=rows, reduce=devices.reduce)
-  with jax.set_mesh(devices.mesh):
-    after, objective = jax.eval_shape(step, shapes, report.batch_shapes(run))
-  assert objective.shape == ()
-  for part in ('params', 'opt_state'):
-    given, found = trees.flatten(getattr(shapes, part)), trees.flatten(getattr(after, part))
-    assert {p: (s.shape, s.dtype) for p, s in given.items()} == {
-        p: (s.shape, s.dtype) for p, s in found.items()}
-  sparse = {p.rpartition('/')[0] for p in trees.flatten(after.window) if '/router_grad' in p}
+  with jax.set_mesh(step.devices.mesh):
+    after, objective = jax.eval_shape(step.fn, step.shapes, step.batch)
+  assert objective.shape == () and jax.tree.leaves(step.batch)[0].shape[0] == run.data.batch_size
+  for part in ('params', 'opt_state', 'window'):
+    before, new = (trees.flatten(getattr(state, part)) for state in (step.shapes, after))
+    assert {p: (s.shape, s.dtype) for p, s in before.items()} == {
+        p: (s.shape, s.dtype) for p, s in new.items()}
+  sparse = {layer for path in trees.flatten(after.window) if '/router_grad' in path
+            for layer in stacking.members(path.rpartition('/')[0])}
   assert len(sparse) == sum(len(run.model.sparse_layers(*stack)) for stack in stacks(run))
 
 
@@ -226,10 +206,8 @@ def test_the_train_step_at_the_real_batch_size(name, word):
     ('t5_base_superglue', 'upcycled', ('t5_base_upcycled', '')),
     ('t5_base_superglue', 'experts_8', ('t5_base_upcycled', 'experts_8'))])
 def test_surgery_at_the_real_sizes(name, word, parent):
-  """Every leaf of the parent and of the child is accounted for, optimizer slots too."""
-  flat = lambda shapes: trees.flatten({'params': shapes.params, 'opt_state': shapes.opt_state})
-  source, (run, *_, target) = flat(state_shapes(*parent)[-1]), state_shapes(name, word)
-  target = flat(target)
+  """Every leaf of the parent and of the child is accounted for, optimizer state too."""
+  run, source, target = resolved(name, word), leaves(*parent), leaves(name, word)
   planned = rules.plan(initialize._table(run, source, target), source, target)
   assert {move.target for move in planned.moves} >= set(target)
   fresh = {path for path in planned.fresh if path.startswith('params/')}
@@ -243,7 +221,7 @@ def rate(run, step):
                         end_step=run.steps)(step))
 
 
-def test_what_the_sources_say_of_t5():
+def test_t5_is_as_its_sources_describe():
   run = resolved('t5_base')
   assert run.optimizer.name == 'adafactor' and not run.optimizer.clip_norm
   for step in (0, 1, 9_999, 10_000, 40_000, 999_999):
@@ -274,7 +252,7 @@ def test_a_word_of_the_upcycled_parent_is_one_of_its_fine_tuning(word):
     assert moe(tuned, stack) == theirs
 
 
-def test_what_the_sources_say_of_vit():
+def test_vit_is_as_its_sources_describe():
   run, upcycled = resolved('vit_b16'), resolved('vit_b16_upcycled')
   assert run.model.head == 'gap' and run.data.batch_size == 4096
   decay = {path: run.optimizer.weight_decay

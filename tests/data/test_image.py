@@ -29,8 +29,8 @@ def test_affine_warp_equals_scipy():
   assert out.shape == (6, 15, 15, 2) and out.dtype == np.float32
   for b in range(6):
     for c in range(2):
-      want = warp_by_scipy(images[b, ..., c] / 255, affine[b].astype(np.float64), 15)
-      np.testing.assert_allclose(out[b, ..., c], want, atol=1e-4)
+      expected = warp_by_scipy(images[b, ..., c] / 255, affine[b].astype(np.float64), 15)
+      np.testing.assert_allclose(out[b, ..., c], expected, atol=1e-4)
 
 
 def test_affine_warp_identity_shift_and_quarter_turn():
@@ -46,10 +46,9 @@ def test_affine_warp_identity_shift_and_quarter_turn():
   np.testing.assert_allclose(warp(np.pi / 2, 0, 0, 0, 0), np.rot90(plain), atol=1e-4)
 
 
-def make_batch(config, images, channels=1, same_shape=True, fixed=False, seed=0):
+def make_batch(config, images, channels=1, same_shape=True, train=True):
   processor = image.ImageProcessor(config, channels, same_shape)
-  draw = processor.draw_fixed if fixed else processor.draw
-  draws = [draw({'image': im, 'label': n}, np.random.default_rng([seed, n]))
+  draws = [processor.draw({'image': im, 'label': n}, np.random.default_rng([0, n]), train)
            for n, im in enumerate(images)]
   return processor.finish({k: np.stack([d[k] for d in draws]) for k in draws[0]})
 
@@ -102,13 +101,13 @@ def test_mean_std_and_channels():
 def test_flip_crop_in_training_only():
   picture = np.random.default_rng(0).integers(1, 256, (16, 16, 3), dtype=np.uint8)
   config = ImageConfig(size=16, augment='flip_crop')
-  fixed = make_batch(config, [picture] * 2, 3, False, fixed=True)['image']
+  fixed = make_batch(config, [picture] * 2, 3, False, train=False)['image']
   np.testing.assert_allclose(fixed, np.stack([picture] * 2) / 255, atol=1e-6)
   padded = np.pad(picture, ((2, 2), (2, 2), (0, 0)))
   allowed = {(padded[y:y + 16, x:x + 16][:, ::step]).tobytes(): (y, x, step)
              for y in range(5) for x in range(5) for step in (1, -1)}
   out = make_batch(config, [picture] * 200, 3, False)['image']
-  seen = {allowed[np.round(row * 255).astype(np.uint8).tobytes()] for row in out}
+  seen = {allowed[np.round(picture * 255).astype(np.uint8).tobytes()] for picture in out}
   assert len(seen) > 40   # of 50
 
 

@@ -1,6 +1,7 @@
-"""The data contract: step n's batch is a pure function of (config, seed, n), on any hosts."""
+"""Step n's batch is a pure function of (config, seed, n), on any number of hosts."""
 
 import dataclasses
+import importlib
 import threading
 import time
 
@@ -10,8 +11,9 @@ import pytest
 from moejax import data
 from moejax.config import ConfigError, as_config_dict
 from moejax.config import build as build_config
-from moejax.data import pipeline, registry
+from moejax.data import image, pipeline, registry
 from moejax.data.source import Source
+from moejax.evaluation.text_scores import METRICS
 
 DIGITS = data.DataConfig(source='digits', batch_size=16, eval_batch_size=64)
 TEXT = data.DataConfig(source='stdlib_text', batch_size=8, eval_batch_size=32, eval_examples=70)
@@ -36,7 +38,7 @@ def numbered(monkeypatch):
   """A 'digits' of 40 / 13 / 7 numbered examples."""
   splits = {'train': Numbered(40), 'validation': Numbered(13), 'test': Numbered(7)}
   source = Source('classification', splits, 'digest', 40, 1, True)
-  monkeypatch.setitem(registry.REGISTRY, 'digits', lambda config, window_bytes: source)
+  monkeypatch.setattr(registry, 'load', lambda config: source)
   return splits
 
 
@@ -53,6 +55,7 @@ def assert_same(a, b):
 
 
 def joined(batches):
+  batches = list(batches)
   return {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
 
 
@@ -65,9 +68,9 @@ def test_hosts_share_one_global_batch(config, hosts):
     batch = joined([p.train_batch(step) for p in parts])
     assert_same(batch, whole.train_batch(step))
     assert batch['index'].tolist() == list(range(config.batch_size))
-  for batch, *rows in zip(whole.eval_batches('test'), *(p.eval_batches('test') for p in parts),
-                          strict=True):
-    assert_same(joined(rows), batch)
+  for batch, *own in zip(whole.eval_batches('test'), *(p.eval_batches('test') for p in parts),
+                         strict=True):
+    assert_same(joined(own), batch)
 
 
 @pytest.mark.parametrize('config', [DIGITS, TEXT], ids=['digits', 'text'])
@@ -89,17 +92,17 @@ def test_batches_depend_on_seed_and_step():
 
 def test_starting_late_reads_nothing_earlier(numbered):
   dataset = data.build(numbered_config(), seed=0)
-  want = [label for step in (3, 4) for label in dataset.train_batch(step)['label']]
+  expected = [label for step in (3, 4) for label in dataset.train_batch(step)['label']]
   numbered['train'].read.clear()
   got = [label for batch in dataset.train_batches(3, 5) for label in batch['label']]
-  assert got == want and sorted(numbered['train'].read) == sorted(want)
+  assert got == expected and sorted(numbered['train'].read) == sorted(expected)
 
 
 def test_every_epoch_is_a_new_permutation(numbered):
   dataset = data.build(numbered_config(), seed=0)
   labels = np.concatenate([b['label'] for b in dataset.train_batches(0, 15)]).reshape(3, 40)
   np.testing.assert_array_equal(np.sort(labels, axis=1), np.tile(np.arange(40), (3, 1)))
-  assert len({tuple(row) for row in labels.tolist()}) == 3
+  assert len(set(map(tuple, labels.tolist()))) == 3
   assert list(range(40)) not in labels.tolist()
 
 
@@ -141,10 +144,10 @@ def test_a_host_may_hold_filler_alone(numbered):
 
 @pytest.mark.parametrize('config', [DIGITS, TEXT], ids=['digits', 'text'])
 def test_evaluation_does_not_depend_on_seed_or_batch_size(config):
-  a = list(data.build(config, seed=0).eval_batches())
-  b = list(data.build(dataclasses.replace(config, eval_batch_size=8), seed=9).eval_batches())
-  n = data.build(config, seed=0).examples['validation']
-  a, b = joined(a), joined(b)
+  dataset = data.build(config, seed=0)
+  n = dataset.examples['validation']
+  a = joined(dataset.eval_batches())
+  b = joined(data.build(dataclasses.replace(config, eval_batch_size=8), seed=9).eval_batches())
   a.pop('index'), b.pop('index')
   assert_same({k: v[:n] for k, v in a.items()}, {k: v[:n] for k, v in b.items()})
   weight = a['weight'].reshape(len(a['weight']), -1).any(1)
@@ -152,12 +155,25 @@ def test_evaluation_does_not_depend_on_seed_or_batch_size(config):
 
 
 def test_eval_examples_takes_the_first_of_the_order(numbered):
-  whole = joined(list(data.build(numbered_config(), seed=0).eval_batches()))
+  whole = joined(data.build(numbered_config(), seed=0).eval_batches())
   few = data.build(numbered_config(eval_examples=6), seed=0)
   assert few.examples == {'train': 40, 'validation': 6, 'test': 6}
-  few = joined(list(few.eval_batches()))
+  few = joined(few.eval_batches())
   assert few['weight'].sum() == 6
   np.testing.assert_array_equal(few['label'][:6], whole['label'][:6])
+
+
+def test_repeats_show_the_same_examples_with_other_distortions():
+  def evaluated(repeats):
+    config = dataclasses.replace(DIGITS, eval_examples=24, eval_repeats=repeats, eval_batch_size=16)
+    return joined(data.build(config, seed=0).eval_batches())
+  once, thrice = evaluated(1), evaluated(3)
+  assert once['weight'].sum() == 24 and thrice['weight'].sum() == 72
+  labels, images = thrice['label'][:72].reshape(3, 24), thrice['image'][:72].reshape(3, 24, -1)
+  np.testing.assert_array_equal(labels, np.broadcast_to(once['label'][:24], (3, 24)))
+  np.testing.assert_array_equal(images[0], once['image'][:24].reshape(24, -1))
+  assert (np.abs(images[1] - images[0]).max(axis=1) > 0.1).all()
+  assert (np.abs(images[2] - images[1]).max(axis=1) > 0.1).all()
 
 
 def test_an_abandoned_iterator_stops_its_threads():
@@ -179,36 +195,31 @@ def test_an_error_in_a_thread_reaches_the_caller(numbered, monkeypatch):
     next(dataset.train_batches(0, 5))
 
 
-def test_fingerprint_follows_the_data_and_what_shapes_it():
-  base = data.build(DIGITS, seed=0).fingerprint
+def test_fingerprint_follows_the_data_and_what_shapes_it(monkeypatch):
+  def fingerprint(seed=0, **changes):
+    return data.build(dataclasses.replace(DIGITS, **changes), seed=seed).fingerprint
+  base = fingerprint()
   assert len(base) == 64
-  for same in ({'batch_size': 32}, {'eval_batch_size': 8}, {'threads': 1},
+  for same in ({'batch_size': 32}, {'eval_batch_size': 8}, {'threads': 1}, {'eval_repeats': 1},
                {'text': data.TextConfig(decoder_length=99)}):
-    assert data.build(dataclasses.replace(DIGITS, **same), seed=5).fingerprint == base
-  others = [{'eval_examples': 9}, {'image': data.ImageConfig(size=8)},
-            {'image': data.ImageConfig(classes=5)}, {'image': data.ImageConfig(augment='none')}]
-  prints = [data.build(dataclasses.replace(DIGITS, **o), seed=0).fingerprint for o in others]
-  assert len({base, *prints}) == 5
-
-
-def test_fingerprint_follows_every_pixel(monkeypatch):
-  base = data.build(DIGITS, seed=0).fingerprint
-  build = registry.REGISTRY['digits']
-
-  def changed(config, window_bytes):
-    from moejax.data.datasets import embedded
-    source = build(config, window_bytes)
-    source.splits['train'].images[7, 3, 3] ^= 1
-    return embedded._image_source(source.splits, source.num_classes)
-  monkeypatch.setitem(registry.REGISTRY, 'digits', changed)
-  assert data.build(DIGITS, seed=0).fingerprint != base
+    assert fingerprint(seed=5, **same) == base
+  others = [fingerprint(**changes) for changes in (
+      {'eval_examples': 9}, {'eval_repeats': 3}, {'image': data.ImageConfig(size=8)},
+      {'image': data.ImageConfig(classes=5)}, {'image': data.ImageConfig(augment='none')})]
+  source = registry.load(DIGITS)
+  source.splits['train'].images[7, 3, 3] ^= 1   # a single pixel
+  changed = image.grey_source(source.splits, source.num_classes)
+  monkeypatch.setattr(registry, 'load', lambda config: changed)
+  others.append(fingerprint())
+  assert len({base, *others}) == 1 + len(others)
 
 
 def test_batch_format():
-  image = data.build(DIGITS, seed=0)
-  assert (image.kind, image.num_classes, image.image_shape) == ('classification', 10, (24, 24, 1))
-  assert (image.vocab_size, image.encoder_length, image.decoder_length) == (0, 0, 0)
-  got = {k: (v.shape, v.dtype.name) for k, v in image.train_batch(0).items()}
+  images = data.build(DIGITS, seed=0)
+  assert images.kind == 'classification' and images.image_shape == (24, 24, 1)
+  assert images.num_classes == 10
+  assert (images.vocab_size, images.encoder_length, images.decoder_length) == (0, 0, 0)
+  got = {k: (v.shape, v.dtype.name) for k, v in images.train_batch(0).items()}
   assert got == {'image': ((16, 24, 24, 1), 'float32'), 'label': ((16,), 'int32'),
                  'weight': ((16,), 'float32'), 'index': ((16,), 'int32')}
   text = data.build(TEXT, seed=0)
@@ -274,5 +285,14 @@ def test_settings_survive_the_config_file():
     build_config(data.DataConfig, {'text': {'noise_densty': 0.2}}, 'config.data')
 
 
-def test_shaping_list_names_real_settings():
-  assert set(pipeline.NOT_SHAPING) < {f.name for f in dataclasses.fields(data.DataConfig)}
+def test_lists_of_settings_name_real_ones():
+  for settings, names in ((data.DataConfig, pipeline.NOT_SHAPING),
+                          (data.TextConfig, pipeline.CORRUPTING)):
+    assert set(names) < {f.name for f in dataclasses.fields(settings)}
+
+
+@pytest.mark.parametrize('name', registry.SOURCES)
+def test_every_entry_of_the_registry_has_its_file_and_its_metric(name):
+  module, metric = registry.SOURCES[name]
+  assert callable(importlib.import_module(f'moejax.data.datasets.{module}').load)
+  assert data.DataConfig(source=name).metric == metric and (not metric or metric in METRICS)

@@ -33,15 +33,15 @@ def test_encoder_and_target_together_spell_the_text():
   source = bytes(rng.integers(32, 127, 400, dtype=np.uint8))
   draws = [processor.draw({'text': source[:n]}, rng) for n in (400, 50, 17, 2)]
   batch = processor.finish({k: np.stack([d[k] for d in draws]) for k in draws[0]})
-  for row, draw in enumerate(draws):
+  for draw, encoder_input, target in zip(draws, batch['encoder_input'], batch['target']):
     spans, current = {}, None
-    for token in batch['target'][row]:
+    for token in target:
       if token >= 259:
         current = spans.setdefault(int(token), [])
       elif token > 1:
         current.append(int(token))
     spelt = []
-    for token in batch['encoder_input'][row]:
+    for token in encoder_input:
       spelt += spans.pop(int(token)) if token >= 259 else [int(token)] if token > 1 else []
     assert not spans
     assert spelt == draw['tokens'][:draw['length']].tolist()

@@ -1,4 +1,4 @@
-"""Sums over a split, with a model whose logits stand in the batch; decoding on many devices."""
+"""Sums over a split, with a model whose logits are in the batch; decoding on many devices."""
 
 import functools
 import types
@@ -37,10 +37,10 @@ def apply(params, batch, *, train, key=None):
 def batches(size):
   """The examples in batches of one size; the last is filled up with examples of weight 0."""
   for start in range(0, 5, size):
-    rows = np.arange(start, start + size)
-    at = np.minimum(rows, 4)
+    numbers = np.arange(start, start + size)
+    at = np.minimum(numbers, 4)
     yield {'logits': np.log(PROBS[at]), 'label': LABEL[at],
-           'weight': (rows < 5).astype(np.float32)}
+           'weight': (numbers < 5).astype(np.float32)}
 
 
 @pytest.mark.parametrize('size', [1, 2, 5])

@@ -44,7 +44,7 @@ def make_params(mlp: dict, moe: dict, stacks=('encoder',), depth=4, E=E, seed=0,
 
 
 def make_state(params: dict, config: OptimizerConfig, steps: int = 3) -> dict:
-  """A state as after that many steps, flat: random slots (positive, as nu must be), counts."""
+  """A flat state as after that many steps: random moments (positive, as nu must be) and counts."""
   rng = np.random.default_rng(steps)
   opt_state = jax.tree.map(
       lambda x: jnp.full_like(x, steps) if x.dtype == jnp.int32
@@ -59,5 +59,5 @@ def surgery(table, source, target):
 
 
 def nested(flat: dict) -> dict:
-  """A flat state as update takes it."""
+  """A flat state in the form that `update` takes."""
   return trees.unflatten({p: jnp.asarray(v) for p, v in flat.items()})

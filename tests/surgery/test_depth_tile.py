@@ -1,4 +1,4 @@
-"""Depth tiling on hand-made states: order of the blocks, slots, and refusals."""
+"""Depth tiling on hand-made states: order of the blocks, optimizer state, and refusals."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""How experts start, on hand-made states: values, optimizer slots, and refusals."""
+"""How experts start, on hand-made states: values, optimizer state, and refusals."""
 
 import re
 
@@ -10,7 +10,7 @@ import pytest
 from moejax import trees
 from moejax.config import ConfigError
 from moejax.surgery import upcycle
-from moejax.surgery.expert_init import ExpertInit
+from moejax.surgery.config import ExpertInit
 from tests.surgery import states
 from tests.surgery.states import ADAFACTOR, ADAMW, T5, VIT, make_params, make_state, surgery
 
@@ -38,8 +38,8 @@ def parent_of(path):
   return path.replace('/moe/experts/', '/mlp/')
 
 
-def check_slots(source, made, copied):
-  """copied(name of the leaf, e): whether expert e's slots are the parent's; otherwise 0."""
+def check_optimizer_state(source, made, copied):
+  """copied(name of the leaf, e): whether expert e's is the parent's; otherwise it is 0."""
   checked = 0
   for path, leaf in made.items():
     m = re.fullmatch(r'opt_state/.+/moe/experts/([^/]+)/\w+', path)
@@ -68,21 +68,21 @@ def test_random(config):
   source, made, entries = upcycled(VIT, config, init=ExpertInit('random'))
   for name in VIT:
     np.testing.assert_array_equal(experts(made, name), 7)
-  check_slots(source, made, lambda name, e: False)
+  check_optimizer_state(source, made, lambda name, e: False)
   dropped = {e.sources[0] for e in entries if e.fate == 'dropped'}
   assert dropped == {p for p in source if f'{LAYER}/mlp/' in p}
 
 
 @OPTIMIZERS
 def test_subset(config):
-  """Copies keep their slots and counts, fresh experts start with none."""
+  """Copies keep their moments and counts, fresh experts start from zero."""
   source, made, entries = upcycled(T5, config, init=ExpertInit('subset', copied_experts=3))
   for name in T5:
     for e in range(E):
       expected = source[f'params/{LAYER}/mlp/{name}'] if e < 3 else 7
       np.testing.assert_array_equal(experts(made, name)[e], expected)
     np.testing.assert_array_equal(experts(made, f'{name}/count', top='opt_state'), [3, 3, 3, 0])
-  check_slots(source, made, lambda name, e: e < 3)
+  check_optimizer_state(source, made, lambda name, e: e < 3)
   assert {e.fate for e in entries if '/experts/' in e.target} == {'tiled in part'}
 
 
@@ -104,7 +104,7 @@ def test_noise(config):
     added = (new - old) / old.std()
     assert (np.abs(added).reshape(E, -1).max(1) > 0.002).all() and np.abs(added).max() < 0.05
     assert not np.isclose(added[0], added[1]).all()
-  check_slots(source, made, lambda name, e: True)
+  check_optimizer_state(source, made, lambda name, e: True)
   assert {e.fate for e in entries if e.target.startswith(f'params/{LAYER}/moe/experts')} == {
       'tiled with noise'}
   wi, up = (experts(made, n) - source[f'params/{LAYER}/mlp/{n}'] for n in ('wi_gate', 'wi_up'))
@@ -137,7 +137,7 @@ def test_drop_shares_one_set_of_units(config):
       sets[layer, e] = units.pop()
   assert len(set(sets.values())) > 4   # experts differ, layers differ
   assert [sets[LAYER, e] for e in range(E)] != [sets['encoder/layers/03', e] for e in range(E)]
-  check_slots(source, made, lambda name, e: name == 'wo_bias')
+  check_optimizer_state(source, made, lambda name, e: name == 'wo_bias')
   fates = {e.target: e.fate for e in entries}
   assert fates[f'params/{LAYER}/moe/experts/wo'] == 're-initialised'
   assert fates[f'params/{LAYER}/moe/experts/wo_bias'] == 'tiled'
@@ -207,9 +207,9 @@ def test_other_layers_of_an_moe_sparse():
     np.testing.assert_allclose(made[f'params/{LAYER}/mlp/{name}'], old.mean(0), rtol=1e-5,
                                atol=1e-6)
     assert fates[f'params/{LAYER}/mlp/{name}'] == 'averaged'
-    for slot in ('mu', 'nu', 'count'):
-      assert fates[f'opt_state/{LAYER}/mlp/{name}/{slot}'] == 'fresh'
-      assert not np.any(made[f'opt_state/{LAYER}/mlp/{name}/{slot}'])
+    for moment in ('mu', 'nu', 'count'):
+      assert fates[f'opt_state/{LAYER}/mlp/{name}/{moment}'] == 'fresh'
+      assert not np.any(made[f'opt_state/{LAYER}/mlp/{name}/{moment}'])
     np.testing.assert_array_equal(made[f'params/encoder/layers/03/moe/experts/{name}'][2],
                                   source[f'params/encoder/layers/03/mlp/{name}'])
   for path in source:

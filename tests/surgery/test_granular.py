@@ -1,6 +1,6 @@
-"""Virtual groups and weight scaling: where the function at step 0 is the MLP's, and where not.
+"""Shards of an MLP and weight scaling: where the function at step 0 is the MLP's, and where not.
 
-Dimensions: N tokens, D model, F hidden units, E experts, G shards of an MLP.
+N tokens, D model, F hidden units, E experts, G shards of an MLP.
 """
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from moejax.config import ConfigError
 from moejax.models.layers import ACTIVATIONS
 from moejax.moe import presets
 from moejax.surgery import upcycle
-from moejax.surgery.expert_init import ExpertInit, Gate
+from moejax.surgery.config import ExpertInit, Gate
 from moejax.train import initialize
 from moejax.trees import rules
 from tests.surgery.states import ADAFACTOR, ADAMW, T5, VIT, make_params, make_state, surgery
@@ -41,7 +41,7 @@ def apply_mlp(weights, x, activation):
 
 
 def best(logits, k):
-  """The k largest, ties to the lower number; sums of equal columns may differ in the last bit."""
+  """The k largest, of ties the lower number; sums of equal columns may differ in the last bit."""
   return np.argsort(-logits.round(12), kind='stable')[:k]
 
 
@@ -88,12 +88,12 @@ def gap(form, activation, bias, gate, *, granularity=G, router=1.0, **init):
       expected).max()
 
 
-# Weights that sum to the same whatever the router says: any router will do.
-SUMMED = {'renormalised': Gate(G, renormalize=True), 'two groups': Gate(2 * G, renormalize=True),
+# Weights whose sum does not depend on the router: any router will do.
+SUMMED = {'renormalised': Gate(G, renormalize=True), 'two MLPs': Gate(2 * G, renormalize=True),
           'of chosen': Gate(G, score='softmax_of_chosen'),
           'scaled weights': Gate(G, score='sigmoid', renormalize=True, weight_scale=2.5)}
 # The others need a router without preferences.
-UNIFORM = {'softmax': Gate(G), 'softmax, two groups': Gate(2 * G),
+UNIFORM = {'softmax': Gate(G), 'softmax, two MLPs': Gate(2 * G),
            'softmax, scaled': Gate(G, weight_scale=16.0), 'sigmoid': Gate(G, score='sigmoid')}
 
 
@@ -185,14 +185,14 @@ def test_identical_experts_are_the_mlp(form, scaling):
     np.testing.assert_array_equal(leaf, np.broadcast_to(mlp[name], leaf.shape))
 
 
-def test_every_token_gets_whole_groups():
+def test_every_token_gets_whole_mlps():
   """The k = G best experts of a token are the G different shards."""
   rng = np.random.default_rng(0)
   _, kernel = upcycle_mlp(make_mlp('plain', False), rng.normal(size=(D, E)), G)
   logits = rng.normal(size=(50, D)) @ kernel
   chosen = np.stack([best(row, G) for row in logits])
   assert (np.sort(chosen % G, axis=1) == np.arange(G)).all()
-  assert len({tuple(sorted(c)) for c in chosen}) == E // G   # and every group has its tokens
+  assert len({tuple(sorted(c)) for c in chosen}) == E // G   # and every MLP has its tokens
 
 
 @pytest.mark.parametrize('config', [ADAMW, ADAFACTOR], ids=['adamw', 'adafactor'])
@@ -210,12 +210,12 @@ def test_shards_start_without_moments(config):
     assert fates[f'params/{path}/{name}'] == fate
     np.testing.assert_array_equal(made[f'opt_state/{path}/{name}/count'],
                                   [3 if name == 'wo_bias' else 0] * 4)
-    for slot in (p for p in made if p.startswith(f'opt_state/{path}/{name}/')):
-      assert np.any(made[slot]) == (name == 'wo_bias'), slot
+    for leaf in (p for p in made if p.startswith(f'opt_state/{path}/{name}/')):
+      assert np.any(made[leaf]) == (name == 'wo_bias'), leaf
 
 
 def test_the_stack_decides():
-  """Each stack's own gate; a stack whose router promises no sum is refused, as is a partial k."""
+  """Each stack has its own gate; one without a gate is refused, as is a k of parts of an MLP."""
   stacks = ('encoder', 'decoder')
   source = make_state(make_params(T5, {}, stacks, depth=1), ADAMW)
   target = make_state(make_params(T5, {'encoder': (0,), 'decoder': (0,)}, stacks, depth=1, E=4,
@@ -231,4 +231,4 @@ def test_the_stack_decides():
     make({'encoder': gates['encoder']})
   with pytest.raises(ConfigError, match='decoder_moe.k: got 3, allowed: a multiple of .*2'):
     make(gates | {'decoder': Gate(3, key='config.model.decoder_moe.k')})
-  make(gates | {'decoder': Gate(1.25, multiple=False)})   # expert choice: groups tie anyway
+  make(gates | {'decoder': Gate(1.25, multiple=False)})   # expert choice: shards tie anyway

@@ -1,4 +1,4 @@
-"""Receipts: nothing is lost on the way through JSON, and the text says what happened."""
+"""Receipts: nothing is lost in JSON, and the text shows every leaf."""
 
 import json
 

@@ -95,7 +95,7 @@ def test_parameters_alone():
 
 
 def test_only_the_named_layers_are_touched():
-  """Layer 1 does not stand for 11, nor a later layer overwrite an earlier one."""
+  """Layer 1 is not taken for 11, and a later layer does not overwrite an earlier one."""
   source = trees.flatten(make_params(T5, {}, depth=12))
   target = trees.flatten(make_params(T5, {'encoder': (1, 2)}, depth=12))
   made, _ = surgery(upcycle.upcycle_rules(source, target, 'carry'), source, target)
@@ -142,7 +142,7 @@ def test_misfits():
 def test_nothing_to_upcycle():
   for moe in ({}, {'encoder': (1,)}):
     paths = trees.flatten(make_params(T5, moe))
-    with pytest.raises(ConfigError, match='no layer of the wanted model is a new MoE layer'):
+    with pytest.raises(ConfigError, match='no layer of the model is a new MoE layer'):
       upcycle.upcycle_rules(paths, paths, 'carry')
 
 

@@ -29,11 +29,11 @@ def test_unflatten_hangs_a_dict_where_a_path_says():
 
 
 def test_map_with_path_takes_subtrees_of_the_rest():
-  slots = {'b': {'kernel': {'mu': 5, 'nu': 6}, 'bias': {'mu': 7, 'nu': 8}},
+  moments = {'b': {'kernel': {'mu': 5, 'nu': 6}, 'bias': {'mu': 7, 'nu': 8}},
            'a': {'x': {'scale': {'mu': 9, 'nu': 10}}}}
   ndim = {'b': {'kernel': 2, 'bias': 1}, 'a': {'x': {'scale': 0}}}
   seen = trees.map_with_path(lambda path, leaf, n, s: (path, leaf.ndim == n, s['mu']),
-                             TREE, ndim, slots)
+                             TREE, ndim, moments)
   assert seen == {'b': {'kernel': ('b/kernel', True, 5), 'bias': ('b/bias', True, 7)},
                   'a': {'x': {'scale': ('a/x/scale', True, 9)}}}
 

@@ -1,4 +1,4 @@
-"""Rule tables on hand-made trees: values, strictness, and no more memory than a slice needs."""
+"""Rule tables on hand-made trees: plans, values, strictness, and no more memory than a slice."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,11 +6,12 @@ import pytest
 
 from moejax.config import ConfigError
 from moejax.trees import rules
-from moejax.trees.rules import Entry, Rule
+from moejax.trees.rules import Entry
+from moejax.trees.transforms import Repeat, Subset
 
 
 def run(table, source, target, fresh=None, **kwargs):
-  """apply on flat dicts of arrays; `target` holds arrays of the wanted shapes."""
+  """rules.apply on flat dicts of arrays; those of `target` only have the right shapes."""
   return rules.apply(rules.plan(table, source, target), source.__getitem__,
                      lambda path: (fresh or {})[path], **kwargs)
 
@@ -47,6 +48,28 @@ def test_every_kind():
       Entry('', ('old/x',), 'dropped', (1,), 'float32')]
 
 
+def test_a_plan_lists_a_move_per_leaf_and_which_are_fresh():
+  """Targets in order, then dropped leaves; new in part counts as fresh. Nothing is read."""
+  source = {'w': arange(2, 3), 'v': arange(3), 'old': arange(1)}
+  target = {'z': arange(2, 3), 'y': arange(2, 3), 'experts': arange(4, 3), 'router': arange(2, 4)}
+  planned = rules.plan(
+      [rules.drop('old'), rules.copy('w', ('z', 'y')), rules.fresh('router', Repeat(2)),
+       rules.derive('v', {'experts': Subset(1)})], source, target)
+  assert [(move.target, move.sources, move.how.fate) for move in planned.moves] == [
+      ('experts', ('v',), 'tiled in part'), ('router', (), 'fresh'), ('y', ('w',), 'repeated'),
+      ('z', ('w',), 'repeated'), ('', ('old',), 'dropped')]
+  assert [str(move.rule) for move in planned.moves] == [
+      "derive 'v' -> 'experts'", "fresh 'router'", "copy 'w' -> 'z' -> 'y'",
+      "copy 'w' -> 'z' -> 'y'", "drop 'old'"]
+  assert planned.fresh == {'experts', 'router'}
+  assert (planned.source_shapes, planned.target_shapes) == (source, target)
+  made, entries = rules.apply(planned, source.__getitem__, target.__getitem__)
+  np.testing.assert_array_equal(made['experts'], [[0, 1, 2], *target['experts'][1:]])
+  np.testing.assert_array_equal(made['router'], [[0, 0, 1, 1], [4, 4, 5, 5]])
+  assert [(e.target, e.sources, e.fate) for e in entries] == [
+      (move.target, move.sources, move.how.fate) for move in planned.moves]
+
+
 def test_transpose_reverses_by_default():
   made, _ = run([rules.transpose('k', 'k')], {'k': arange(2, 3)}, {'k': arange(3, 2)})
   np.testing.assert_array_equal(made['k'], arange(2, 3).T)
@@ -62,7 +85,7 @@ def test_casts_between_floats_are_recorded():
     (lambda: rules.tile('w', 'w'), (8, 4, 6)), (lambda: rules.stack(r'w|\w{2}', 'w'), (3, 4, 6)),
     (lambda: rules.transpose('w', 'w'), (6, 4)), (lambda: rules.copy('w'), (4, 6))])
 def test_make_gives_any_slice(make_rule, target):
-  """What a device asks for is that slice of the whole."""
+  """A device gets that slice of the whole leaf which it requests."""
   source = {'w': arange(4, 6)}
   if make_rule().kind == 'stack':
     source |= {'wa': arange(4, 6) + 100, 'wb': arange(4, 6) + 200}
@@ -113,7 +136,7 @@ STRICT = {
     'source leaf left over': (
         [rules.copy('a')], {'a': W, 'b': V}, {'a': W},
         ['source leaves that no rule takes (1):', 'b (3,) float32']),
-    'target leaf nobody makes': (
+    'target leaf that nothing makes': (
         [rules.copy('a')], {'a': W}, {'a': W, 'b': V},
         ['target leaves that nothing makes (1):', 'b (3,) float32']),
     'misspelt: both sides are shown': (
@@ -182,7 +205,7 @@ def test_all_problems_at_once_and_long_lists_cut():
       'rules that match nothing (1):', "  drop 'b'",
       'shapes or dtypes that do not fit (1):', '  copy a (2, 3) float32 -> a (3,) float32',
       'source leaves that no rule takes (32):',
-      '  params/x00 (3,) float32', '  params/x01 (3,) float32',   # what they are slots of, first
+      '  params/x00 (3,) float32', '  params/x01 (3,) float32',   # parameters first
       '  opt_state/x00/mu (3,) float32', '  opt_state/x01/mu (3,) float32',
       '  opt_state/x02/mu (3,) float32', '  ... and 27 more',
       'target leaves that nothing makes (1):', '  c (3,) float32']
@@ -193,8 +216,3 @@ def test_a_read_or_fresh_value_of_another_shape():
     rules.apply(rules.plan([rules.copy('a')], {'a': V}, {'a': V}), lambda path: W, None)
   with pytest.raises(ConfigError, match=r'a: read an array of shape'):
     run([rules.fresh('a')], {}, {'a': V}, {'a': W})
-
-
-def test_unknown_kind():
-  with pytest.raises(ConfigError, match="rule.kind: got 'til'.*Did you mean 'tile'"):
-    Rule('til', 'a', 'b')

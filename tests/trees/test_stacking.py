@@ -17,11 +17,12 @@ from moejax.trees import stacking
 ])
 def test_what_repeats_is_named_together(kinds, names):
   assert stacking.names(kinds) == names
-  blocks = sorted(block for group in names for name in group for block in stacking.members(name))
+  blocks = sorted(block for repetition in names for name in repetition
+                  for block in stacking.members(name))
   assert blocks == [f'{i:02d}' for i in range(len(kinds))]
 
 
-def test_a_name_says_which_blocks_it_stands_for():
+def test_a_name_lists_its_blocks():
   assert stacking.members('encoder/layers/01+2x3/moe/wo/nu') == [
       f'encoder/layers/{i}/moe/wo/nu' for i in ('01', '03', '05')]
   assert stacking.members('encoder/layers/01/moe/wo') == ['encoder/layers/01/moe/wo']
@@ -29,7 +30,7 @@ def test_a_name_says_which_blocks_it_stands_for():
   assert stacking.is_stacked('layers/98+1x3/w') and not stacking.is_stacked('layers/98/w')
 
 
-HELD = ['encoder/layers/00+2x2/a', 'encoder/layers/01+2x2/b', 'encoder/layers/04/a',
+PATHS = ['encoder/layers/00+2x2/a', 'encoder/layers/01+2x2/b', 'encoder/layers/04/a',
         'decoder/layers/00+1x2/a', 'head/kernel']
 SINGLE = {
     'encoder': {'layers': {'00': {'a': 0}, '01': {'b': 1}, '02': {'a': 2}, '03': {'b': 3},
@@ -46,16 +47,16 @@ def copy(tree):
 
 def test_trees_are_stacked_and_unstacked():
   given = copy(SINGLE)
-  assert stacking.stack(given, HELD, lambda path, leaves: leaves) == STACKED
+  assert stacking.stack(given, PATHS, lambda path, leaves: leaves) == STACKED
   assert not given                  # so that nothing keeps the single blocks' arrays
   assert stacking.unstack(copy(STACKED), lambda path, leaf: leaf) == SINGLE
   assert stacking.stack(copy(SINGLE), ['head/kernel'], None) == SINGLE
 
 
-def test_slots_go_with_their_parameters_whatever_they_stand_under():
-  slots = {'opt_state': {'encoder': {'layers': {f'0{i}': {'ab'[i % 2]: {'nu': np.full(3, i)}}
+def test_optimizer_state_is_stacked_with_its_parameters():
+  state = {'opt_state': {'encoder': {'layers': {f'0{i}': {'ab'[i % 2]: {'nu': np.full(3, i)}}
                                                 for i in range(5)}}}}
-  stacked = stacking.stack(slots, HELD, lambda path, leaves: np.stack(leaves))
+  stacked = stacking.stack(state, PATHS, lambda path, leaves: np.stack(leaves))
   blocks = stacked['opt_state']['encoder']['layers']
   assert list(blocks) == ['00+2x2', '01+2x2', '04']
   assert blocks['01+2x2']['b']['nu'].tolist() == [[1, 1, 1], [3, 3, 3]]

@@ -35,7 +35,7 @@ CASES = {
 
 @pytest.mark.parametrize('case', CASES)
 def test_any_slice_is_that_slice_of_the_whole(case):
-  """Whatever part a device asks for, and in whatever order, random draws included."""
+  """Whichever slice a device requests, and in any order, random draws included."""
   how, arrays, target = CASES[case]
   full = whole(how, arrays, target)
   halves = [(slice(0, n // 2), slice(n // 2, n)) for n in target.shape]
@@ -51,18 +51,18 @@ def test_any_slice_is_that_slice_of_the_whole(case):
 
 
 def test_one_expert_at_a_time():
-  """Of 64 experts no more than one is held besides the slice that was asked for."""
-  held = []
+  """Of 64 experts only those of the slice are made, one after the other."""
+  made = []
 
   class Counted(Reinit):
     def expert(self, source, e):
-      held.append(e)
+      made.append(e)
       return super().expert(source, e)
 
   part = Counted(0.5, -1, (1,), (2,)).make([W], (slice(10, 12), slice(0, 1), slice(0, 1)),
                                            like(64, D, F))
   assert part.shape == (2, 1, 1)
-  assert held == [10, 11]
+  assert made == [10, 11]
 
 
 def test_subset():
@@ -126,16 +126,16 @@ def test_mean_is_exact_for_identical_experts():
                              atol=1e-6)
 
 
-def test_repeat_keeps_groups_together():
+def test_repeat_keeps_the_shards_of_an_mlp_together():
   fresh = np.arange(12.0).reshape(2, 6)
   np.testing.assert_array_equal(whole(Repeat(3), [fresh], like(2, 6)),
                                 [[0, 0, 0, 1, 1, 1], [6, 6, 6, 7, 7, 7]])
 
 
-@pytest.mark.parametrize('how, given, wanted', [
+@pytest.mark.parametrize('how, source, target', [
     (Subset(3), (D,), (2, D)), (Noise(1.0, ()), (D, F), (E, F, D)), (Mean(), (E, D), (E,)),
     (Mean(), (), ()), (Shard(4, 1), (D, F), (8, D, 1)), (Shard(2, 1), (D, F), (8, D, F)),
     (Shard(2, None), (D,), (8, D // 2)), (Slice(0), (F, D), (F + 1, D)), (Slice(0), (F, D), (2, 2)),
     (Slice(0), (F, D), (F,)), (Slice(None), (D,), (2,)), (Repeat(4), (), (D, F))])
-def test_what_does_not_fit(how, given, wanted):
-  assert not how.fits([given], wanted)
+def test_what_does_not_fit(how, source, target):
+  assert not how.fits([source], target)

@@ -1,1 +1,1 @@
-"""The sources of examples, one file each."""
+"""Sources of examples, one file each, with load(config) -> Source; registry.py names them."""

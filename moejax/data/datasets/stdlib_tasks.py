@@ -1,66 +1,64 @@
 """Three text-to-text tasks from the standard library's files that stdlib_text does not train on.
 
 name: the name of a function, from its code. swap: whether two arguments of a call were exchanged.
-module: the package that some lines come from. They are mixed in proportion to their size, as
+module: the package that some lines come from. The tasks are mixed in proportion to their size, as
 SuperGLUE's are in Komatsuzaki et al. (2023); the tasks and their rules are our own.
+
+An item is a tuple of pairs that are kept or left out together: one pair, or two versions of a call.
 """
 
 import ast
 import hashlib
+import itertools
 import re
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from moejax.data.config import DataConfig
-from moejax.data.datasets import embedded
+from moejax.data.datasets import stdlib
 from moejax.data.source import Source
 from moejax.data.text_pairs import Pair, pair_source
 
 TASKS = ('name', 'swap', 'module')
 NAME, SWAP, MODULE = range(3)
 SPLITS = ('train', 'validation', 'test')
-# Files of a group, the largest first, are dealt in this order: 3 / 1 / 1 of every five.
+# Files, the largest first, are dealt to splits in this order: 3 / 1 / 1 of every five.
 DEAL = ('train', 'validation', 'test', 'train', 'train')
-MASK = '_'               # stands for a name that would give the answer away
+MASK = '_'               # replaces a name that would give the answer away
 NAME_BYTES = 31          # longer names are left out: targets fit 32 tokens
 CALL_BYTES = 96          # both arguments end within it: 'swap: ' and the call fit 113 tokens
 CALL_LINES = 3           # the call's line and two more
 SNIPPET_BYTES = 240      # of a snippet of `module`, in whole lines
 SNIPPETS = 40            # at most, of one file, evenly spaced
-SYMMETRIC = {'max', 'min'}   # either order is right
+SYMMETRIC = {'max', 'min'}   # functions for which either order of arguments is right
 
-# Examples that are kept or left out together: the two versions of a call.
-Group = tuple[Pair, ...]
+Item = tuple[Pair, ...]
 
 
 def deal(files: Mapping[str, int]) -> dict[str, str]:
-  """Files (path -> size) -> path -> split, so that every package with three files is in all three.
+  """{path: size} -> {path: split}, with every package of at least three files in all splits.
 
-  Files of a package with at least three are dealt among themselves, all others together.
+  Files of such a package are dealt among themselves, all other files together.
   """
-  packages = defaultdict(list)
-  for path in files:
-    packages[package(path)].append(path)
-  groups, rest = [], []
-  for name, paths in sorted(packages.items()):
-    (groups.append if name and len(paths) >= len(SPLITS) else rest.extend)(paths)
-  split = {}
-  for paths in [*groups, rest]:
-    paths = sorted(paths, key=lambda p: (-files[p], p))
-    split |= {path: DEAL[n % len(DEAL)] for n, path in enumerate(paths)}
-  return split
+  sizes = Counter(map(package, files))
+  dealt = defaultdict(list)   # package, or '' for all other files -> its files
+  for path in sorted(files, key=lambda p: (-files[p], p)):
+    name = package(path)
+    dealt[name if sizes[name] >= len(SPLITS) else ''].append(path)
+  order = sorted(dealt, key=lambda name: (not name, name))   # which examples inherit
+  return {path: DEAL[n % len(DEAL)] for name in order for n, path in enumerate(dealt[name])}
 
 
 def package(path: str) -> str:
-  """The top-level package of a file; '' for a module that stands alone."""
+  """The top-level package of a file; '' for a module outside packages."""
   return path.split('/')[0] if '/' in path else ''
 
 
 def masked(text: str, word: str) -> str:
-  """text with MASK for word, and for word less its outer underscores, except within other words.
+  """text with MASK in place of word, also where it has other underscores around it.
 
-  `close` goes from `self._close()` too, but not from `closed`.
+  `close` is masked in `self._close()` too, but not in `closed`.
   """
   text = re.sub(rf'(?<!\w){re.escape(word)}(?!\w)', MASK, text)
   core = word.strip('_')
@@ -68,12 +66,12 @@ def masked(text: str, word: str) -> str:
   return re.sub(f'(?<!{letter}){re.escape(core)}(?!{letter})', MASK, text) if core else text
 
 
-def name_groups(source: str, tree: ast.AST) -> Iterator[Group]:
-  """Functions: 'name: def _(self): ...' -> 'the_name'; without decorators and docstring.
+def name_items(source: str, tree: ast.AST) -> Iterator[Item]:
+  """Functions without decorators and docstring: 'name: def _(self): ...' -> 'the_name'.
 
-  The name is masked wherever it stands (recursion included).
+  The name is masked everywhere in the code (recursion included).
   """
-  lines = source.split('\n')                # as ast counts them; a form feed ends none
+  lines = source.split('\n')                # ast counts lines so; a form feed ends none
   for node in ast.walk(tree):
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
       continue
@@ -89,16 +87,16 @@ def name_groups(source: str, tree: ast.AST) -> Iterator[Group]:
 
 
 def _outdented(line: str, indent: int) -> str:
-  """line, `indent` columns to the left; a comment may start further left than its function."""
+  """line moved left by `indent` columns; a comment may start further left than its function."""
   return line.lstrip() if line[:indent].strip() else line[indent:]
 
 
-def swap_groups(path: str, source: str, tree: ast.AST) -> Iterator[Group]:
-  """Calls: 'swap: f(b, a) ...' -> 'swapped', and the same lines untouched -> 'same'.
+def swap_items(path: str, source: str, tree: ast.AST) -> Iterator[Item]:
+  """Calls with two arguments exchanged or not: 'swap: f(b, a) ...' -> 'swapped' or 'same'.
 
-  Both versions of every call are examples, of the same characters: nothing but the order of the
-  arguments tells them apart, and the answers are balanced. One call of a line is taken; which, and
-  which two of its arguments, is drawn by a hash. The call's line comes first, then the next lines.
+  Each call makes two examples, one of either answer, that differ in nothing but the order of the
+  arguments. One call per line is taken; a hash chooses it and two of its arguments. The call's line
+  comes first, then the next lines.
   """
   lines = source.encode().split(b'\n')      # ast counts columns in bytes
   calls = defaultdict(list)
@@ -107,7 +105,7 @@ def swap_groups(path: str, source: str, tree: ast.AST) -> Iterator[Group]:
   for number, pairs in sorted(calls.items()):
     line = lines[number - 1]
     indent = len(line) - len(line.lstrip())
-    # Parentheses around an argument are not in its span, and would stay: f((b), a + c).
+    # Parentheses around an argument are not in its span and would stay behind: f((b), a + c).
     pairs = [(a, b) for a, b in pairs if b.end_col_offset - indent <= CALL_BYTES
              and line[a.end_col_offset:].lstrip().startswith(b',')
              and line[:b.col_offset].rstrip().endswith(b',')]
@@ -127,15 +125,15 @@ def swap_groups(path: str, source: str, tree: ast.AST) -> Iterator[Group]:
 def _argument_pairs(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
   """Pairs of different positional arguments of one call, both on one line, in order.
 
-  Not within f-strings, whose columns older Pythons get wrong; not starred; not where either order
-  is right.
+  Left out are calls in f-strings, whose columns older Pythons get wrong, starred arguments, and
+  SYMMETRIC functions.
   """
-  todo = [tree]
-  while todo:
-    node = todo.pop()
+  nodes = [tree]
+  while nodes:
+    node = nodes.pop()
     if isinstance(node, ast.JoinedStr):
       continue
-    todo.extend(ast.iter_child_nodes(node))
+    nodes.extend(ast.iter_child_nodes(node))
     if not isinstance(node, ast.Call) or getattr(node.func, 'id', '') in SYMMETRIC:
       continue
     plain = [x for x in node.args if not isinstance(x, ast.Starred | ast.GeneratorExp)]
@@ -145,8 +143,11 @@ def _argument_pairs(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
           yield a, b
 
 
-def module_groups(name: str, source: str) -> Iterator[Group]:
-  """Runs of lines: 'module: ...' -> 'asyncio'; the package's own name is masked, in any case."""
+def module_items(name: str, source: str) -> Iterator[Item]:
+  """Snippets of whole lines: 'module: ...' -> 'asyncio', with the package's name masked.
+
+  It is masked in upper and lower case.
+  """
   snippets, lines, size = [], [], 0
   for line in filter(str.strip, source.split('\n')):
     line = re.sub(re.escape(name), MASK, line, flags=re.IGNORECASE)
@@ -162,52 +163,51 @@ def module_groups(name: str, source: str) -> Iterator[Group]:
     yield (Pair(f'module: {text}'.encode(), name.encode(), MODULE),)
 
 
-def without_repeats(splits: Mapping[str, Sequence[Group]]) -> dict[str, list[Pair]]:
-  """Split -> its pairs, with every input once in all: in test, else validation, else train.
+def without_repeats(splits: Mapping[str, Sequence[Item]]) -> dict[str, list[Pair]]:
+  """{split: its pairs}, with every input in one split only: test, else validation, else train.
 
-  An input that has two different answers anywhere is left out, and with it its group.
+  An item is left out if an input of it has two different answers anywhere.
   """
   answers = defaultdict(set)
-  for groups in splits.values():
-    for pair in (pair for group in groups for pair in group):
+  for items in splits.values():
+    for pair in itertools.chain(*items):
       answers[pair.input].add(pair.target)
   kept, seen = {}, set()
   for split in reversed(SPLITS):
     kept[split] = []
-    for group in splits[split]:
-      inputs = {pair.input for pair in group}
+    for item in splits[split]:
+      inputs = {pair.input for pair in item}
       if not inputs & seen and all(len(answers[x]) == 1 for x in inputs):
-        kept[split] += group
+        kept[split] += item
         seen |= inputs
   return {split: kept[split] for split in SPLITS}
 
 
-def stdlib_tasks(config: DataConfig, window_bytes: int) -> Source:
+def load(config: DataConfig) -> Source:
   """name, swap and module from the validation and test files of stdlib_text, split again by file.
 
   A file that this Python cannot parse is left out.
   """
-  del config, window_bytes
-  root = embedded.stdlib_root()
+  root = stdlib.library_root()
   sources, trees = {}, {}
-  for path in embedded.stdlib_files(root):
+  for path in stdlib.library_files(root):
     name = path.as_posix()
-    if embedded.stdlib_split(name) != 'train':
+    if stdlib.split_of(name) != 'train':
       try:
         text = (root / path).read_bytes().decode('utf-8').replace('\r\n', '\n')
         trees[name] = ast.parse(text)
       except (SyntaxError, ValueError):
         continue
       sources[name] = text
-  where = deal({name: len(text) for name, text in sources.items() if text.strip()})
+  split_of_file = deal({name: len(text) for name, text in sources.items() if text.strip()})
   packages = defaultdict(set)
-  for name, split in where.items():
+  for name, split in split_of_file.items():
     packages[package(name)].add(split)
   splits = {split: [] for split in SPLITS}
-  for name, split in where.items():
-    groups, text = splits[split], sources[name]
-    groups += name_groups(text, trees[name])
-    groups += swap_groups(name, text, trees[name])
+  for name, split in split_of_file.items():
+    items, text = splits[split], sources[name]
+    items += name_items(text, trees[name])
+    items += swap_items(name, text, trees[name])
     if package(name) and len(packages[package(name)]) == len(SPLITS):
-      groups += module_groups(package(name), text)
-  return pair_source(without_repeats(splits), 'exact_match', TASKS)
+      items += module_items(package(name), text)
+  return pair_source(without_repeats(splits), config.metric, TASKS)

@@ -1,4 +1,4 @@
-"""Anything in TFDS, read without TensorFlow from files with random access (array_record)."""
+"""Any TFDS dataset, read without TensorFlow from files with random access (array_record)."""
 
 import hashlib
 import os
@@ -9,19 +9,15 @@ from typing import Any
 import numpy as np
 
 from moejax.config import ConfigError, check, check_choice
+from moejax.data import registry
 from moejax.data.config import DataConfig, TfdsConfig
 from moejax.data.source import Source
 
-SAMPLED = 16   # examples per split that go into its digest
-
-
-def sampled(examples: Sequence) -> np.ndarray:
-  """Numbers of SAMPLED evenly spaced examples, or of all if there are fewer."""
-  return np.linspace(0, len(examples) - 1, min(SAMPLED, len(examples))).astype(int)
+SAMPLED = 16   # examples per split that represent it: in the digest, and as targets to check
 
 
 class TfdsExamples:
-  """A TFDS split with random access, reduced to the features a task needs."""
+  """A TFDS split with random access, reduced to the features that a task needs."""
 
   def __init__(self, data: Sequence, read: Callable[[dict], dict[str, Any]]):
     self._data, self._read = data, read
@@ -32,6 +28,16 @@ class TfdsExamples:
   def __getitem__(self, i: int) -> dict[str, Any]:
     return self._read(self._data[int(i)])
 
+  def sampled(self) -> list[dict[str, Any]]:
+    """SAMPLED evenly spaced examples, or all if there are fewer."""
+    numbers = np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).astype(int)
+    return [self[i] for i in numbers]
+
+  @property
+  def targets(self) -> set[bytes]:
+    """The targets of sampled pairs; reading all would take too long."""
+    return {example['target'] for example in self.sampled()}
+
 
 def _read_image(example: dict) -> dict[str, Any]:
   image = np.asarray(example['image'])
@@ -40,7 +46,7 @@ def _read_image(example: dict) -> dict[str, Any]:
 
 
 def _to_uint8(image: np.ndarray) -> np.ndarray:
-  """16-bit or float images -> the top 8 bits, or [0, 1] scaled."""
+  """The top 8 bits of an integer image, or 255 times a float image in [0, 1]."""
   if np.issubdtype(image.dtype, np.floating):
     return np.clip(np.round(image * 255), 0, 255).astype(np.uint8)
   return (image.astype(np.uint32) >> (8 * (image.dtype.itemsize - 1))).astype(np.uint8)
@@ -51,7 +57,7 @@ def _read_text(example: dict) -> dict[str, Any]:
 
 
 def _pair_reader(input: str, target: str) -> Callable[[dict], dict[str, Any]]:
-  """TFDS example -> a pair of two of its features."""
+  """A function from a TFDS example to the pair of two of its features."""
   def read(example):
     return {'input': as_bytes(example[input]), 'target': as_bytes(example[target]), 'task': 0}
   return read
@@ -62,14 +68,14 @@ def as_bytes(text: Any) -> bytes:
   return text if isinstance(text, bytes) else str(text).encode()
 
 
-def tfds_source(config: DataConfig) -> Source:
-  """A prepared TFDS dataset: two named texts, image + label, or text, from array_record files.
+def load(config: DataConfig) -> Source:
+  """A prepared TFDS dataset of two named texts, image and label, or text.
 
   Raises:
     ConfigError: the package or the folder is missing, the name is unknown, the files are tfrecord,
       a split does not exist, or the features are of another kind of task.
   """
-  name = config.source.removeprefix('tfds:')
+  name = config.source.removeprefix(registry.TFDS)
   builder = open_builder(name, config.data_dir)
   features = builder.info.features
   if config.tfds.input:
@@ -91,29 +97,28 @@ def tfds_source(config: DataConfig) -> Source:
   splits = {ours: TfdsExamples(open_split(builder, name, split), read)
             for ours, split in _choose_splits(builder, name, config.tfds, kind).items()}
   image = kind == 'classification'
-  # The file's own number of channels may be unknown (None): colour then.
+  # An unknown number of channels (None) is taken for colour.
   channels = (features['image'].shape[-1] or 3) if image else 0
   return Source(kind=kind, splits=splits, digest=_digest(builder, splits),
                 num_classes=features['label'].num_classes if image else 0,
                 channels=1 if channels == 1 else 3 if image else 0,
-                pairs=bool(config.tfds.input),
-                metric='exact_match' if config.tfds.input else '')
+                pairs=bool(config.tfds.input))
 
 
 def _is_string(feature: Any) -> bool:
-  """Whether a TFDS feature is one string (Text, or a scalar Tensor of strings)."""
+  """Whether a TFDS feature is a single string (Text, or a scalar Tensor of strings)."""
   return feature.shape == () and np.dtype(feature.np_dtype).kind in 'OSU'
 
 
 def open_builder(name: str, folder: str) -> Any:
-  """The TFDS builder of a dataset, its data known to be array_record.
+  """The TFDS builder of a dataset whose files are array_record.
 
   Args:
-    name: as TFDS has it: 'cifar10', 'c4/en'.
-    folder: its data_dir; '' = TFDS's own default.
+    name: in TFDS: 'cifar10', 'c4/en'.
+    folder: TFDS data_dir; '': TFDS's own default.
 
   Raises:
-    ConfigError: see tfds_source.
+    ConfigError: see `load`.
   """
   check(not folder or os.path.isdir(os.path.expanduser(folder)) or '://' in folder,
         'data.data_dir', folder, 'an existing folder of prepared TFDS datasets',
@@ -125,7 +130,7 @@ def open_builder(name: str, folder: str) -> Any:
                       'pip install tensorflow-datasets array_record') from error
   not_found = tfds.core.registered.DatasetNotFoundError
   data_dir = os.path.expanduser(folder) or None
-  try:   # what lies on disk needs no builder code, and some of that code needs TensorFlow
+  try:   # prepared files need no builder code, and some of that code needs TensorFlow
     builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
   except not_found:
     try:
@@ -150,7 +155,7 @@ def _not_prepared(name: str, place: Any) -> ConfigError:
 
 
 def open_split(builder: Any, name: str, split: str) -> Sequence:
-  """Random access to one TFDS split, or a ConfigError that says what is missing."""
+  """Random access to a TFDS split. Raises ConfigError, with what is missing."""
   try:
     return builder.as_data_source(split=split)
   except (AssertionError, FileNotFoundError) as error:
@@ -161,11 +166,11 @@ def open_split(builder: Any, name: str, split: str) -> Sequence:
 
 
 def _choose_splits(builder: Any, name: str, given: TfdsConfig, kind: str) -> dict[str, str]:
-  """moejax's three splits -> TFDS split strings, by the rule of TfdsConfig."""
+  """{moejax's split: TFDS split}, as given or by the rule of TfdsConfig."""
   if given.splits:
     return given.splits
   own = set(builder.info.splits)
-  if not own:   # a builder without files knows no splits
+  if not own:   # a builder without files lists no splits
     raise _not_prepared(name, builder.data_path)
   check_choice('data.source split', 'train', own)
   test = 'test' if 'test' in own and _labelled(builder, name, kind) else 'validation'
@@ -183,10 +188,10 @@ def _labelled(builder: Any, name: str, kind: str) -> bool:
 
 
 def _digest(builder: Any, splits: dict[str, TfdsExamples]) -> str:
-  """SHA-256 hex of a TFDS dataset too large to read whole.
+  """SHA-256 hex of a TFDS dataset, which may be too large to read as a whole.
 
-  Its metadata (dataset_info.json carries name, version and shard lengths), the names and sizes of
-  its files, and SAMPLED evenly spaced examples of each split.
+  It covers the metadata (dataset_info.json has name, version and shard lengths), the names and
+  sizes of the files, and SAMPLED examples of each split.
   """
   sha = hashlib.sha256(f'{builder.info.full_name}\n'.encode())
   path = pathlib.Path(os.fspath(builder.data_path))
@@ -196,8 +201,8 @@ def _digest(builder: Any, splits: dict[str, TfdsExamples]) -> str:
       sha.update(file.read_bytes())
   for name, examples in sorted(splits.items()):
     sha.update(f'{name} {len(examples)}\n'.encode())
-    for i in sampled(examples):
-      for key, value in sorted(examples[i].items()):
+    for example in examples.sampled():
+      for key, value in sorted(example.items()):
         value = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.asarray(value)
         sha.update(f'{key} {value.dtype.str} {value.shape}'.encode() + value.tobytes())
   return sha.hexdigest()

@@ -16,11 +16,16 @@ CONFIG = data.DataConfig(source='cmudict', batch_size=8, eval_batch_size=64, eva
 
 @pytest.fixture(scope='module')
 def source():
-  """The source, read once: datasets of this module get the same one."""
-  source = cmudict.cmudict(CONFIG, 0)
+  """The source, read once for all datasets of this module."""
+  source = cmudict.load(CONFIG)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(registry.REGISTRY, 'cmudict', lambda config, window_bytes: source)
+    patch.setattr(registry, 'load', lambda config: source)
     yield source
+
+
+@pytest.fixture(scope='module')
+def spoken():
+  return cmudict.pronunciations(cmudict.dictionary())
 
 
 @pytest.fixture(scope='module')
@@ -59,15 +64,14 @@ def test_splits_share_no_word(source):
   total = sum(len(s) for s in sets.values())
   assert total == 117_493   # of cmudict 1.1.3
   assert len(sets['test']) == len(sets['validation']) == total // 20
-  # Held-out words are asked once each; variants are training examples of their own.
+  # A held-out word is one example; in training each variant is one.
   assert len(words['test']) == len(sets['test']) and len(words['train']) > len(sets['train'])
   initials = {name: {w[:1] for w in s} for name, s in sets.items()}
   # Shuffled, not cut: every initial but perhaps x, of which there are 50 words.
   assert all(len(s - {b'x'}) == 25 for s in initials.values())
 
 
-def test_every_variant_is_a_right_answer(source):
-  spoken = cmudict.pronunciations(cmudict.dictionary())
+def test_every_variant_is_a_right_answer(source, spoken):
   for example in source.splits['test']:
     assert tuple(r.decode() for r in example['references']) == spoken[example['input'].decode()]
     assert example['target'] == example['references'][0]
@@ -77,17 +81,16 @@ def test_every_variant_is_a_right_answer(source):
   assert all(tuple(variants) == spoken[word] for word, variants in trained.items())
 
 
-def test_batches_know_their_references(dataset):
+def test_batches_know_their_references(dataset, spoken):
   assert (dataset.tasks, dataset.metric, dataset.kind) == ((), 'pronunciation', 'seq2seq')
-  spoken = cmudict.pronunciations(cmudict.dictionary())
   several = 0
   for batch in dataset.eval_batches('test'):
     right = dataset.references('test', batch)
     assert len(right) == 64
-    for row, answers in enumerate(right):
-      word = dataset.vocabulary.decode(batch['encoder_input'][row])
+    for i, answers in enumerate(right):
+      word = dataset.vocabulary.decode(batch['encoder_input'][i])
       assert answers == (spoken[word] if word else ())
-      assert not answers or dataset.vocabulary.decode(batch['target'][row]) == answers[0]
+      assert not answers or dataset.vocabulary.decode(batch['target'][i]) == answers[0]
       several += len(answers) > 1
   assert several and right[-1] == ()   # 100 examples in two batches of 64
   assert len(dataset.answers('test')[0]) == 100

@@ -1,4 +1,4 @@
-"""Tasks from the standard library: what is asked, what is hidden, and splits that share no file."""
+"""Tasks from the standard library: inputs, targets, what is masked; splits that share no file."""
 
 import ast
 import collections
@@ -10,7 +10,7 @@ import pytest
 
 from moejax import data
 from moejax.data import registry
-from moejax.data.datasets import embedded
+from moejax.data.datasets import stdlib
 from moejax.data.datasets import stdlib_tasks as tasks
 from moejax.data.text_pairs import Pair
 from moejax.evaluation import text_scores
@@ -42,10 +42,10 @@ def empty():
 
 @pytest.fixture(scope='module')
 def source():
-  """The source, read once: datasets of this module get the same one."""
-  source = tasks.stdlib_tasks(CONFIG, 0)
+  """The source, read once for all datasets of this module."""
+  source = tasks.load(CONFIG)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(registry.REGISTRY, 'stdlib_tasks', lambda config, window_bytes: source)
+    patch.setattr(registry, 'load', lambda config: source)
     yield source
 
 
@@ -54,8 +54,7 @@ def examples(source, split, task):
 
 
 def test_names_by_hand():
-  groups = list(tasks.name_groups(FUNCTIONS, ast.parse(FUNCTIONS)))
-  assert groups == [
+  assert list(tasks.name_items(FUNCTIONS, ast.parse(FUNCTIONS))) == [
       (Pair(b'name: def _(self, depth):\n  # walks on\n  for child in self.children:\n'
             b'# of old\n    child._(depth + 1)\n    self.__(walker)', b'walk', tasks.NAME),),
       (Pair(b'name: def _(self): return super()._()', b'__enter__', tasks.NAME),)]
@@ -68,8 +67,8 @@ def test_calls_by_hand():
   # Line 1: b with max(a, b); max itself is symmetric. g has one plain argument; in h parentheses
   # would stay behind; k has one; columns after é are bytes; two's arguments are on two lines; say's
   # call in an f-string is left alone.
-  groups = list(tasks.swap_groups('f.py', code, ast.parse(code)))
-  got = [[(p.input.decode(), p.target) for p in group] for group in groups]
+  got = [[(p.input.decode(), p.target) for p in item]
+         for item in tasks.swap_items('f.py', code, ast.parse(code))]
   assert got == [
       [('swap: if f(b, max(a, b)):\n  g(*x, y)\n  h((p), q + 1)', b'same'),
        ('swap: if f(max(a, b), b):\n  g(*x, y)\n  h((p), q + 1)', b'swapped')],
@@ -80,13 +79,13 @@ def test_calls_by_hand():
 def test_modules_by_hand():
   # 9 bytes (masked, with its end of line), 224 and 8: 241 are one too many for one snippet.
   code = f'import asyncio\n\nx = asyncio_one  # AsyncIO{" " * 209}\n  y = 1\n{"z" * 300}'
-  got = [group[0] for group in tasks.module_groups('asyncio', code)]
+  got = [item[0] for item in tasks.module_items('asyncio', code)]
   assert [p.input for p in got] == [
       b'module: import _\nx = __one  # _' + b' ' * 209, b'module: y = 1',
       b'module: ' + b'z' * 300]
   assert {(p.target, p.task) for p in got} == {(b'asyncio', tasks.MODULE)}
   many = '\n'.join(f'{n:0239d}' for n in range(100))
-  kept = [int(g[0].input.split()[1]) for g in tasks.module_groups('m', many)]
+  kept = [int(item[0].input.split()[1]) for item in tasks.module_items('m', many)]
   assert len(kept) == tasks.SNIPPETS and kept[:4] == [0, 2, 5, 7] and kept[-1] == 97
 
 
@@ -112,27 +111,18 @@ def test_repeats_and_ambiguous_inputs():
                  'test': [Pair(b'3', b'x')]}
 
 
-def test_nothing_stdlib_text_trains_on(monkeypatch):
-  read, deal = {}, tasks.deal
-  monkeypatch.setattr(tasks, 'deal', lambda files: read.update(deal(files)) or deal(files))
-  tasks.stdlib_tasks(CONFIG, 0)
-  trained = embedded.stdlib_text(CONFIG, 127).splits['train']._text
-  root = embedded.stdlib_root()
-  texts = [(root / path).read_bytes() for path in read]
-  assert len(texts) > 40 and b'class ThreadPoolExecutor(_base.Executor):' in trained
-  assert not any(text in trained for text in texts if len(text) > 500)
-  asyncio = [split for path, split in read.items() if path.startswith('asyncio/')]
-  assert set(asyncio) == set(tasks.SPLITS)
-
-
-def test_every_example_comes_from_files_of_its_split(source):
-  root = embedded.stdlib_root()
-  text = {}
-  for path in embedded.stdlib_files(root):
-    if embedded.stdlib_split(path.as_posix()) != 'train':
+def test_every_example_comes_from_files_of_its_split_and_none_that_stdlib_text_trains_on(source):
+  root, text = stdlib.library_root(), {}
+  for path in stdlib.library_files(root):
+    if stdlib.split_of(path.as_posix()) != 'train':
       text[path.as_posix()] = (root / path).read_bytes().decode()
-  where = tasks.deal({p: len(t) for p, t in text.items() if t.strip()})
-  whole = {s: '\n'.join(text[p] for p in where if where[p] == s) for s in tasks.SPLITS}
+  split_of = tasks.deal({path: len(t) for path, t in text.items() if t.strip()})
+  assert len(split_of) > 40
+  assert {split_of[path] for path in split_of if path.startswith('asyncio/')} == set(tasks.SPLITS)
+  trained = stdlib.load(CONFIG).splits['train']._text
+  assert b'class ThreadPoolExecutor(_base.Executor):' in trained
+  assert not any(text[path].encode() in trained for path in split_of if len(text[path]) > 500)
+  whole = {s: '\n'.join(text[p] for p in split_of if split_of[p] == s) for s in tasks.SPLITS}
   inputs = {s: {e['input'] for e in source.splits[s]} for s in tasks.SPLITS}
   for s in tasks.SPLITS:
     calls = [e for e in examples(source, s, tasks.SWAP) if e['target'] == b'same']
@@ -144,7 +134,7 @@ def test_every_example_comes_from_files_of_its_split(source):
 
 
 def test_sizes(source):
-  """What the tasks are on this Python; other versions differ by a few per cent."""
+  """On this Python; other versions differ by a few per cent."""
   for split, least in (('train', (500, 1000, 300)), ('validation', (80, 150, 80)),
                        ('test', (80, 150, 60))):
     count = collections.Counter(e['task'] for e in source.splits[split])
@@ -168,7 +158,7 @@ def test_no_name_is_left_in_its_function(source):
   assert checked > 500
 
 
-def test_swapped_calls_are_told_by_order_alone(source):
+def test_swapped_calls_differ_in_order_alone(source):
   for split in tasks.SPLITS:
     spelt = {answer: collections.Counter(
         bytes(sorted(e['input'])) for e in examples(source, split, tasks.SWAP)
@@ -197,9 +187,9 @@ def exchanged(a, b):
 
 @pytest.mark.parametrize('name', ['pprint.py', 'asyncio/streams.py', 'uuid.py'])
 def test_a_swap_exchanges_two_arguments_and_nothing_else(name):
-  code = (embedded.stdlib_root() / name).read_text()
+  code = (stdlib.library_root() / name).read_text()
   tree, lines, done = ast.parse(code), code.split('\n'), 0
-  for same, swapped in list(tasks.swap_groups(name, code, tree))[:8]:
+  for same, swapped in list(tasks.swap_items(name, code, tree))[:8]:
     before, after = (p.input.decode().removeprefix('swap: ').split('\n')[0]
                      for p in (same, swapped))
     n = [line.strip() for line in lines].index(before)
@@ -216,8 +206,8 @@ def test_no_module_is_named_in_its_lines(source):
 
 
 def test_another_process_makes_the_same_tasks(source):
-  code = ('from moejax.data import stdlib_tasks\n'
-          'print(stdlib_tasks.stdlib_tasks(None, 0).digest)')
+  code = ('from moejax.data import DataConfig, registry\n'
+          "print(registry.load(DataConfig(source='stdlib_tasks')).digest)")
   again = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
                          env={'PYTHONHASHSEED': '7', 'PATH': '', 'PYTHONPATH': ':'.join(sys.path)})
   assert again.stdout.strip() == source.digest

@@ -1,4 +1,4 @@
-"""SuperGLUE as t5 words it: each task by hand, and all eight really prepared, in one mixture."""
+"""SuperGLUE worded as in t5: each task by hand, and all eight really prepared, in one mixture."""
 
 import sys
 
@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from moejax import data
 from moejax.config import ConfigError
 from moejax.data.datasets import superglue
+from tests.data.datasets.prepare import prepare
 
 LABELS = {'cb': ('entailment', 'contradiction', 'neutral'), 'copa': ('choice1', 'choice2'),
           'rte': ('entailment', 'not_entailment')}
@@ -59,12 +60,12 @@ def test_by_hand(task):
   example, text, answers = BY_HAND[task]
   example = as_bytes(example)
   assert superglue.as_input(task, example) == text
-  found = superglue.right_answers(example, LABELS.get(task, BOOLEAN))
-  assert [a.decode() for a in found] == answers
+  right = superglue.right_answers(example, LABELS.get(task, BOOLEAN))
+  assert [a.decode() for a in right] == answers
 
 
 @pytest.mark.parametrize('text, first, second, marked', [
-    # The example of t5's docstring: the pronoun stands first, so its mark moves nothing.
+    # The example of t5's docstring: the pronoun is first, so its mark moves nothing.
     ('This is a test sentence .', (3, 'test'), (0, 'This'), '# This # is a * test * sentence .'),
     ('Ann (Bob) saw her .', (1, '(Bob)'), (3, 'her'), 'Ann * (Bob) * saw # her # .'),
     ('Bo told Bo that Bo won.', (2, 'Bo'), (4, 'Bo'), 'Bo told * Bo * that # Bo # won.'),
@@ -76,44 +77,27 @@ def test_marks_of_wsc(text, first, second, marked):
   assert superglue.as_input('wsc', example) == f'wsc text: {marked}'
 
 
-# TFDS's own builder of SuperGLUE needs TensorFlow to describe its features. This one describes the
-# same, and what it writes is read as SuperGLUE's own files are, without any builder.
-with tfds.core.registered.skip_registration():
-  class SuperGlue(tfds.core.GeneratorBasedBuilder):
-    """Twenty training examples of each task, as in BY_HAND, and three to validate."""
-    name = 'super_glue'
-    code_path = None   # TFDS would look for checksums of downloads beside this file
-    BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=configuration, version='1.0.2', description=task)
-        for task, (configuration, _) in superglue.TASKS.items()]
-
-    def _info(self):
-      task = self.builder_config.description
-      example, text = BY_HAND[task][0], tfds.features.Text()
-      kinds = {str: text, list: tfds.features.Sequence(text), int: np.int32}
-      features = {k: {n: np.int32 for n in v} if k == 'idx' and isinstance(v, dict)
-                  else kinds[type(v)] for k, v in example.items()}
-      if 'label' in example:
-        features['label'] = tfds.features.ClassLabel(names=LABELS.get(task, BOOLEAN))
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-      return {'train': self._generate_examples(20), 'validation': self._generate_examples(3),
-              'test': self._generate_examples(2, labelled=False)}
-
-    def _generate_examples(self, n, labelled=True):
-      example = BY_HAND[self.builder_config.description][0]
-      withheld = {} if labelled else {'label': -1} if 'label' in example else {'answers': []}
-      for i in range(n):
-        yield i, example | withheld
+def features_of(task):
+  """As in TFDS's own builder, which needs TensorFlow to describe them."""
+  example, text = BY_HAND[task][0], tfds.features.Text()
+  kinds = {str: text, list: tfds.features.Sequence(text), int: np.int32}
+  features = {k: {n: np.int32 for n in v} if k == 'idx' and isinstance(v, dict)
+              else kinds[type(v)] for k, v in example.items()}
+  if 'label' in example:
+    features['label'] = tfds.features.ClassLabel(names=LABELS.get(task, BOOLEAN))
+  return features
 
 
 @pytest.fixture(scope='module')
 def tfds_dir(tmp_path_factory):
+  """Twenty training examples of each task, as in BY_HAND, three to validate, two without labels."""
   folder = tmp_path_factory.mktemp('tfds')
-  for configuration, _ in superglue.TASKS.values():
-    SuperGlue(config=configuration, data_dir=str(folder),
-              file_format='array_record').download_and_prepare()
+  for task, (configuration, _) in superglue.TASKS.items():
+    example = BY_HAND[task][0]
+    unlabelled = example | ({'label': -1} if 'label' in example else {'answers': []})
+    prepare(folder, 'super_glue', features_of(task),
+            {'train': [example] * 20, 'validation': [example] * 3, 'test': [unlabelled] * 2},
+            configuration)
   return folder
 
 
@@ -126,18 +110,17 @@ def config_of(folder, **kwargs):
 def test_eight_prepared_tasks_are_one_mixture(tfds_dir):
   dataset = data.build(config_of(tfds_dir), seed=0)
   assert (dataset.kind, dataset.metric) == ('seq2seq', 'exact_match')
-  assert config_of(tfds_dir).scored
   assert dataset.tasks == ('boolq', 'cb', 'copa', 'multirc', 'record', 'rte', 'wic', 'wsc')
   # 19 and 1 of 20, three validation examples; record has two answers, so twice 19 to train on.
   assert dataset.examples == {'train': 7 * 19 + 2 * 19, 'validation': 8, 'test': 24}
   seen = {}
   for batch in dataset.train_batches(0, 9):
-    for row in range(20):
-      task = dataset.tasks[batch['task'][row]]
-      said = dataset.vocabulary.decode(batch['target'][row])
-      assert dataset.vocabulary.decode(batch['encoder_input'][row]) == BY_HAND[task][1]
-      assert said in BY_HAND[task][2]
-      seen[task, said] = seen.get((task, said), 0) + 1
+    for i in range(20):
+      task = dataset.tasks[batch['task'][i]]
+      target = dataset.vocabulary.decode(batch['target'][i])
+      assert dataset.vocabulary.decode(batch['encoder_input'][i]) == BY_HAND[task][1]
+      assert target in BY_HAND[task][2]
+      seen[task, target] = seen.get((task, target), 0) + 1
   assert sum(seen.values()) == 180 and len(seen) == 9   # an epoch of 171, and nine more
   assert min(seen.values()) >= 19 and max(seen.values()) <= 28
   assert 'tensorflow' not in sys.modules
@@ -147,10 +130,10 @@ def test_references_of_each_task(tfds_dir):
   dataset = data.build(config_of(tfds_dir), seed=0)
   count = dict.fromkeys(dataset.tasks, 0)
   for batch in dataset.eval_batches('test'):
-    for row, answers in enumerate(dataset.references('test', batch)):
-      task = dataset.tasks[batch['task'][row]]
+    for i, answers in enumerate(dataset.references('test', batch)):
+      task = dataset.tasks[batch['task'][i]]
       assert list(answers) == BY_HAND[task][2]
-      assert dataset.vocabulary.decode(batch['target'][row]) == answers[0]
+      assert dataset.vocabulary.decode(batch['target'][i]) == answers[0]
       count[task] += 1
   assert set(count.values()) == {3}
 
