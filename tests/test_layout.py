@@ -16,7 +16,7 @@ MOEJAX = house.within(FILES, 'moejax')
 # A room may import its own row and those above it.
 ORDER = (
     ('trees', 'config'),
-    ('sharding', 'flops'),
+    ('sharding', 'flops', 'nn'),
     ('moe',),
     ('models',),
     ('losses',),
@@ -35,7 +35,7 @@ MEET = {
 }
 
 # Exceptions, to be emptied.
-UPWARD = {('moejax.flops', 'moejax.moe.routing')}
+UPWARD = set()
 CIRCLES = {
     ('experiments.cli', 'experiments.results', 'experiments.step0'),
     ('moejax.train.config', 'moejax.train.initialize'),
@@ -45,10 +45,6 @@ MANY_PARAMETERS = {
     'experiments.protocol:Regime.claim',
     'moejax.cluster.watchdog:Watchdog.__init__',
     'moejax.evaluation.few_shot:few_shot',
-    'moejax.flops:_moe_layer',
-    'moejax.models.attention:Attention.__init__',
-    'moejax.models.blocks:Block.__call__',
-    'moejax.models.layers:MLP.__init__',
     'moejax.train.step:make_train_step',
 }
 FRAGMENTS = {'moejax.data.registry'}

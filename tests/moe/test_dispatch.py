@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError
-from moejax.moe import dispatch, routing
+from moejax.moe import dispatch, placement, routing
 
 from . import experts
 
@@ -84,7 +84,7 @@ def route(case, logits, mask, dropless=False):
   if case.take_back:
     valid = tokens.valid & ((jnp.arange(case.S)[:, None] + jnp.arange(case.k)) % 3 > 0)
     tokens = tokens._replace(valid=valid, weight=jnp.where(valid, tokens.weight, 0.0))
-  return tokens if dropless else routing.place(tokens, case.E, case.C)
+  return tokens if dropless else placement.place(tokens, case.E, case.C)
 
 
 def inputs(case):
@@ -224,8 +224,8 @@ def test_tokens_in_no_slot_are_exactly_zero(way, case):
 SCALES = {'scale': jnp.asarray([10.0, 100.0]), 'shift': jnp.asarray([0.0, 1.0])}
 
 
-def scale(weights, x, rows=None):
-  spread = lambda w: w[:, None, None] if rows is None else rows.expand(w[:, None], x.dtype)
+def scale(weights, x, layout=None):
+  spread = lambda w: w[:, None, None] if layout is None else layout.expand(w[:, None], x.dtype)
   return x * spread(weights['scale']) + spread(weights['shift'])
 
 
@@ -303,9 +303,9 @@ def test_what_experts_make_of_padding_has_no_effect_and_no_gradient():
   x = jnp.asarray([[[3.0, 4.0], [5.0, 6.0]]])
 
   def total(weight, x, weights, dirty):
-    def apply(weights, buffer, rows):
-      out = scale(weights, buffer, rows=rows)
-      return jnp.where(rows.valid[:, None], out, jnp.nan) if dirty else out
+    def apply(weights, buffer, layout):
+      out = scale(weights, buffer, layout)
+      return jnp.where(layout.valid[:, None], out, jnp.nan) if dirty else out
     return jnp.sum(dispatch.grouped(tokens._replace(weight=weight), x, weights, apply) ** 2)
 
   clean, dirty = (jax.value_and_grad(total, argnums=(0, 1, 2))(tokens.weight, x, SCALES, dirty)
@@ -369,8 +369,8 @@ def test_what_many_slots_add_to_a_token_is_added_in_float32(name):
   assert float(y[0, 0, 0]) == float(gradient[0, 0, 0]) == 2
 
 
-def scale16(weights, x, rows=None):
-  return scale(weights, x, rows).astype(x.dtype)
+def scale16(weights, x, layout=None):
+  return scale(weights, x, layout).astype(x.dtype)
 
 
 @pytest.mark.parametrize('name', FAST)

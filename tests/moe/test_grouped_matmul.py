@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax import sharding
-from moejax.models import layers
+from moejax import nn, sharding
+from moejax.models.layers import MLP
 from moejax.moe import dispatch, grouped_matmul, routing
+from moejax.moe.experts import Experts
 
 from . import experts
 
@@ -42,7 +43,7 @@ def shuffled(load):
 @functools.cache
 def laid_out(load):
   expert, valid, E = shuffled(load)
-  rows = jax.jit(grouped_matmul.by_expert, static_argnums=2)(expert, valid, E)
+  rows = jax.jit(grouped_matmul.sort_by_expert, static_argnums=2)(expert, valid, E)
   return rows, np.asarray(expert), E
 
 
@@ -67,7 +68,7 @@ def test_the_buffer_has_room_for_the_worst_case_and_no_more():
   for N, E in ((1, 3), (9, 2), (17, 2), (26, 3)):
     b = grouped_matmul.block_size(N, E)
     most = max(sum(-(-n // b) for n in load) for load in loads(N, E))
-    rows = jax.eval_shape(lambda e: grouped_matmul.by_expert(e, e >= 0, E),  # noqa: B023
+    rows = jax.eval_shape(lambda e: grouped_matmul.sort_by_expert(e, e >= 0, E),  # noqa: B023
                           jax.ShapeDtypeStruct((N,), jnp.int32))
     assert rows.expert.shape == (most,)
 
@@ -91,7 +92,7 @@ def naive(rows, x, w):
 def compiled():
   """(y, gradients for x and w) of a matmul with a cotangent, given the rows."""
   def run(rows, x, w, cotangent):
-    y, pull = jax.vjp(lambda x, w: rows.matmul(x, w), x, w)
+    y, pull = jax.vjp(lambda x, w: rows.gmm(x, w), x, w)
     return y, *pull(cotangent)
   return jax.jit(run)
 
@@ -141,7 +142,7 @@ def test_a_run_is_walked_in_few_pieces(count, pieces):
     return starts.at[n].set(i), sizes.at[n].set(m), n + 1
   none = jnp.zeros(8, jnp.int32)
   starts, sizes, n = jax.jit(
-      lambda count: grouped_matmul._over_run(5, count, 30, add, (none, none, 0)))(
+      lambda count: grouped_matmul._over_blocks(5, count, 30, add, (none, none, 0)))(
       count)
   assert sizes[:n].tolist() == pieces
   assert starts[:n].tolist() == [5 + sum(pieces[:i]) for i in range(len(pieces))]
@@ -189,7 +190,7 @@ def test_flops_are_those_of_the_blocks_in_use(monkeypatch, load):
   used = int(rows.blocks.sum())
   D, F, b, N = 5, 7, rows.block, sum(load)
   assert used == sum(-(-n // b) for n in load)
-  assert flops_run(monkeypatch, lambda: rows.matmul(x, w)) == used * 2 * b * D * F
+  assert flops_run(monkeypatch, lambda: rows.gmm(x, w)) == used * 2 * b * D * F
   both = flops_run(monkeypatch, lambda: compiled()(rows, x, w, cotangent))
   assert both == 3 * used * 2 * b * D * F
   assert both < 3 * 2 * D * F * (N + b * sum(n > 0 for n in load)) < E / 2 * 3 * 2 * D * F * N
@@ -244,19 +245,19 @@ def test_under_pmap():
 
 @pytest.mark.parametrize('gated', [True, False])
 def test_the_models_mlp_with_biases(gated):
-  """MLP.apply of rows, against the same MLP on each expert's own rows; dropout passes through."""
+  """Experts in rows, against an MLP on each expert's own rows; dropout passes through."""
   rows, expert, E = laid_out((3, 9, 0, 20))
-  mlp = layers.MLP(6, 10, gated=gated, activation='gelu_erf', bias=True, num_experts=E,
-                   init=layers.fan_in_normal(), rngs=nnx.Rngs(0))
+  spec = nn.MLPSpec(6, 10, gated=gated, activation='gelu_erf', bias=True, init=nn.fan_in_normal())
+  stacked, mlp = Experts(spec, E, rngs=nnx.Rngs(0)), MLP(spec, rngs=nnx.Rngs(0))
   weights = {name: w + 0.1 * jnp.arange(w.size).reshape(w.shape) / w.size
-             for name, w in mlp.weights().items()}
+             for name, w in stacked.weights().items()}
   tokens = jnp.asarray(np.random.default_rng(3).normal(size=(len(expert), 6)), jnp.float32)
   cotangent = jnp.cos(tokens)
   drop = lambda h: jnp.where(jnp.arange(10) % 3 > 0, h, 0)
 
   def by_rows(weights, tokens):
     x = jnp.where(rows.valid[:, None], tokens[rows.order], 0)
-    y = mlp.apply(weights, x, drop, rows=rows)
+    y = stacked.apply(weights, x, drop, layout=rows)
     return jnp.zeros_like(tokens).at[rows.order].add(jnp.where(rows.valid[:, None], y, 0))
 
   def by_loop(weights, tokens):

@@ -36,12 +36,12 @@ def test_kernels_against_numpy(load):
   unused = jnp.arange(len(x))[:, None] >= used
   x, g = jnp.where(unused, jnp.nan, x), jnp.where(unused, jnp.nan, g)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
-  close(grouped_matmul_gpu.rows(x, w, rows.blocks, b, 0, interpret=INTERPRET), naive(rows, x, w))
-  close(grouped_matmul_gpu.rows(g, w, rows.blocks, b, 1, interpret=INTERPRET),
+  close(grouped_matmul_gpu.gmm(x, w, rows.blocks, b, interpret=INTERPRET), naive(rows, x, w))
+  close(grouped_matmul_gpu.gmm(g, w, rows.blocks, b, True, interpret=INTERPRET),
         naive(rows, g, w.swapaxes(1, 2)))
   owner = np.repeat(np.asarray(rows.expert), b)[:used]
   x64, g64 = (np.asarray(a, np.float64)[:used] for a in (x, g))
-  close(grouped_matmul_gpu.matrices(x, g, rows.blocks, b, interpret=INTERPRET),
+  close(grouped_matmul_gpu.tgmm(x, g, rows.blocks, b, interpret=INTERPRET),
         [x64[owner == e].T @ g64[owner == e] for e in range(E)])
 
 
@@ -51,7 +51,7 @@ def test_in_bfloat16_sums_are_float32():
   P, b = len(rows.order), rows.block
   x = jnp.where(jnp.arange(P)[:, None] < 32, 1.0, 2.0**-9).astype(jnp.bfloat16)
   assert b == 16   # each block after the first two gives 1/32; bfloat16 resolves 1/4 at 32
-  found = grouped_matmul_gpu.matrices(jnp.tile(x, 16), jnp.ones((P, 16), jnp.bfloat16),
+  found = grouped_matmul_gpu.tgmm(jnp.tile(x, 16), jnp.ones((P, 16), jnp.bfloat16),
                                       rows.blocks, b,
                                interpret=INTERPRET)
   assert found.dtype == jnp.bfloat16
@@ -60,9 +60,8 @@ def test_in_bfloat16_sums_are_float32():
   # Nine tiles of a row sum to 1, 2^-9, 2^-9, ...
   deep = grouped_matmul_gpu.DEPTH_BYTES // 2
   x = jnp.zeros((P, 9 * deep), jnp.bfloat16).at[:, ::deep].set(2.0**-9)
-  y = grouped_matmul_gpu.rows(x.at[:, 0].set(1), jnp.ones((2, x.shape[1], 16), jnp.bfloat16),
-                              rows.blocks,
-                       b, 0, interpret=INTERPRET)
+  y = grouped_matmul_gpu.gmm(x.at[:, 0].set(1), jnp.ones((2, x.shape[1], 16), jnp.bfloat16),
+                             rows.blocks, b, interpret=INTERPRET)
   assert y.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(y[:256], np.float32), np.full((256, 16), 1 + 2.0**-6))
 
@@ -79,8 +78,8 @@ def test_tiles_fit_the_shared_memory(monkeypatch, capability, dtype, columns):
   rows, _, E = laid_out((500, 700))
   assert rows.block == 128
   x, w, g = (a.astype(dtype) for a in operands(rows, E, D=256, F=1024))
-  grouped_matmul_gpu.rows(x, w, rows.blocks, 128, 0)
-  grouped_matmul_gpu.matrices(x, g, rows.blocks, 128)
+  grouped_matmul_gpu.gmm(x, w, rows.blocks, 128)
+  grouped_matmul_gpu.tgmm(x, g, rows.blocks, 128)
   assert grids == [(1024 // columns, len(x) // 128), (8, 2, 2)]
 
 
@@ -88,7 +87,7 @@ def test_wide_tiles_against_numpy(monkeypatch):
   monkeypatch.setattr(grouped_matmul_gpu, '_capability', lambda: (9, 0))
   rows, _, E = laid_out((0, 100, 0, 300))
   x, w, _ = (jnp.asarray(a, jnp.bfloat16) for a in operands(rows, E, D=64, F=512))
-  y = grouped_matmul_gpu.rows(x, w, rows.blocks, rows.block, 0, interpret=INTERPRET)
+  y = grouped_matmul_gpu.gmm(x, w, rows.blocks, rows.block, interpret=INTERPRET)
   np.testing.assert_allclose(np.asarray(y, np.float32), naive(rows, x, w), rtol=2**-8, atol=1e-3)
 
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moejax.config import ConfigError
-from moejax.moe import balance, routing
+from moejax.moe import balance, placement, routing
 from moejax.moe.layer import MoEConfig, MoELayer
 
 from . import experts
@@ -329,7 +329,7 @@ def test_layer_follows_its_router_and_losses():
   chosen = routing.top_k(logits, mask, 2)
   each = balance.load_balance(jax.nn.softmax(logits), chosen, mask)
   np.testing.assert_allclose(aux['balance'], jnp.sum(each * mask.sum(1)), rtol=1e-5)
-  slots = routing.place(chosen, 4, routing.expert_capacity(6, 4, 0.5))
+  slots = placement.place(chosen, 4, routing.expert_capacity(6, 4, 0.5))
   np.testing.assert_array_equal(aux['load'], slots.valid.sum((0, 2)))
   assert aux['dropped'] > 0
 

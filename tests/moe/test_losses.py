@@ -4,15 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from moejax import sharding
-from moejax.moe import balance, routing
-from moejax.moe.layer import MoEConfig, MoELayer
+from moejax.moe import balance, router, routing
+from moejax.moe.config import MoEConfig
 from moejax.sharding import MeshConfig
 
-from . import experts
-from .layer import ROOM, D, F, build, close, keys_of, tokens
+from .layer import ROOM, D, build, close, keys_of, tokens
 
 WEIGHTS = dict(balance=0.5, importance=0.25, smooth_load=0.125, z=0.0625, entropy_penalty=2.0)
 ALL = dict(router='top_k', k=2, noise_std=2.0, jitter=0.2, balance_weight=0.5,
@@ -42,20 +40,18 @@ def test_importance_and_load_are_vmoes_or_shazeers(learned):
   """Noiseless probabilities and all thresholds, or the gates and the thresholds of others."""
   config = MoEConfig(num_experts=4, **{**ALL, 'noise_std': 0.0 if learned else 2.0},
                      learned_noise=learned)
-  layer = MoELayer(config, 4, experts.Experts(4, D, F), None, D, rngs=nnx.Rngs(0))
   clean, noise = np.random.default_rng(0).normal(size=(2, 3, 8, 4)).astype(np.float32)
   mask = tokens(B=3, L=8, padding=0.3)[1]
-  groups = {'clean': jnp.asarray(clean), 'logits': clean + 0.5 * noise,
-            'std': jnp.full(clean.shape, 0.5), 'mask': mask}
-  probs = routing.probabilities(groups['logits'])
-  wanted = routing.top_k(groups['logits'], mask, 2)
-  found = layer.losses(groups, probs, wanted)
-  shares = balance.gates(wanted, 4) if learned else jax.nn.softmax(clean)
+  output = router.RouterOutput(clean + 0.5 * noise, jnp.asarray(clean), jnp.full(clean.shape, 0.5))
+  probs = routing.probabilities(output.logits)
+  choices = routing.top_k(output.logits, mask, 2)
+  found = router.losses(config, output, probs, choices, mask)
+  shares = balance.gates(choices, 4) if learned else jax.nn.softmax(clean)
   np.testing.assert_allclose(found['importance'][1], (balance.importance(shares, mask)
                                                       * mask.sum(1)).sum(), rtol=1e-5)
-  load = balance.load(clean, groups['logits'], 0.5, 2, mask, exclude_self=learned)
+  load = balance.smooth_load(clean, output.logits, 0.5, 2, mask, exclude_self=learned)
   np.testing.assert_allclose(found['smooth_load'][1], (load * mask.sum(1)).sum(), rtol=1e-5)
-  np.testing.assert_allclose(found['z'][1], balance.router_z(groups['logits'], mask).sum(),
+  np.testing.assert_allclose(found['z'][1], balance.router_z(output.logits, mask).sum(),
                              rtol=1e-5)
 
 

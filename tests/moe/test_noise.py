@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.moe.layer import MoEConfig, Router
+from moejax.moe.config import MoEConfig
+from moejax.moe.router import Router, RouterKeys
 
 from . import experts
 from .layer import ROOM, D, build, close, gradient, keys_of, same_experts, tokens
@@ -74,9 +75,13 @@ def router(E, **settings):
   return made
 
 
+def draws(B):
+  return RouterKeys(keys_of(B, seed=0), keys_of(B, seed=1), keys_of(B, seed=2))
+
+
 def test_jitter_is_a_uniform_factor_of_each_number():
   x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (4, 100, 8)), jnp.float32)
-  factors = np.asarray(router(8, jitter=0.25)(x, True, None, keys_of(4))['logits'] / x)
+  factors = np.asarray(router(8, jitter=0.25)(x, draws(4)).logits / x)
   assert 0.75 <= factors.min() < 0.76 and 1.24 < factors.max() <= 1.25
   assert len(np.unique(factors)) > 0.99 * factors.size * (1 - factors.size / 2**23)
   # Uniform on an interval of 0.5: standard deviation 0.5 / sqrt(12). 3200 draws: within 4 sigma.
@@ -86,10 +91,10 @@ def test_jitter_is_a_uniform_factor_of_each_number():
 
 def test_noise_of_vmoe_is_its_scale_over_the_number_of_experts():
   x = jnp.zeros((4, 100, 8))
-  out = router(8, noise_std=2.0)(x, True, keys_of(4), None)
-  noise = np.asarray(out['logits'])                                # the clean logits are 0
-  np.testing.assert_array_equal(out['clean'], 0)
-  np.testing.assert_array_equal(out['std'], np.float32(0.25))
+  out = router(8, noise_std=2.0)(x, draws(4))
+  noise = np.asarray(out.logits)                                   # the clean logits are 0
+  np.testing.assert_array_equal(out.clean, 0)
+  np.testing.assert_array_equal(out.std, np.float32(0.25))
   assert noise.std() == pytest.approx(0.25, rel=0.05)              # 4 / sqrt(2 * 3200)
   assert abs(noise.mean()) < 4 * 0.25 / np.sqrt(3200)
   assert len(np.unique(noise)) > 0.99 * noise.size
@@ -98,13 +103,13 @@ def test_noise_of_vmoe_is_its_scale_over_the_number_of_experts():
 def test_learned_noise_is_scaled_for_each_token_and_expert():
   made = router(8, learned_noise=True)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 100, 8)), jnp.float32)
-  out = made(x, True, keys_of(4), None)
-  np.testing.assert_allclose(out['std'], np.log(2), rtol=1e-6)     # softplus(0), at the start
+  out = made(x, draws(4))
+  np.testing.assert_allclose(out.std, np.log(2), rtol=1e-6)     # softplus(0), at the start
   made.noise_kernel[...] = 2 * jnp.eye(8)[::-1]
-  out = made(x, True, keys_of(4), None)
-  np.testing.assert_allclose(out['std'], np.log1p(np.exp(2 * x[..., ::-1])), rtol=1e-5)
-  np.testing.assert_array_equal(out['clean'], x)
-  normal = np.asarray((out['logits'] - out['clean']) / out['std'])
+  out = made(x, draws(4))
+  np.testing.assert_allclose(out.std, np.log1p(np.exp(2 * x[..., ::-1])), rtol=1e-5)
+  np.testing.assert_array_equal(out.clean, x)
+  normal = np.asarray((out.logits - out.clean) / out.std)
   assert normal.std() == pytest.approx(1, rel=0.05) and abs(normal.mean()) < 4 / np.sqrt(3200)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax import models, trees
+from moejax import models, nn, trees
 from moejax.models import layers, t5, vit
-from moejax.moe.layer import MoEConfig
+from moejax.moe.config import MoEConfig
+from moejax.moe.experts import Experts
 
 from . import experts
 from .layer import D, F, build, close, gradient, keys_of, tokens
@@ -20,8 +21,9 @@ TOP = dict(router='top_k', k=2, capacity_factor=1.0)
 
 
 def mlp(E=None, rate=0.0, d_ff=F, seed=0):
-  return layers.MLP(D, d_ff, gated=True, activation='gelu_tanh', bias=False, num_experts=E,
-                    init=layers.fan_in_normal(), dropout_rate=rate, rngs=nnx.Rngs(seed))
+  spec = nn.MLPSpec(D, d_ff, gated=True, activation='gelu_tanh', bias=False,
+                    init=nn.fan_in_normal(), dropout_rate=rate)
+  return Experts(spec, E, rngs=nnx.Rngs(seed)) if E else layers.MLP(spec, rngs=nnx.Rngs(seed))
 
 
 @pytest.mark.parametrize('settings', [
@@ -63,8 +65,10 @@ def test_the_experts_dropout_is_theirs_alone(rate, expected):
   moe = MoEConfig(layers='1', router='top_k', num_experts=2, dropout_rate=rate, shared_experts=1)
   made = nnx.eval_shape(lambda: vit.ViT(vit.config('tiny', moe=moe, dropout_rate=0.1),
                                         rngs=nnx.Rngs(0)))
-  rates = {path: module.dropout_rate for path, module in nnx.iter_modules(made)
-           if hasattr(module, 'dropout_rate')}
+  rates = {}
+  for path, module in nnx.iter_modules(made):
+    if hasattr(module, 'dropout_rate') or isinstance(module, nn.MLPParams):
+      rates[path] = getattr(module, 'spec', module).dropout_rate
   inside = {path: r for path, r in rates.items() if 'moe' in path}
   assert len(inside) == 2 and set(inside.values()) == {expected}
   assert {r for path, r in rates.items() if path not in inside} <= {0.1, 0.0}
