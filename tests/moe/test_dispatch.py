@@ -41,7 +41,7 @@ class Case:
 
 CASES = [
   # Cases share shapes, for one compilation of many.
-  Case('expert choice, overlap and unchosen', C=2),
+  Case('expert choice, overlap and unchosen', C=1),
   Case('expert choice, renormalised, padding', C=2, padding=0.5, renormalize=True),
   Case('expert choice, all tokens', C=4),
   Case('top-1 with drops', C=1, k=1),
@@ -286,8 +286,8 @@ def test_token_routing_by_hand(name):
   np.testing.assert_allclose(y[0], [[90.25, 120.25], [0, 0]], rtol=1e-6)
 
 
-def test_a_choice_that_is_not_valid_may_hold_anything():
-  """An expert out of range, a weight that is no number: no effect and no gradient."""
+def test_a_choice_that_is_not_valid_may_have_any_value():
+  """An expert out of range, a weight that is NaN: no effect and no gradient."""
   tokens = routing.TokenRouting(jnp.asarray([[[1, 7], [-3, 0]]], jnp.int32),
                                 jnp.asarray([[[1/4, jnp.nan], [jnp.inf, 1/2]]]),
                                 jnp.asarray([[[True, False], [False, True]]]))
@@ -318,8 +318,8 @@ def test_what_experts_make_of_padding_has_no_effect_and_no_gradient():
       return jnp.where(layout.valid[:, None], out, jnp.nan) if dirty else out
     return jnp.sum(dispatch.grouped(tokens._replace(weight=weight), x, weights, apply) ** 2)
 
-  clean, dirty = (jax.value_and_grad(total, argnums=(0, 1, 2))(tokens.weight, x, SCALES, dirty)
-                  for dirty in (False, True))
+  differentiate = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), static_argnums=3)
+  clean, dirty = (differentiate(tokens.weight, x, SCALES, dirty) for dirty in (False, True))
   jax.tree.map(np.testing.assert_array_equal, dirty, clean)
   assert np.isfinite(dirty[0]) and dirty[1][0][0, 0, 0] != 0
 
@@ -348,12 +348,13 @@ def test_grouped_refuses_experts_on_several_devices():
     dispatch.grouped(routed(CASES[0], False)[0], x, weights, experts.apply, lambda apply: apply)
 
 
-@pytest.mark.parametrize('way', [way for way in WAYS if way[0] != 'reference'], ids=str)
-@pytest.mark.parametrize('case', named('top-2 with drops and padding',
-                                       'several blocks, with drops'), ids=str)
+@pytest.mark.parametrize('way, case', [
+  *((way, 'top-2 with drops and padding') for way in WAYS[:3]),
+  (('grouped', True), 'several blocks, with drops')], ids=str)
 def test_dispatch_in_bfloat16(way, case):
   """bfloat16 tokens give bfloat16 outputs; gradients of float32 weights stay float32."""
   name, dropless = way
+  case, = named(case)
   found = value_and_gradients(getattr(dispatch, name), case, dropless, jnp.bfloat16)
   assert {name: leaf.dtype for name, leaf in found.items()} == {
     name: jnp.bfloat16 if name in ('y', 'x') else np.float32 for name in found}
@@ -365,7 +366,7 @@ def test_dispatch_in_bfloat16(way, case):
 
 @pytest.mark.parametrize('name', FAST)
 def test_what_many_slots_add_to_a_token_is_added_in_float32(name):
-  """1 and 256 times 1/256 are 2; added one by one in bfloat16 they stay 1. Gradients likewise."""
+  """1 and 256 times 1/256 are 2; added one by one in bfloat16 they stay 1. So do gradients."""
   E = 257
   slots = routing.SlotRouting(
       jnp.zeros((1, E, 1), jnp.int32), jnp.where(jnp.arange(E) == 0, 1, 1 / 256)[None, :, None],
@@ -395,8 +396,8 @@ def test_dispatch_under_jit_with_swapped_groups(name):
 
 
 @pytest.mark.parametrize('name', FAST)
-def test_tokens_never_chosen_may_hold_anything(name):
-  """A huge token in no slot, padding for instance, touches neither outputs nor gradients."""
+def test_tokens_never_chosen_may_have_any_value(name):
+  """A huge token in no slot, such as padding, changes neither outputs nor gradients."""
   case = CASES[4]
   _, x, weights, mask, cotangent = inputs(case)
   run = differentiated(getattr(dispatch, name))

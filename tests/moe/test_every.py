@@ -14,7 +14,7 @@ import pytest
 from moejax.moe.config import MoEConfig
 
 from . import naive
-from .test_layer import build, tokens
+from .layer import build, tokens, without_compiling
 
 TOP = dict(router='top_k')
 ROUTERS = {
@@ -81,8 +81,7 @@ def made(router, situation, dispatch):
     params['router']['no_grad'] = {'bias': bias}
   x, mask = tokens(B=4, L=L, padding=case.get('padding', 0.0))
   x = x.astype(case.get('dtype', jnp.float32))
-  with jax.disable_jit():   # compiling would take ten times longer than computing
-    y, aux = run(params, x, mask, train=True)
+  y, aux = without_compiling(lambda: run(params, x, mask, train=True))
   return MoEConfig(num_experts=E, **settings), E, params, x, mask, y, aux
 
 
@@ -124,8 +123,7 @@ def test_permuting_experts_permutes_everything(router):
       moved['router'] = jax.tree.map(lambda w: w[..., order], params['router'])
     run, _ = build(E, **{f.name: getattr(config, f.name) for f in dataclasses.fields(config)
                          if f.name != 'num_experts'})
-    with jax.disable_jit():
-      y2, aux2 = run(moved, x, mask, train=True)
+    y2, aux2 = without_compiling(lambda: run(moved, x, mask, train=True))  # noqa: B023
     np.testing.assert_allclose(y2, y, rtol=1e-4, atol=1e-5, err_msg=dispatch)
     for name, value in aux.items():
       value = np.asarray(value)

@@ -18,14 +18,15 @@ from moejax.moe.experts import Experts
 
 from . import experts
 
-# Assignments of each expert; a negative number of those that are not valid.
+# Assignments of each expert; a negative number of those that are not valid. The first five have
+# equal shapes, so that they are compiled once.
 LOADS = {
-  'block edges': [7, 8, 9, 16, 17],
-  'empty experts first, between and last': [0, 5, 0, 0, 20, 0],
-  'all to one': [0, 33, 0],
+  'block edges': [7, 8, 9, 16, 17, 9],
+  'empty experts first, between and last': [0, 5, 0, 0, 61, 0],
+  'all to one': [0, 66, 0, 0, 0, 0],
+  'not valid ones': [3, 12, 0, 0, 8, 0, -43],
+  'none valid': [0, 0, 0, 0, 0, 0, -66],
   'one expert': [13],
-  'not valid ones': [3, 12, 0, -9],
-  'none valid': [0, 0, -5],
   'fewer assignments than experts': [0, 1, 0, 0, 1, 0, 0, 0],
   'blocks of 16': [70, 90, 40],
 }
@@ -40,11 +41,13 @@ def shuffled(load):
   return jnp.asarray(expert, jnp.int32), jnp.asarray(expert < E), E
 
 
+sort_by_expert = jax.jit(grouped_matmul.sort_by_expert, static_argnums=2)
+
+
 @functools.cache
 def laid_out(load):
   expert, valid, E = shuffled(load)
-  rows = jax.jit(grouped_matmul.sort_by_expert, static_argnums=2)(expert, valid, E)
-  return rows, np.asarray(expert), E
+  return sort_by_expert(expert, valid, E), np.asarray(expert), E
 
 
 @CASES
@@ -148,17 +151,18 @@ def test_a_run_is_walked_in_few_pieces(count, pieces):
   assert starts[:n].tolist() == [5 + sum(pieces[:i]) for i in range(len(pieces))]
 
 
+@jax.jit
+def expanded(rows, bias, cotangent):
+  y, pull = jax.vjp(lambda bias: rows.expand(bias, jnp.float32), bias)
+  return y, pull(jnp.where(rows.valid[:, None], cotangent, 0))[0]
+
+
 @CASES
 def test_expand_gives_each_row_its_experts_vector(load):
   rows, _, E = laid_out(tuple(load))
   bias = jnp.asarray(np.random.default_rng(0).normal(size=(E, 3)), jnp.float32)
   cotangent = operands(rows, E, F=3)[2]
-
-  @jax.jit
-  def run(rows, bias):
-    y, pull = jax.vjp(lambda bias: rows.expand(bias, jnp.float32), bias)
-    return y, pull(jnp.where(rows.valid[:, None], cotangent, 0))[0]
-  y, grad = run(rows, bias)
+  y, grad = expanded(rows, bias, cotangent)
   owner = np.repeat(np.asarray(rows.expert), rows.block)
   valid = np.asarray(rows.valid)
   np.testing.assert_array_equal(np.asarray(y)[valid], np.asarray(bias)[owner][valid])
@@ -182,7 +186,7 @@ def flops_run(monkeypatch, function):
   return sum(spent)
 
 
-@pytest.mark.parametrize('load', [(30, 2, 11, 0, 5, 0, 1, 15), (64, 0, 0, 0, 0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize('load', [(30, 2, 0, 0, 15, 1), (48, 0, 0, 0, 0, 0)], ids=str)
 def test_flops_are_those_of_the_blocks_in_use(monkeypatch, load):
   """Not E times those of the rows; forward one product per block, backward two."""
   rows, _, E = laid_out(load)
@@ -204,7 +208,7 @@ def whole(choices, x, weights, cotangent, exchange=None):
 
 
 @functools.cache
-def layer_inputs(G=8, S=12, E=4, K=2, D=6, F=10):
+def layer_inputs(G=4, S=12, E=4, K=2, D=6, F=10):
   rng = np.random.default_rng(2)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   mask = jnp.asarray(rng.random((G, S)) > 0.3)
@@ -213,8 +217,7 @@ def layer_inputs(G=8, S=12, E=4, K=2, D=6, F=10):
   return given, jax.jit(whole)(*given)
 
 
-@pytest.mark.parametrize('axes', [{'data': 8}, {'data': 2, 'fsdp': 2, 'model': 2}], ids=str)
-def test_every_device_its_own_rows(axes):
+def test_every_device_its_own_rows():
   """Inside shard_map, with its check of what varies over devices, as on one device."""
   (choices, x, weights, cotangent), wanted = layer_inputs()
 
@@ -226,7 +229,7 @@ def test_every_device_its_own_rows(axes):
     split = {'choices': choices._replace(weight=weight), 'x': x}
     return sharding.over_groups(local)(split, weights)[0]
 
-  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(**axes))):
+  with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, model=2))):
     y, pull = jax.vjp(run, choices.weight, x, weights)
     gweight, gx, gw = jax.jit(pull)(cotangent)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6),
@@ -235,8 +238,8 @@ def test_every_device_its_own_rows(axes):
 
 def test_under_pmap():
   (choices, x, weights, cotangent), wanted = layer_inputs()
-  per_device = lambda tree: jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), tree)
-  y, gx, gweight, gw = jax.pmap(whole, in_axes=(0, 0, None, 0), devices=jax.devices()[:4])(
+  per_device = lambda tree: jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), tree)
+  y, gx, gweight, gw = jax.pmap(whole, in_axes=(0, 0, None, 0), devices=jax.devices()[:2])(
     *(per_device(a) for a in (choices, x)), weights, per_device(cotangent))
   found = (y.reshape(x.shape), gx.reshape(x.shape), gweight.reshape(choices.weight.shape),
            jax.tree.map(lambda a: a.sum(0), gw))
@@ -271,4 +274,4 @@ def test_the_models_mlp_with_biases(gated):
     y, pull = jax.vjp(run, weights, tokens)
     return y, pull(cotangent)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6),
-               jax.jit(lambda: both(by_rows))(), jax.jit(lambda: both(by_loop))())
+               jax.jit(lambda: both(by_rows))(), both(by_loop))
