@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import check
-from moejax.models.layers import at_least_float32
+from moejax.nn import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True)

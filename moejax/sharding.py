@@ -1,15 +1,15 @@
-"""The device mesh and who holds what on it.
+"""The device mesh, and how examples, parameters and routing groups are split over it.
 
 Four axes, any of which may be 1. Examples are split over data x fsdp x expert; parameters over fsdp
 (gathered where used), expert (stacked experts, tokens travel to them) and model (tensor parallel):
 
   data    replicas                      fsdp    replicas that also split parameters
-  expert  experts live here             model   heads (whole ones) and hidden units live here
+  expert  splits stacked experts        model   splits heads (whole ones) and hidden units
 
-RULES is the one table that splits parameters; optimizer slots follow their parameter, and so do
-activations: the compiler splits heads, hidden units and logits over `model` as the kernels that
-make them, and adds up what a block puts out. What no row matches (routers, norms, biases, position
-tables, patch embedding) is small and stays whole.
+RULES is the one table that splits parameters. Optimizer state is split as its parameter, and the
+compiler splits heads, hidden units and logits over `model` as the kernels that make them, and sums
+the outputs of blocks. Parameters that no rule matches (routers, norms, biases, position tables,
+patch embedding) are small, and whole on every device.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from moejax.trees import stacking
 
 AXES = ('data', 'fsdp', 'expert', 'model')
 GROUP_AXES = ('data', 'fsdp', 'expert')   # examples, hence routing groups, are split over these
-EXCHANGED = 'exchanged'   # what came by all-to-all goes by this name in models.stack's policies
+ALL_TO_ALL = 'all_to_all'   # name of its outputs in the policies of models/scan.py
 
 # First match wins. Dimensions: E experts, D model, F hidden, H*K heads x head size, V vocabulary.
 RULES = (
@@ -48,7 +48,7 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; at most one may be -1, which takes all devices left over."""
+  """Devices along each mesh axis; at most one may be -1, for all devices that the others leave."""
   data: int = -1
   fsdp: int = 1
   expert: int = 1
@@ -56,9 +56,10 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """Mesh of all devices, those of a process next to each other.
+  """Mesh of all devices, or of the given ones; the devices of a process are adjacent.
 
-  Raises ConfigError when the axes do not multiply to their number.
+  Raises:
+    ConfigError: the axes do not multiply to the number of devices.
   """
   devices = ordered(jax.devices() if devices is None else devices)
   sizes = [getattr(config, axis) for axis in AXES]
@@ -70,66 +71,66 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     config_lib.fail('config.mesh', given, f'axes that multiply to the {len(devices)} devices',
                     'Set one axis to -1 to let it take what the others leave.')
   sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
-  # Auto axes: the compiler places whatever a rule or a shard_map does not pin down.
+  # Auto axes: the compiler decides wherever no rule and no shard_map does.
   types = (jax.sharding.AxisType.Auto,) * len(AXES)
   return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=types)
 
 
 def ordered(devices) -> list:
-  """Devices by process: their numbers run across a slice's hosts, rows of a batch do not."""
+  """Devices sorted by process, as a batch is split; ids alone may alternate between hosts."""
   return sorted(devices, key=lambda d: (d.process_index, d.id))
 
 
 def host_of(mesh: Mesh, shards: int, process: int) -> tuple[int, int]:
-  """(host, hosts): which of how many equal parts of a batch's rows a process's devices hold.
+  """(host, hosts): which of how many equal parts of a batch the devices of a process hold.
 
-  Processes that hold the same rows, as where `model` spans them, have the same number.
+  Processes that hold the same examples, as where `model` spans them, have the same number.
 
   Args:
     mesh: of all processes.
-    shards: parts that the rows are split into, over the leading axes of the mesh.
-    process: its index.
+    shards: number of parts that a batch is split into, over the leading axes of the mesh.
+    process: index of the process.
 
   Raises:
-    ConfigError: some process's rows are not such a part.
+    ConfigError: the shards of some process are not such a part.
   """
-  owner = np.vectorize(lambda d: d.process_index)(mesh.devices).reshape(shards, -1)
-  held = {n: np.flatnonzero((owner == n).any(1)) for n in np.unique(owner)}
-  size = len(held[process])
-  whole = lambda rows: len(rows) == size and rows[0] % size == 0 and rows[-1] - rows[0] == size - 1
+  process_of = np.vectorize(lambda d: d.process_index)(mesh.devices).reshape(shards, -1)
+  shards_of = {n: np.flatnonzero((process_of == n).any(1)) for n in np.unique(process_of)}
+  size = len(shards_of[process])
+  whole = lambda own: len(own) == size and own[0] % size == 0 and own[-1] - own[0] == size - 1
   config_lib.check(
-      shards % size == 0 and all(map(whole, held.values())),
+      shards % size == 0 and all(map(whole, shards_of.values())),
       'config.mesh', ' x '.join(f'{a}={s}' for a, s in mesh.shape.items()),
       'axes of which each process has whole parts', 'Make model a divisor, or a multiple, of the '
-      f'{mesh.size // len(held)} devices of a process.')
-  return int(held[process][0]) // size, shards // size
+      f'{mesh.size // len(shards_of)} devices of a process.')
+  return int(shards_of[process][0]) // size, shards // size
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-  """PartitionSpec of one parameter or optimizer slot, by its path 'a/b/c'.
+  """PartitionSpec of one leaf of parameters or optimizer state, by its path 'a/b/c'.
 
   An axis that does not divide its dimension is left out (the dimension is then replicated), except
-  `expert`, where it is an error: half an expert cannot be held. Stacked blocks are not split: each
-  device holds its part of every block.
+  `expert`, where it is an error: an expert is not divided. The axis of stacked blocks is not split:
+  each device holds its part of every block.
   """
   if stacking.is_stacked(path):
     return P(None, *spec(stacking.members(path)[0], shape[1:], mesh))
   for pattern, axes in RULES:
     if re.search(rf'{pattern}(/|$)', path):
-      if len(shape) < len(axes):   # a factored or scalar slot: only E is known to be first
+      if len(shape) < len(axes):   # factored or scalar optimizer state: only E is known to be first
         axes = axes[:1] if len(shape) and axes and axes[0] == 'expert' else ()
       break
   else:
     return P()
-  kept = []
+  used = []
   for size, axis in zip(shape, axes):
     if axis is not None and size % mesh.shape[axis]:
       config_lib.check(axis != 'expert', 'config.mesh.expert', mesh.shape['expert'],
                        f'a divisor of the {size} experts of {path}',
                        'Change config.mesh.expert or num_experts.')
       axis = None
-    kept.append(axis if axis is None or mesh.shape[axis] > 1 else None)
-  return P(*kept)
+    used.append(axis if axis is None or mesh.shape[axis] > 1 else None)
+  return P(*used)
 
 
 def shardings(tree, mesh: Mesh):
@@ -139,7 +140,7 @@ def shardings(tree, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows of a batch over all group axes."""
+  """Examples of a batch over all group axes."""
   return NamedSharding(mesh, P(GROUP_AXES))
 
 
@@ -150,11 +151,11 @@ def axis_sizes() -> dict[str, int]:
 
 
 def by_example(x: jax.Array) -> jax.Array:
-  """x (B, ...) with its examples on the devices of their routing groups, whole otherwise.
+  """x (B, ...) with examples on the devices of their routing groups, other axes whole.
 
-  Said of what embeddings and blocks put out. The compiler, left to itself, sends tokens to the
-  parts of parameters and not parameters to the tokens: of an embedding, and under fsdp of whole
-  dense models (T5-XL over 128 chips of v5p then sent 8 times the bytes).
+  Applied to the outputs of embeddings and blocks. Without it the compiler moves tokens to shards of
+  parameters rather than parameters to tokens: for an embedding, and under fsdp for whole dense
+  models (T5-XL over 128 chips of v5p sent 8 times the bytes).
   """
   shards = math.prod(size for axis, size in axis_sizes().items() if axis in GROUP_AXES)
   if shards == 1 or x.shape[0] % shards:
@@ -162,27 +163,30 @@ def by_example(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(GROUP_AXES))
 
 
-def whole_rows(table: jax.Array) -> jax.Array:
+def gathered_table(table: jax.Array) -> jax.Array:
   """table (V, D) of an embedding, gathered over fsdp as other parameters are where they are used.
 
-  Said because the compiler otherwise, where gradients are added up in a loop over microbatches,
-  sends the gradients of all tokens to the parts of the table's gradient.
+  Without it, where a loop over microbatches sums gradients, the compiler sends the gradients of all
+  tokens to the shards of the table's gradient.
   """
   shape = axis_sizes()
   if shape['fsdp'] == 1:
     return table
-  rows = 'model' if shape['model'] > 1 and not table.shape[0] % shape['model'] else None
-  return jax.lax.with_sharding_constraint(table, P(rows))
+  split = shape['model'] > 1 and table.shape[0] % shape['model'] == 0
+  return jax.lax.with_sharding_constraint(table, P('model' if split else None))
 
 
 def over_groups(fn: Callable) -> Callable:
-  """Runs fn on each device's own routing groups, and its experts wherever they live.
+  """fn, run on each device with its own routing groups.
 
   `fn(groups, weights, *, exchange, total) -> (per_group, sums)`: `groups` is a tree of arrays with
-  a leading G, `weights` one with a leading E. fn computes on local groups; `exchange(apply)` is
-  `apply` with buffers carried to and from the devices that hold the experts; `total` adds over all
-  groups. Without a mesh, fn simply runs. Kept out of the compiler's hands because it would
-  all-gather the operands of top_k and of the gathers over the whole batch.
+  a leading G, `weights` one with a leading E. fn gets the groups and experts of one device;
+  `exchange(apply)` is `apply` with buffers carried to the devices that hold the experts and back
+  (None where every device holds all experts); `total` sums over all groups. Without a mesh fn runs
+  as it is.
+
+  The compiler is not left to split this: it would all-gather the operands of top_k and of gathers
+  over the whole batch.
   """
   def run(groups, weights):
     shape = axis_sizes()
@@ -202,10 +206,10 @@ def over_groups(fn: Callable) -> Callable:
 
 
 def exchange(apply: Callable) -> Callable:
-  """apply(weights, (E, N, D)) where each device holds E/n experts: all-to-all there and back."""
+  """apply(weights, (E, N, D)) where each of n devices holds E/n experts: all-to-all, and back."""
   def send(x, split, concat):
     x = jax.lax.all_to_all(x, 'expert', split_axis=split, concat_axis=concat, tiled=True)
-    return checkpoint_name(x, EXCHANGED)
+    return checkpoint_name(x, ALL_TO_ALL)
 
   def run(weights, x):
     x = apply(weights, send(x, 0, 1))                                              # (E/n, n*N, D)

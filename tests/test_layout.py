@@ -16,7 +16,7 @@ MOEJAX = house.within(FILES, 'moejax')
 # A room may import its own row and those above it.
 ORDER = (
     ('trees', 'config'),
-    ('sharding', 'flops'),
+    ('sharding', 'flops', 'nn'),
     ('moe',),
     ('models',),
     ('losses',),
@@ -35,7 +35,7 @@ MEET = {
 }
 
 # Exceptions, to be emptied.
-UPWARD = {('moejax.flops', 'moejax.moe.routing')}
+UPWARD = set()
 CIRCLES = {
     ('experiments.cli', 'experiments.results', 'experiments.step0'),
     ('moejax.train.config', 'moejax.train.initialize'),
@@ -44,10 +44,6 @@ CIRCLES = {
 MANY_PARAMETERS = {
     'experiments.protocol:Regime.claim',
     'moejax.cluster.watchdog:Watchdog.__init__',
-    'moejax.flops:_moe_layer',
-    'moejax.models.attention:Attention.__init__',
-    'moejax.models.blocks:Block.__call__',
-    'moejax.models.layers:MLP.__init__',
     'moejax.train.step:make_train_step',
 }
 FRAGMENTS: set[str] = set()

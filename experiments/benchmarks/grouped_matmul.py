@@ -49,10 +49,10 @@ def backward(matmul):
   return run
 
 
-def rows_of(N: int, E: int, rng) -> grouped_matmul.Rows:
+def rows_of(N: int, E: int, rng) -> grouped_matmul.RowLayout:
   """Rows of N assignments in random order with uneven loads (Dirichlet(4) shares)."""
   expert = jnp.asarray(rng.choice(E, N, p=rng.dirichlet(np.full(E, 4.0))), jnp.int32)
-  return grouped_matmul.by_expert(expert, expert >= 0, E)
+  return grouped_matmul.sort_by_expert(expert, expert >= 0, E)
 
 
 def workload() -> tuple[tuple, str]:
@@ -69,7 +69,7 @@ def ways(N: int, D: int, F: int, E: int) -> dict:
   x, cotangent = draw(P, D), draw(P, F)
   return {
     'floor': (jnp.matmul, draw(E, n, D), w, draw(E, n, F)),
-    'grouped': (rows.matmul, x, w, cotangent),
+    'grouped': (rows.gmm, x, w, cotangent),
     # On N rows without padding, which it does not need.
     'ragged_dot': (lambda x, w: jax.lax.ragged_dot(x, w, rows.sizes), x[:N], w, cotangent[:N]),
   }
@@ -134,7 +134,7 @@ def for_tpu() -> str:
            '| FLOPs / dense, ragged_dot | kernels | temporaries, MB |',
            '|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|']
   for N, D, F, E in tqdm(TPU_SHAPES, unit='shape'):
-    rows = jax.eval_shape(lambda e, E=E: grouped_matmul.by_expert(e, e >= 0, E),
+    rows = jax.eval_shape(lambda e, E=E: grouped_matmul.sort_by_expert(e, e >= 0, E),
                           array((N,), jnp.int32))
     parts = {'forward': lambda matmul, x, w, c: matmul(x, w),
              'gradient of rows': lambda matmul, x, w, c: jax.vjp(
@@ -143,7 +143,7 @@ def for_tpu() -> str:
                lambda w: matmul(x, w), w)[1](c)}
     for name, part in parts.items():
       cells = []
-      for P, by, make in ((len(rows.order), rows, lambda rows: rows.matmul),
+      for P, by, make in ((len(rows.order), rows, lambda rows: rows.gmm),
                           (N, array((E,), jnp.int32),
                            lambda sizes: lambda x, w: jax.lax.ragged_dot(x, w, sizes))):
         run = lambda by, x, w, c, make=make, part=part: part(make(by), x, w, c)

@@ -6,7 +6,7 @@ gradients of tokens and all weights. One routing group holds all tokens. Two thi
 
   floor  the experts alone on 2 x tokens rows that stand sorted in (E, rows / E, D): two batched
          matmuls and the activation between them, and their gradients, by the code that the layer
-         runs (models.layers.MLP.apply). No routing, nothing moved.
+         runs (moe.experts.Experts.apply). No routing, nothing moved.
   dense  one MLP of the same size on the same 2 x tokens rows: equal FLOPs, one set of weights.
 
 Layers compute telemetry, losses and the gradient of the balance loss as they do in training.
@@ -25,8 +25,9 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks.turns import Run
-from moejax.models import layers
+from moejax import nn
 from moejax.moe.config import MoEConfig
+from moejax.moe.experts import Experts
 from moejax.moe.layer import MoELayer
 
 PASSES = ('forward', 'forward and backward')
@@ -110,9 +111,10 @@ def layer(cell: Cell, name: str) -> Callable:
   return run
 
 
-def _experts(cell: Cell) -> layers.MLP:
-  return layers.MLP(cell.d_model, cell.d_ff, gated=False, activation='relu', bias=False,
-                    init=layers.fan_in_normal(), rngs=nnx.Rngs(0), num_experts=cell.experts)
+def _experts(cell: Cell) -> Experts:
+  spec = nn.MLPSpec(cell.d_model, cell.d_ff, gated=False, activation='relu', bias=False,
+                    init=nn.fan_in_normal())
+  return Experts(spec, cell.experts, rngs=nnx.Rngs(0))
 
 
 def compiled(name: str, function: Callable, given: Any, fixed: Any, cotangent: Any) -> Way:

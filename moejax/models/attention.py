@@ -5,6 +5,7 @@ Attention logits and softmax are computed in at least float32.
 Dimensions: B batch, L length (queries), M length (keys), D model, H heads, K head width.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -13,31 +14,45 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax import nn
 from moejax.models import layers
 
-MASKED = -1e9  # finite, so that a row with every key masked gives a uniform softmax and not NaN
+MASKED = -1e9  # finite, so that a query whose keys are all masked gets a uniform softmax, not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+  """The form of an attention.
+
+  Attributes:
+    d_model, num_heads, head_dim: D, H, K.
+    bias: whether projections add a bias.
+    scaled: whether logits are divided by sqrt(K); T5 leaves them and initialises q smaller instead.
+    init, q_init: initialisers of the kernels, and of that of the queries.
+    dropout_rate: of attention probabilities.
+    fused: whether `fused` computes it, not `attend`; there is then no bias, mask or dropout.
+  """
+  d_model: int
+  num_heads: int
+  head_dim: int
+  bias: bool
+  scaled: bool
+  init: nn.Initializer
+  q_init: nn.Initializer
+  dropout_rate: float = 0.0
+  fused: bool = False
 
 
 class Attention(nnx.Module):
-  """Multi-head attention (Vaswani et al. 2017); q, k, v kernels (D, H*K), o (H*K, D).
+  """Multi-head attention (Vaswani et al. 2017); q, k, v kernels (D, H*K), o (H*K, D)."""
 
-  Args:
-    scaled: divide logits by sqrt(K); T5 leaves them and initialises q smaller instead.
-    fused: by `fused` in place of `attend`; the calls then have no bias, mask or dropout.
-  """
-
-  def __init__(self, d_model: int, num_heads: int, head_dim: int, *, bias: bool, scaled: bool,
-               init: layers.Initializer, q_init: layers.Initializer, dropout_rate: float,
-               fused: bool, rngs: nnx.Rngs):
-    inner = num_heads * head_dim
-    self.q = layers.Dense(d_model, inner, bias=bias, init=q_init, rngs=rngs)
-    self.k = layers.Dense(d_model, inner, bias=bias, init=init, rngs=rngs)
-    self.v = layers.Dense(d_model, inner, bias=bias, init=init, rngs=rngs)
-    self.o = layers.Dense(inner, d_model, bias=bias, init=init, rngs=rngs)
-    self.num_heads = num_heads
-    self.factor = head_dim ** -0.5 if scaled else 1.0
-    self.dropout_rate = dropout_rate
-    self.fused = fused
+  def __init__(self, spec: AttentionSpec, *, rngs: nnx.Rngs):
+    D, inner = spec.d_model, spec.num_heads * spec.head_dim
+    self.spec = spec
+    self.q = layers.Dense(D, inner, bias=spec.bias, init=spec.q_init, rngs=rngs)
+    self.k = layers.Dense(D, inner, bias=spec.bias, init=spec.init, rngs=rngs)
+    self.v = layers.Dense(D, inner, bias=spec.bias, init=spec.init, rngs=rngs)
+    self.o = layers.Dense(inner, D, bias=spec.bias, init=spec.init, rngs=rngs)
 
   def project(self, source: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of source (B, M, D): two arrays (B, M, H, K)."""
@@ -48,44 +63,45 @@ class Attention(nnx.Module):
     """Attends from x to a source.
 
     Args:
-      x: (B, L, D) from which the queries are made.
-      source: keys and values (B, M, H, K), as from `project`, perhaps kept from earlier steps.
+      x: (B, L, D), of which the queries are made.
+      source: keys and values (B, M, H, K), as from `project`; possibly cached from earlier steps.
       bias: (1, H, L, M) added to the logits, or None.
-      mask: broadcastable to (B, H, L, M) bool, False where not to look; or None.
-      keys: (B,) for dropout on the probabilities, or None.
+      mask: broadcastable to (B, H, L, M) bool, False at keys that a query must not see; or None.
+      keys: (B,) for dropout of the probabilities, or None.
 
     Returns:
       (B, L, D) in x's dtype.
     """
-    q, (k, v) = self._heads(self.q(x) * self.factor), source        # (B, L, H, K)
-    if self.fused:
+    spec, (k, v) = self.spec, source
+    q = self._heads(self.q(x) * (spec.head_dim ** -0.5 if spec.scaled else 1.0))    # (B, L, H, K)
+    if spec.fused:
       out = fused(q, k, v)
     else:
-      drop = lambda probs: layers.dropout(probs, self.dropout_rate, keys)
+      drop = lambda probs: nn.dropout(probs, spec.dropout_rate, keys)
       out = attend(q, k, v, bias, mask, drop)
     return self.o(out.reshape(*x.shape[:2], -1))
 
   def _heads(self, y: jax.Array) -> jax.Array:
     """(B, L, H*K) -> (B, L, H, K)."""
-    return y.reshape(*y.shape[:2], self.num_heads, -1)
+    return y.reshape(*y.shape[:2], self.spec.num_heads, -1)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None,
            mask: jax.Array | None = None, drop: Callable[[jax.Array], jax.Array] = lambda x: x
            ) -> jax.Array:
-  """softmax(q k + bias) v with logits and probabilities as arrays.
+  """softmax(q k + bias) v, with logits and probabilities in memory.
 
   Args:
     q: (B, L, H, K), scaled.
     k, v: (B, M, H, K).
-    bias, mask: see Attention.
+    bias, mask: as in Attention.
     drop: applied to the probabilities (B, H, L, M).
 
   Returns:
     (B, L, H, K) in q's dtype.
   """
   logits = jnp.einsum('BLHK,BMHK->BHLM', q, k,
-                      preferred_element_type=layers.at_least_float32(q.dtype))
+                      preferred_element_type=nn.at_least_float32(q.dtype))
   if bias is not None:
     logits = logits + bias
   if mask is not None:
@@ -95,9 +111,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = No
 
 
 def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """`attend` without bias, mask or dropout, in one kernel: logits never stand in memory.
+  """`attend` without bias, mask or dropout, in one kernel that keeps logits out of memory.
 
-  cuDNN's kernel on GPU, which takes bfloat16 and float16; elsewhere what jax.nn makes of it.
+  On GPU cuDNN's kernel, which takes bfloat16 and float16; elsewhere jax.nn's own implementation.
   """
   kernel = 'cudnn' if jax.default_backend() == 'gpu' else 'xla'
   return jax.nn.dot_product_attention(q, k, v, scale=1.0, implementation=kernel)
@@ -106,12 +122,12 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 class RelativeBias(nnx.Module):
   """Bias on attention logits by bucketed distance (Raffel et al. 2020, section 2.1).
 
-  One table (buckets, H) per stack, shared by its layers.
+  Parameter embedding (buckets, H): one table per stack, shared by its layers.
   """
 
   def __init__(self, num_buckets: int, max_distance: int, num_heads: int, *, bidirectional: bool,
                rngs: nnx.Rngs):
-    self.embedding = layers.param(layers.xavier_uniform, (num_buckets, num_heads), rngs)
+    self.embedding = nn.param(nn.xavier_uniform, (num_buckets, num_heads), rngs)
     self.num_buckets, self.max_distance = num_buckets, max_distance
     self.bidirectional = bidirectional
 
@@ -120,12 +136,12 @@ class RelativeBias(nnx.Module):
     return _toeplitz(self._by_distance(L, M, dtype), L, M)[None]
 
   def row(self, position: jax.Array, M: int, dtype) -> jax.Array:
-    """(1, H, 1, M): what the query at `position`, a traced scalar in [0, M), sees of M keys."""
+    """(1, H, 1, M): bias of M keys for the query at `position`, a traced scalar in [0, M)."""
     by_distance = self._by_distance(M, M, dtype)                    # (H, 2M-1)
     return jax.lax.dynamic_slice_in_dim(by_distance, M - 1 - position, M, axis=1)[None, :, None]
 
   def _by_distance(self, L: int, M: int, dtype) -> jax.Array:
-    """(H, L+M-1): the bias of each key position minus query position, from 1 - L on."""
+    """(H, L+M-1): the bias of each distance (key minus query position), from 1 - L on."""
     distance = np.arange(1 - L, M)
     buckets = relative_buckets(distance, self.num_buckets, self.max_distance, self.bidirectional)
     one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=dtype)
@@ -136,13 +152,14 @@ def relative_buckets(distance: np.ndarray, num_buckets: int, max_distance: int,
                      bidirectional: bool) -> np.ndarray:
   """Bucket of each distance (key position minus query position).
 
-  Half of the buckets hold one distance each, the other half grow logarithmically up to
-  max_distance; everything beyond shares the last. Bidirectional stacks split the buckets between
-  both signs; causal ones put every later key into bucket 0.
+  Half of the buckets hold one distance each; the others cover logarithmically growing ranges up to
+  max_distance, and the last of them everything beyond. Bidirectional stacks use half of the buckets
+  for each sign; causal ones put every later key into bucket 0.
 
   Args:
     distance: int array.
-    num_buckets, max_distance: size of the table, and where the last bucket begins.
+    num_buckets: size of the table.
+    max_distance: where the last bucket begins.
     bidirectional: True in an encoder.
 
   Returns:
@@ -156,8 +173,8 @@ def relative_buckets(distance: np.ndarray, num_buckets: int, max_distance: int,
   else:
     distance = np.maximum(-distance, 0)
   exact = num_buckets // 2
-  # float32 with a nudge of one epsilon, as the published models were trained: powers of two would
-  # otherwise fall on either side of their boundary.
+  # float32 plus one epsilon, as in the code that trained the published models: powers of two would
+  # otherwise round to either side of their boundary.
   ratio = np.maximum(distance, 1).astype(np.float32) / exact + np.finfo(np.float32).eps
   far = exact + (np.log(ratio) / math.log(max_distance / exact) * (num_buckets - exact)).astype(int)
   far = np.minimum(far, num_buckets - 1)
@@ -167,8 +184,9 @@ def relative_buckets(distance: np.ndarray, num_buckets: int, max_distance: int,
 def _toeplitz(values: jax.Array, L: int, M: int) -> jax.Array:
   """values (H, L+M-1) -> (H, L, M) with entry (i, j) = values[j - i + L - 1].
 
-  Repeats the row one entry longer than it is read, so that each row read starts one earlier. A
-  gather would read more simply; its gradient, a scatter of L*M entries, is slow.
+  Repeats values with one entry of padding and cuts the result into rows without it, so that each
+  row starts one entry earlier. A gather would be simpler, but its gradient, a scatter of L*M
+  entries, is slow.
   """
   H, W = values.shape
   longer = jnp.pad(values, ((0, 0), (0, 1)))                        # (H, W+1)

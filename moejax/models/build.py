@@ -1,4 +1,4 @@
-"""Backbones: `build(config)` gives the pure functions of a T5 or a ViT, dense or sparse."""
+"""build(config): the pure functions of a T5 or a ViT, dense or sparse."""
 
 import dataclasses
 import functools
@@ -11,10 +11,10 @@ from flax import nnx
 
 from moejax import trees
 from moejax.config import check
-from moejax.models.blocks import UNROLLED, Execution
-from moejax.models.layers import at_least_float32
+from moejax.models.scan import UNROLLED, Execution
 from moejax.models.t5 import T5, T5Config, init_cache
 from moejax.models.vit import ViT, ViTConfig
+from moejax.nn import at_least_float32
 
 Config = T5Config | ViTConfig
 
@@ -24,18 +24,19 @@ class Model:
   """A backbone as pure functions of its parameters.
 
   Attributes:
-    config: what it was built from.
+    config: the config that it was built from.
     init: jax key -> parameters, a nested dict of float32 arrays; may be traced. Never stacked.
     apply: (params, batch, *, train=False, key=None) -> (logits, aux). With `train`, MoE layers use
-      their training capacity; with a key too, dropout is drawn, for each example by the key and
-      batch['index'] alone. logits are at least float32; aux is {path of an MoE layer: its sums}.
+      their training capacity; with a key as well, dropout and router noise are drawn, for each
+      example by the key and batch['index'] alone. logits are at least float32; aux is {path of an
+      MoE layer: its sums}.
     shapes: the parameters as ShapeDtypeStructs, never stacked.
-    param_paths: paths of the parameters as `apply` and `features` want them; some are stacked (see
+    param_paths: paths of the parameters that `apply` and `features` take; some are stacked (see
       moejax.trees.stacking) if blocks are scanned.
     encode, init_cache, decode_step: T5 only, decoding token by token; see t5.py. (params, batch) ->
       encoded; (encoded, length) -> cache; (params, encoded, cache, ids (B,), position ()) ->
       (logits (B, V), cache).
-    features: ViT only, (params, batch) -> (B, D), at least float32: what the head reads.
+    features: ViT only, (params, batch) -> (B, D), at least float32: the head's input.
   """
   config: Config
   init: Callable[[jax.Array], dict]
@@ -48,11 +49,11 @@ class Model:
   features: Callable[[dict, dict], jax.Array] | None = None
 
   def examples_per_group(self, encoder_length: int = 0, decoder_length: int = 0) -> int:
-    """See `examples_per_group`."""
+    """examples_per_group of this config, below."""
     return examples_per_group(self.config, encoder_length, decoder_length)
 
   def token_counts(self, batch: dict) -> dict[str, jax.Array]:
-    """Real tokens of each stack in a batch, as its MoE layers count them: {stack: int32 scalar}."""
+    """{stack: int32 scalar}, its real tokens in a batch, as its MoE layers count them."""
     if self.config.family == 'vit':
       return {'encoder': (batch['weight'] > 0).sum() * self.config.num_tokens}
     return {'encoder': (batch['encoder_input'] != 0).sum(), 'decoder': (batch['weight'] > 0).sum()}
@@ -61,11 +62,12 @@ class Model:
 def build(config: Config, execution: Execution = UNROLLED) -> Model:
   """Model of a validated T5Config or ViTConfig; allocates nothing.
 
-  The functions for decoding unroll blocks, and take parameters that are not stacked, whatever
-  `execution` says.
+  The functions for decoding unroll blocks and take parameters that are not stacked, whatever
+  `execution` is.
 
   Raises:
-    ConfigError: fused attention in a model that it cannot compute; float64 where JAX has none.
+    ConfigError: fused attention in a model that needs a bias or masks, or on a GPU in a dtype that
+      the kernel does not take; float64 without JAX_ENABLE_X64.
   """
   check(config.dtype != 'float64' or jax.config.jax_enable_x64, 'config.model.dtype', 'float64',
         'float32 or bfloat16', 'JAX computes in float32 unless JAX_ENABLE_X64=1 is set.')
@@ -87,32 +89,32 @@ def build(config: Config, execution: Execution = UNROLLED) -> Model:
     keys = None
     if train and key is not None:
       keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch['index'])
-    return nnx.merge(running, params)(batch, train=train, keys=keys)
+    return nnx.merge(executed, params)(batch, train=train, keys=keys)
 
   def method(name):
     return lambda params, *args: getattr(nnx.merge(graphdef, params), name)(*args)
 
   def features(params, batch):
-    x, _ = nnx.merge(running, params).features(batch, train=False, keys=None)
+    x, _ = nnx.merge(executed, params).features(batch, train=False, keys=None)
     return x.astype(at_least_float32(x.dtype))
 
   graphdef, shapes = nnx.eval_shape(split, jax.random.key(0))
-  running, run_shapes = nnx.eval_shape(
+  executed, run_shapes = nnx.eval_shape(
       functools.partial(split, execution=execution), jax.random.key(0))
   param_paths = tuple(trees.flatten(nnx.to_pure_dict(run_shapes)))
   if config.family == 't5':
-    more = {'encode': method('encode'), 'decode_step': method('decode_step'),
-            'init_cache': init_cache}
+    functions = {'encode': method('encode'), 'decode_step': method('decode_step'),
+                 'init_cache': init_cache}
   else:
-    more = {'features': features}
-  return Model(config, init, apply, nnx.to_pure_dict(shapes), param_paths, **more)
+    functions = {'features': features}
+  return Model(config, init, apply, nnx.to_pure_dict(shapes), param_paths, **functions)
 
 
 class _InitKeys:
-  """Stands in for nnx.Rngs: a new key at each call of params(), counted in Python.
+  """Replaces nnx.Rngs: a new key at each call of params(), counted in Python.
 
-  The counter of nnx.Rngs is an array; under tracing each of its steps costs time in the number of
-  steps before it, which made a ViT-H take 15 s to build.
+  The counter of nnx.Rngs is an array; under tracing, the time of each call grows with the number of
+  calls before it, and a ViT-H took 15 s to build.
   """
 
   def __init__(self, key: jax.Array):
@@ -124,7 +126,7 @@ class _InitKeys:
 
 
 def examples_per_group(config: Config, encoder_length: int = 0, decoder_length: int = 0) -> int:
-  """Whole examples that a routing group spans; the batch must be a multiple of it.
+  """Examples of a routing group; the batch must be a multiple of it.
 
   Args:
     config: T5Config or ViTConfig.
@@ -134,8 +136,8 @@ def examples_per_group(config: Config, encoder_length: int = 0, decoder_length: 
     The least number of examples that fills whole groups in every stack; 1 for a dense model.
 
   Raises:
-    ConfigError: a group_size that is not a multiple of its stack's tokens per example, or no length
-      of a stack that has groups.
+    ConfigError: a group_size that is not a multiple of its stack's tokens per example; no length
+      for a stack with a group_size.
   """
   stacks = config.stacks(encoder_length, decoder_length).values()
   return math.lcm(*(stack.moe.examples_per_group(stack.tokens, f'model.{stack.moe_key}')

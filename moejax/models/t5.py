@@ -9,16 +9,20 @@ V vocabulary.
 """
 
 import dataclasses
+import functools
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax import nn
 from moejax.config import check, check_choice
-from moejax.models import attention, layers
-from moejax.models.blocks import UNROLLED, BlockSpec, Execution, Stack, StackInfo
-from moejax.moe.layer import MoEConfig
+from moejax.models import layers
+from moejax.models.attention import AttentionSpec, RelativeBias
+from moejax.models.blocks import BlockSpec, Context, Stack, StackInfo
+from moejax.models.scan import UNROLLED, Execution
+from moejax.moe.config import MoEConfig
 
 PAD, EOS = 0, 1   # PAD also starts every decoder input
 NORM_EPS = 1e-6
@@ -32,15 +36,15 @@ class T5Config:
   Attributes:
     vocab_size: V; id 0 is padding.
     d_model, d_ff: D, and hidden units of the MLP.
-    d_kv, num_heads: width of a head, and H; their product need not be D.
+    d_kv, num_heads: K and H; their product need not be D.
     encoder_layers, decoder_layers: blocks of each stack.
     activation: of the gated MLP; v1.1's is 'gelu_tanh'.
     relative_buckets, relative_max_distance: of the relative position bias.
     dropout_rate: everywhere (see the module's docstring).
     dtype: compute dtype; parameters are float32.
-    encoder_moe, decoder_moe: MoE blocks of each stack.
+    encoder_moe, decoder_moe: MoE layers of each stack.
   """
-  data_kind: ClassVar[str] = 'seq2seq'   # what it learns from, see data.Source
+  data_kind: ClassVar[str] = 'seq2seq'   # the kind of data it learns from, see data.Source
   image_shape: ClassVar[tuple] = ()      # it reads no images
 
   family: str = 't5'
@@ -70,7 +74,7 @@ class T5Config:
           'T5 has 128.')
     check(0 <= self.dropout_rate < 1, 'model.dropout_rate', self.dropout_rate, '[0, 1)',
           '0 turns dropout off.')
-    check_choice('model.activation', self.activation, layers.ACTIVATIONS)
+    check_choice('model.activation', self.activation, nn.ACTIVATIONS)
     check_choice('model.dtype', self.dtype, DTYPES)
     for stack in ('encoder', 'decoder'):
       if self.sparse_layers(stack):
@@ -87,7 +91,7 @@ class T5Config:
     return moe.sparse_layers(depth, f'model.{stack}_moe')
 
   def stacks(self, encoder_length: int = 0, decoder_length: int = 0) -> dict[str, StackInfo]:
-    """{'encoder': its StackInfo, 'decoder': ...}, given the tokens of an example in each."""
+    """{'encoder': StackInfo, 'decoder': StackInfo}, given the tokens of an example in each."""
     tokens = {'encoder': encoder_length, 'decoder': decoder_length}
     return {name: StackInfo(
         f'{name}_moe', f'{name}_layers', getattr(self, f'{name}_moe'),
@@ -96,12 +100,12 @@ class T5Config:
         biased=True) for name, length in tokens.items()}
 
   def outer_matmuls(self, decoder_length: int = 0) -> list[tuple[int, int, int]]:
-    """(rows of an example, d_in, d_out) of the head."""
+    """[(tokens of an example, d_in, d_out)] of the matmuls outside the stacks: the head's."""
     return [(decoder_length, self.d_model, self.vocab_size)]
 
   def batch_shapes(self, batch_size: int, encoder_length: int = 0, decoder_length: int = 0
                    ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch to train on; see data.Dataset for what is in it."""
+    """Shapes and dtypes of a training batch, whose fields data.Dataset describes."""
     make = lambda dtype, *dims: jax.ShapeDtypeStruct((batch_size, *dims), dtype)
     return {'encoder_input': make(jnp.int32, encoder_length),
             'decoder_input': make(jnp.int32, decoder_length),
@@ -132,16 +136,16 @@ SIZES = {
 
 
 def config(size: str, **changes) -> T5Config:
-  """T5Config of a named size, with fields replaced; ConfigError names the sizes there are."""
+  """T5Config of a named size, with fields replaced. An unknown size is a ConfigError."""
   check_choice('model size', size, SIZES)
   return T5Config(**(SIZES[size] | changes))
 
 
 class Encoded(NamedTuple):
-  """What decoding needs of the sources.
+  """The encoded sources, as decoding reads them.
 
   Attributes:
-    source: {'00': (keys, values)}, each (B, M, H, K): of each decoder block's cross-attention.
+    source: {'00': (keys, values)}, each (B, M, H, K), for cross-attention in each decoder block.
     mask: (B, 1, 1, M) bool, False at padding.
   """
   source: dict
@@ -165,55 +169,54 @@ class T5(nnx.Module):
     self.dtype = jnp.dtype(config.dtype)
     self.dropout_rate = config.dropout_rate
     self.token_embed = layers.Embed(
-        config.vocab_size, config.d_model, init=layers.normal(1.0), rngs=rngs)
+        config.vocab_size, config.d_model, init=nn.normal(1.0), rngs=rngs)
     self.encoder = _stack(config, 'encoder', execution, rngs)
     self.decoder = _stack(config, 'decoder', execution, rngs)
     self.head = layers.Dense(config.d_model, config.vocab_size, bias=False,
-                             init=layers.fan_in_normal(), rngs=rngs)
+                             init=nn.fan_in_normal(), rngs=rngs)
 
   def __call__(self, batch: dict, *, train: bool, keys: jax.Array | None) -> tuple[jax.Array, dict]:
     """Logits of each target given the input and the targets before it.
 
     Args:
-      batch: 'encoder_input' (B, L), 'decoder_input' (B, L') int ids, and 'weight' (B, L'), 0 where
-        the target does not count; routers take these positions for padding.
+      batch: 'encoder_input' (B, M), 'decoder_input' (B, L) int ids, and 'weight' (B, L), 0 where
+        the target does not count; routers treat these positions as padding.
       train: chooses the routers' capacity factor.
       keys: (B,) jax keys, one per example; None: no dropout.
 
     Returns:
-      logits (B, L', V), at least float32, and {'encoder/layers/01': aux of that MoE layer}.
+      logits (B, L, V), at least float32, and {'encoder/layers/01': aux of that MoE layer}.
     """
-    *encoder_keys, decoder_keys, decoded_keys = layers.split(keys, 4)
+    encoder_keys, encoded_keys, decoder_keys, decoded_keys = nn.split_keys(keys, 4)
     ids = batch['encoder_input']
-    # One look-up for both stacks: its gradient, a scatter and a sum over devices, is dear.
+    # One look-up for both stacks: its gradient, a scatter and a sum over devices, is expensive.
     x = self.token_embed(jnp.concatenate([ids, batch['decoder_input']], axis=1), self.dtype)
     encoded, source_mask, encoder_aux = self._encode(
-        x[:, :ids.shape[1]], ids != PAD, train, encoder_keys)
+        x[:, :ids.shape[1]], ids != PAD, train, encoder_keys, encoded_keys)
     with jax.named_scope('decoder'):
       x = x[:, ids.shape[1]:]
-      causal = jnp.tri(x.shape[1], dtype=bool)                       # (L', L')
-      x, decoder_aux = self.decoder(
-          x, mask=causal, token_mask=batch['weight'] > 0, train=train, keys=decoder_keys,
-          source=encoded, source_mask=source_mask)
-      x = layers.dropout(x, self.dropout_rate, decoded_keys)
+      causal = jnp.tri(x.shape[1], dtype=bool)                       # (L, L)
+      context = Context(train, batch['weight'] > 0, causal, source=encoded, source_mask=source_mask)
+      x, decoder_aux = self.decoder(x, context, decoder_keys)
+      x = nn.dropout(x, self.dropout_rate, decoded_keys)
     logits = self._logits(x)
     aux = {f'encoder/{path}': value for path, value in encoder_aux.items()}
     return logits, aux | {f'decoder/{path}': value for path, value in decoder_aux.items()}
 
   def encode(self, batch: dict) -> Encoded:
-    """Runs the encoder in evaluation on 'encoder_input' (B, M)."""
+    """Runs the encoder on 'encoder_input' (B, M), as in evaluation."""
     ids = batch['encoder_input']
     x = self.token_embed(ids, self.dtype)
-    x, mask, _ = self._encode(x, ids != PAD, False, [None, None])
+    x, mask, _ = self._encode(x, ids != PAD, False, None, None)
     with jax.named_scope('decoder'):
       return Encoded(self.decoder.project(x), mask)
 
   def decode_step(self, encoded: Encoded, cache: dict, ids: jax.Array,
                   position: jax.Array) -> tuple[jax.Array, dict]:
-    """One token of each sequence: the logits that __call__ gives there when no MoE layer drops.
+    """Logits at one position of each sequence: those of __call__ if no MoE layer drops tokens.
 
     Args:
-      encoded: the sources.
+      encoded: the encoded sources.
       cache: keys and values of the tokens at 0 to position - 1.
       ids: (B,) int, the decoder's input at `position`.
       position: int scalar in [0, length of the cache).
@@ -223,36 +226,36 @@ class T5(nnx.Module):
     """
     with jax.named_scope('decoder'):
       x = self.token_embed(ids[:, None], self.dtype)                 # (B, 1, D)
-      x, cache = self.decoder.step(x, cache=cache, position=position, source=encoded.source,
-                                   source_mask=encoded.mask)
+      context = Context(False, jnp.ones(x.shape[:2], bool), source_mask=encoded.mask,
+                        position=position)
+      x, cache = self.decoder.step(x, cache, encoded.source, context)
     return self._logits(x)[:, 0], cache
 
-  def _encode(self, x, tokens, train, keys) -> tuple[jax.Array, jax.Array, dict]:
-    """Embeddings (B, M, D) of real tokens (B, M) -> encoded (B, M, D), mask (B, 1, 1, M), aux."""
-    inside_keys, after_keys = keys
-    mask = tokens[:, None, None, :]
+  def _encode(self, x, real, train, keys, output_keys) -> tuple[jax.Array, jax.Array, dict]:
+    """Embeddings (B, M, D), real tokens (B, M) -> encoded (B, M, D), mask (B, 1, 1, M), aux."""
+    mask = real[:, None, None, :]
     with jax.named_scope('encoder'):
-      x, aux = self.encoder(x, mask=mask, token_mask=tokens, train=train, keys=inside_keys)
-      return layers.dropout(x, self.dropout_rate, after_keys), mask, aux
+      x, aux = self.encoder(x, Context(train, real, mask), keys)
+      return nn.dropout(x, self.dropout_rate, output_keys), mask, aux
 
   def _logits(self, x: jax.Array) -> jax.Array:
     with jax.named_scope('head'):
-      return self.head(x, layers.at_least_float32(self.dtype))
+      return self.head(x, nn.at_least_float32(self.dtype))
 
 
 def _stack(config: T5Config, name: str, execution: Execution, rngs: nnx.Rngs) -> Stack:
   """The encoder or the decoder of a T5."""
-  decoder = name == 'decoder'
+  D, rate, init = config.d_model, config.dropout_rate, nn.fan_in_normal()
   spec = BlockSpec(
-      d_model=config.d_model, d_ff=config.d_ff, num_heads=config.num_heads, head_dim=config.d_kv,
-      norm=layers.RMSNorm, norm_eps=NORM_EPS, bias=False, gated=True,
-      activation=config.activation,
-      scaled=False, init=layers.fan_in_normal(),
-      # The 1/sqrt(d_kv) that the logits are not scaled by sits in the initial queries.
-      q_init=layers.fan_in_normal(1 / config.d_kv),
-      dropout_rate=config.dropout_rate, attention_dropout_rate=config.dropout_rate,
-      cross_attention=decoder)
-  bias = attention.RelativeBias(config.relative_buckets, config.relative_max_distance,
-                                config.num_heads, bidirectional=not decoder, rngs=rngs)
+      norm=functools.partial(layers.RMSNorm, D, eps=NORM_EPS),
+      attention=AttentionSpec(
+          D, config.num_heads, config.d_kv, bias=False, scaled=False, init=init,
+          # Logits are not scaled by 1 / sqrt(d_kv): the initial queries are.
+          q_init=nn.fan_in_normal(1 / config.d_kv), dropout_rate=rate),
+      mlp=nn.MLPSpec(D, config.d_ff, gated=True, activation=config.activation, bias=False,
+                     init=init, dropout_rate=rate),
+      dropout_rate=rate, cross_attention=name == 'decoder')
+  bias = RelativeBias(config.relative_buckets, config.relative_max_distance, config.num_heads,
+                      bidirectional=name == 'encoder', rngs=rngs)
   return Stack(spec, getattr(config, f'{name}_layers'), getattr(config, f'{name}_moe'),
                config.sparse_layers(name), bias, execution, rngs=rngs)

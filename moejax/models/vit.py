@@ -1,20 +1,24 @@
-"""Vision Transformer (Dosovitskiy et al. 2021), with a head on the averaged tokens or on [cls].
+"""Vision Transformer (Dosovitskiy et al. 2021), with a head on the mean token or on [cls].
 
 Dimensions: B batch, L tokens (patches, and [cls] if any), D model, P patch side, C channels.
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax import nn
 from moejax.config import check, check_choice
 from moejax.models import layers
-from moejax.models.blocks import UNROLLED, BlockSpec, Execution, Stack, StackInfo
+from moejax.models.attention import AttentionSpec
+from moejax.models.blocks import BlockSpec, Context, Stack, StackInfo
+from moejax.models.scan import UNROLLED, Execution
 from moejax.models.t5 import DTYPES
-from moejax.moe.layer import MoEConfig
+from moejax.moe.config import MoEConfig
 
 HEADS = ('gap', 'cls')
 
@@ -33,9 +37,9 @@ class ViTConfig:
     norm_eps: of every LayerNorm; 1e-6 in big_vision and vmoe, 1e-12 in Hugging Face.
     dropout_rate: after the position embedding, of MLP hidden activations and of sublayer outputs.
     dtype: compute dtype; parameters are float32.
-    moe: MoE blocks.
+    moe: MoE layers.
   """
-  data_kind: ClassVar[str] = 'classification'   # what it learns from, see data.Source
+  data_kind: ClassVar[str] = 'classification'   # the kind of data it learns from, see data.Source
 
   family: str = 'vit'
   image_size: int = 24
@@ -62,7 +66,7 @@ class ViTConfig:
     check(self.d_model % self.num_heads == 0, 'model.num_heads', self.num_heads,
           f'a divisor of model.d_model = {self.d_model}', 'Heads share the width equally.')
     check_choice('model.head', self.head, HEADS)
-    check_choice('model.activation', self.activation, layers.ACTIVATIONS)
+    check_choice('model.activation', self.activation, nn.ACTIVATIONS)
     check(self.norm_eps > 0, 'model.norm_eps', self.norm_eps, '> 0', 'Usual: 1e-6 or 1e-12.')
     check(0 <= self.dropout_rate < 1, 'model.dropout_rate', self.dropout_rate, '[0, 1)',
           '0 turns dropout off.')
@@ -75,21 +79,21 @@ class ViTConfig:
     return self.moe.sparse_layers(self.num_layers, 'model.moe')
 
   def stacks(self, encoder_length: int = 0, decoder_length: int = 0) -> dict[str, StackInfo]:
-    """{'encoder': its StackInfo}; the lengths are a T5's and mean nothing here."""
+    """{'encoder': StackInfo}; the lengths are those of a T5 and are not read."""
     del encoder_length, decoder_length
     return {'encoder': StackInfo('moe', 'num_layers', self.moe, self.num_layers,
                                  self.sparse_layers(), self.num_tokens, 0, self.d_model,
                                  mlp_matrices=2, biased=False)}
 
   def outer_matmuls(self, decoder_length: int = 0) -> list[tuple[int, int, int]]:
-    """(rows of an example, d_in, d_out) of patch embedding and head."""
+    """[(tokens of an example, d_in, d_out)] of the patch embedding's and the head's matmul."""
     del decoder_length
     patches, pixels = (self.image_size // self.patch_size) ** 2, self.patch_size ** 2
     return [(patches, pixels * self.channels, self.d_model), (1, self.d_model, self.num_classes)]
 
   def batch_shapes(self, batch_size: int, encoder_length: int = 0, decoder_length: int = 0
                    ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch to train on; see data.Dataset for what is in it."""
+    """Shapes and dtypes of a training batch, whose fields data.Dataset describes."""
     del encoder_length, decoder_length
     make = lambda dtype, *dims: jax.ShapeDtypeStruct((batch_size, *dims), dtype)
     return {'image': make(jnp.float32, *self.image_shape), 'label': make(jnp.int32),
@@ -97,7 +101,7 @@ class ViTConfig:
 
   @property
   def image_shape(self) -> tuple[int, ...]:
-    """(height, width, channels) of the input; () of a model that reads no images."""
+    """(height, width, channels) of the input; other families, which read no images, have ()."""
     return (self.image_size, self.image_size, self.channels)
 
   @property
@@ -132,7 +136,7 @@ SIZES = {
 
 
 def config(size: str, **changes) -> ViTConfig:
-  """ViTConfig of a named size, with fields replaced; ConfigError names the sizes there are."""
+  """ViTConfig of a named size, with fields replaced. An unknown size is a ConfigError."""
   check_choice('model size', size, SIZES)
   return ViTConfig(**(SIZES[size] | changes))
 
@@ -146,28 +150,29 @@ class ViT(nnx.Module):
     self.patch_size = config.patch_size
     self.pool = config.head
     self.patch_embed = layers.Dense(config.patch_size**2 * config.channels, D, bias=True,
-                                    init=layers.fan_in_normal(), rngs=rngs)
+                                    init=nn.fan_in_normal(), rngs=rngs)
     if self.pool == 'cls':
-      self.cls = layers.param(layers.zeros, (D,), rngs)
-    self.position_embed = layers.Embed(
-        config.num_tokens, D, init=layers.normal(D**-0.5), rngs=rngs)
+      self.cls = nn.param(nn.zeros, (D,), rngs)
+    self.position_embed = layers.Embed(config.num_tokens, D, init=nn.normal(D**-0.5), rngs=rngs)
+    init = nn.xavier_uniform
     spec = BlockSpec(
-        d_model=D, d_ff=config.d_ff, num_heads=config.num_heads, head_dim=D // config.num_heads,
-        norm=layers.LayerNorm, norm_eps=config.norm_eps, bias=True, gated=False,
-        activation=config.activation, scaled=True, init=layers.xavier_uniform,
-        q_init=layers.xavier_uniform, dropout_rate=config.dropout_rate, attention_dropout_rate=0.0,
-        fused_attention=execution.attention == 'fused')
+        norm=functools.partial(layers.LayerNorm, D, eps=config.norm_eps),
+        attention=AttentionSpec(
+            D, config.num_heads, D // config.num_heads, bias=True, scaled=True, init=init,
+            q_init=init, fused=execution.attention == 'fused'),
+        mlp=nn.MLPSpec(D, config.d_ff, gated=False, activation=config.activation, bias=True,
+                       init=init, dropout_rate=config.dropout_rate),
+        dropout_rate=config.dropout_rate)
     self.encoder = Stack(spec, config.num_layers, config.moe, config.sparse_layers(),
                          execution=execution, rngs=rngs)
-    self.head = layers.Dense(
-        D, config.num_classes, bias=True, init=layers.fan_in_normal(), rngs=rngs)
+    self.head = layers.Dense(D, config.num_classes, bias=True, init=nn.fan_in_normal(), rngs=rngs)
 
   def __call__(self, batch: dict, *, train: bool, keys: jax.Array | None) -> tuple[jax.Array, dict]:
     """Class logits of images.
 
     Args:
       batch: 'image' (B, height, width, C), and 'weight' (B,), 0 for filler examples, which routers
-        take for padding.
+        treat as padding.
       train: chooses the routers' capacity factor.
       keys: (B,) jax keys, one per example; None: no dropout.
 
@@ -176,11 +181,11 @@ class ViT(nnx.Module):
     """
     pooled, aux = self.features(batch, train=train, keys=keys)
     with jax.named_scope('head'):
-      return self.head(pooled, layers.at_least_float32(self.dtype)), aux
+      return self.head(pooled, nn.at_least_float32(self.dtype)), aux
 
   def features(self, batch: dict, *, train: bool,
                keys: jax.Array | None) -> tuple[jax.Array, dict]:
-    """What the head reads, (B, D) in the compute dtype, and aux; arguments as in __call__."""
+    """The head's input, (B, D) in the compute dtype, and aux; arguments as in __call__."""
     with jax.named_scope('patch_embed'):
       x = layers.patches(batch['image'].astype(self.dtype), self.patch_size)
       x = self.patch_embed(x)                                        # (B, L, D)
@@ -191,6 +196,6 @@ class ViT(nnx.Module):
       x = x + self.position_embed.embedding[...].astype(self.dtype)
     with jax.named_scope('encoder'):
       real = jnp.broadcast_to(batch['weight'][:, None] > 0, x.shape[:2])
-      x, aux = self.encoder(x, mask=None, token_mask=real, train=train, keys=keys)
+      x, aux = self.encoder(x, Context(train, real), keys)
       pooled = x[:, 0] if self.pool == 'cls' else x.mean(axis=1)     # (B, D)
     return pooled, {f'encoder/{path}': value for path, value in aux.items()}

@@ -1,4 +1,4 @@
-"""Settings of the MoE blocks of a stack. Sets of them as published are in presets.py."""
+"""MoEConfig: the settings of the MoE layers of a stack. Published ones are in presets.py."""
 
 import dataclasses
 import re
@@ -11,53 +11,55 @@ ROUTERS = ('expert_choice', 'top_k', 'top_p', 'norm')
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-  """MoE blocks of one stack.
+  """MoE layers of one stack.
 
   Which and how large:
     layers: which blocks are sparse: 'none', 'every_2' (the 2nd, 4th, ... as in T5), 'last_6', or
       block numbers from 0 such as '1,3'.
     num_experts: E in each of these blocks.
     experts_per_layer: E of each sparse block from the first to the last, in place of num_experts;
-      empty: all alike.
+      empty: num_experts in all of them.
     granularity: an expert has this many times fewer hidden units than a dense block's MLP
       (fine-grained experts, DeepSeekMoE).
-    shared_experts: this many experts more that see every token, as one MLP, added with weight 1.
+    shared_experts: number of additional experts that process every token, as one MLP, added with
+      weight 1.
 
   Router:
-    router: 'expert_choice' (encoders, ViT; not causal); 'top_k'; 'top_p': as many experts as it
-      takes to reach probability p, at most k; 'norm': the k experts with the largest output norm
-      (no router parameters; runs every expert on every token).
+    router: 'expert_choice' (encoders, ViT; not causal); 'top_k'; 'top_p': the most probable
+      experts until they reach probability p, at most k; 'norm': the k experts with the largest
+      output norm (no router parameters; runs every expert on every token).
     k: experts per token of token choice.
     p: of top_p.
     score: 'softmax' over all experts; 'softmax_of_chosen': over the k chosen (Mixtral); 'sigmoid'.
-    renormalize: make a token's weights sum to 1.
-    weight_scale: factor of all weights, after that.
+    renormalize: divide a token's weights by their sum.
+    weight_scale: factor of all weights, applied last.
     second_threshold: at k = 2 the second expert is used with probability w2 / (w1 + w2) /
       second_threshold while training (GShard 0.5, ST-MoE 0.2), always in evaluation; 0: always.
-    learned_noise: normal noise on logits, its scale learnt per token and expert (Shazeer 2017).
+    learned_noise: normal noise on logits, with a learned scale per token and expert (Shazeer 2017).
     noise_std: normal noise on logits of standard deviation noise_std / E (V-MoE: 1).
     jitter: router inputs times a uniform factor in 1 +- jitter (Switch). Noise and jitter are for
       training only, and the experts never see them.
     router_init_std: standard deviation of the router's normal initialisation.
 
-  Places:
+  Groups, capacity and dispatch:
     capacity_factor: slots per expert = capacity_factor * group tokens / E while training.
-    eval_capacity_factor: the same in evaluation.
-    min_capacity: fewest slots per expert.
-    group_size: tokens routed together, whole sequences or images; 0: each one alone.
+    eval_capacity_factor: capacity_factor in evaluation.
+    min_capacity: lower limit of slots per expert.
+    group_size: tokens of a routing group, whole sequences or images; 0: each sequence or image is a
+      group.
     order: 'choice': all first choices are placed before any second; 'token': token by token.
     batch_priority: tokens with the most probable first choice are placed first (not causal).
     dispatch: 'gather', 'einsum', or 'grouped' (dropless: capacity is not used).
 
   Losses and balance (the losses are means over real tokens, then over the layers that have them):
     balance_weight: load-balance loss, 1 if balanced, whatever k.
-    balance_counts: 'all' choices make up its load, or the 'first' (GShard).
+    balance_counts: whether 'all' choices count in its load, or the 'first' (GShard).
     importance_weight, load_weight: squared coefficients of variation (Shazeer 2017); load needs
       noise.
     z_weight: router z-loss.
-    entropy_weight: entropy of the probabilities, against flat ones (top_p).
+    entropy_weight: entropy of the probabilities, which counters flat ones (top_p).
     bias_rate: step of the bias that balances without a loss (Wang et al. 2024); 0: no bias.
-    dropout_rate: of the experts' hidden activations; negative: the model's.
+    dropout_rate: of the experts' hidden activations; negative: the model's dropout_rate.
   """
   layers: str = 'none'
   num_experts: int = 8
@@ -122,7 +124,6 @@ class MoEConfig:
       self._check_token_choice()
 
   def _check_expert_choice(self):
-    """Expert choice is balanced by construction and has no order of tokens."""
     for key, default in _defaults(TOKEN_CHOICE_ONLY).items():
       check(getattr(self, key) == default, f'moe.{key}', getattr(self, key),
             f'{default!r} with router=expert_choice', TOKEN_CHOICE_ONLY[key])
@@ -166,22 +167,22 @@ class MoEConfig:
 
   @property
   def token_choice(self) -> bool:
-    """Whether tokens choose experts, and not the other way round."""
+    """Whether tokens choose experts, rather than experts tokens."""
     return self.router != 'expert_choice'
 
   @property
   def causal(self) -> bool:
-    """Whether a token's experts, as long as nothing is dropped, depend on no later token."""
+    """Whether a token's experts depend on no later token, as long as nothing is dropped."""
     return self.token_choice and not self.batch_priority
 
   def sparse_layers(self, depth: int, key: str = 'moe') -> dict[int, int]:
     """{block number: E} of a stack of `depth` blocks; ConfigError on a block not in it."""
     layers = self.layers.replace(' ', '')
-    found = re.fullmatch(r'none|(every|last)_(\d+)|\d+(?:,\d+)*', layers)
-    if not found:
+    match = re.fullmatch(r'none|(every|last)_(\d+)|\d+(?:,\d+)*', layers)
+    if not match:
       fail(f'{key}.layers', self.layers, "'none', 'every_2', 'last_6' or '1,3'",
            'Blocks count from 0.')
-    kind, n = found.group(1), int(found.group(2) or 0)
+    kind, n = match.group(1), int(match.group(2) or 0)
     if layers == 'none':
       chosen = []
     elif kind:
@@ -196,6 +197,11 @@ class MoEConfig:
     check(len(experts) == len(chosen), f'{key}.experts_per_layer', self.experts_per_layer,
           f'{len(chosen)} numbers, one per sparse block', 'Or leave it empty and set num_experts.')
     return dict(zip(chosen, experts))
+
+  def slots_per_expert(self, tokens: int, num_experts: int, train: bool) -> int:
+    """C, slots of each expert in a routing group of so many tokens, padding included."""
+    factor = self.capacity_factor if train else self.eval_capacity_factor
+    return routing.expert_capacity(tokens, num_experts, factor, self.min_capacity)
 
   def expert_d_ff(self, d_ff: int, key: str = 'moe') -> int:
     """Hidden units of an expert; ConfigError unless granularity divides d_ff."""
@@ -215,7 +221,7 @@ class MoEConfig:
     return self.group_size // length
 
 
-# Settings that mean nothing to expert choice: a value other than the default is a mistake there.
+# Settings that expert choice does not read: a value other than the default is a mistake there.
 TOKEN_CHOICE_ONLY = {
     'score': 'Experts choose by the softmax over experts.',
     'weight_scale': 'Renormalise instead.',

@@ -17,7 +17,7 @@ from moejax.data import DataConfig
 from moejax.evaluation.evaluate import DecodeConfig
 from moejax.evaluation.few_shot import ProbeConfig
 from moejax.losses import TaskConfig
-from moejax.models.blocks import Execution
+from moejax.models.scan import Execution
 from moejax.models.t5 import T5Config
 from moejax.models.vit import ViTConfig
 from moejax.sharding import MeshConfig

@@ -14,7 +14,7 @@ from moejax.aot import collectives, hlo, report
 from moejax.data import DataConfig
 from moejax.data.config import TextConfig
 from moejax.models import t5
-from moejax.models.blocks import REMAT, Execution
+from moejax.models.scan import REMAT, Execution
 from moejax.moe.layer import MoEConfig
 from moejax.sharding import MeshConfig
 from moejax.train import config as run_config

@@ -16,7 +16,7 @@ from moejax.data import DataConfig
 from moejax.data.config import TextConfig
 from moejax.evaluation.evaluate import DecodeConfig
 from moejax.models import t5, vit
-from moejax.models.blocks import Execution
+from moejax.models.scan import Execution
 from moejax.train import config as run_config
 from moejax.train import memory as forecast
 from moejax.train import parallel, remedies

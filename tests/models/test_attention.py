@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.models import attention, layers
+from moejax import nn
+from moejax.models import attention
 
 RNGS = lambda: nnx.Rngs(params=jax.random.key(0))
 
@@ -16,9 +17,9 @@ def normal(*shape, seed=0):
 
 
 def make_attention(scaled, bias=True, d_model=6, num_heads=2, head_dim=4):
-  return attention.Attention(d_model, num_heads, head_dim, bias=bias, scaled=scaled,
-                             init=layers.fan_in_normal(), q_init=layers.fan_in_normal(),
-                             dropout_rate=0.0, fused=False, rngs=RNGS())
+  init = nn.fan_in_normal()
+  return attention.Attention(attention.AttentionSpec(
+      d_model, num_heads, head_dim, bias=bias, scaled=scaled, init=init, q_init=init), rngs=RNGS())
 
 
 @pytest.mark.parametrize('scaled', [True, False])

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moejax import nn
 from moejax.models import layers
+from moejax.moe.experts import Experts
 
 KEY = jax.random.key(0)
 RNGS = lambda: nnx.Rngs(params=KEY)
@@ -17,8 +19,9 @@ def normal(*shape, seed=0):
 
 
 def make_mlp(d_model=64, d_ff=256, gated=True, bias=False, num_experts=None):
-  return layers.MLP(d_model, d_ff, gated=gated, activation='gelu_tanh', bias=bias,
-                    init=layers.fan_in_normal(), num_experts=num_experts, rngs=RNGS())
+  spec = nn.MLPSpec(d_model, d_ff, gated=gated, activation='gelu_tanh', bias=bias,
+                    init=nn.fan_in_normal())
+  return Experts(spec, num_experts, rngs=RNGS()) if num_experts else layers.MLP(spec, rngs=RNGS())
 
 
 def test_rms_norm():
@@ -48,8 +51,8 @@ def test_norms_sum_in_float32(kind):
 def test_dropout_of_an_example_does_not_depend_on_its_batch():
   keys = jax.random.split(KEY, 6)
   x = normal(6, 50, 20)
-  whole = layers.dropout(x, 0.3, keys)
-  parts = [layers.dropout(x[i:i + 2], 0.3, keys[i:i + 2]) for i in (0, 2, 4)]
+  whole = nn.dropout(x, 0.3, keys)
+  parts = [nn.dropout(x[i:i + 2], 0.3, keys[i:i + 2]) for i in (0, 2, 4)]
   np.testing.assert_array_equal(whole, np.concatenate(parts))
   kept = whole != 0
   np.testing.assert_allclose(whole[kept], x[kept] / 0.7, rtol=1e-6)
@@ -59,8 +62,8 @@ def test_dropout_of_an_example_does_not_depend_on_its_batch():
 
 def test_no_dropout_without_keys_or_rate():
   x = normal(2, 3)
-  assert layers.dropout(x, 0.3, None) is x
-  assert layers.dropout(x, 0.0, jax.random.split(KEY, 2)) is x
+  assert nn.dropout(x, 0.3, None) is x
+  assert nn.dropout(x, 0.0, jax.random.split(KEY, 2)) is x
 
 
 @pytest.mark.parametrize('gated', [True, False])
@@ -107,11 +110,11 @@ def test_mlp_drops_hidden_activations():
 def test_initialisers_have_their_scale():
   shape = (300, 200)
   draw = lambda init: np.asarray(init(KEY, shape, jnp.float32))
-  assert draw(layers.normal(0.3)).std() == pytest.approx(0.3, rel=0.02)
-  cut = draw(layers.fan_in_normal(2.0))
+  assert draw(nn.normal(0.3)).std() == pytest.approx(0.3, rel=0.02)
+  cut = draw(nn.fan_in_normal(2.0))
   assert cut.std() == pytest.approx((2 / 300) ** 0.5, rel=0.02)
   assert np.abs(cut).max() <= 2 * (2 / 300) ** 0.5 / 0.8796
-  even = draw(layers.xavier_uniform)
+  even = draw(nn.xavier_uniform)
   assert even.std() == pytest.approx((2 / 500) ** 0.5, rel=0.02)
   assert np.abs(even).max() == pytest.approx((6 / 500) ** 0.5, rel=0.01)
 
@@ -126,7 +129,7 @@ def test_patches_are_cut_row_by_row():
 
 
 def test_embed_gives_nan_for_an_id_it_does_not_have():
-  embed = layers.Embed(5, 3, init=layers.normal(1.0), rngs=RNGS())
+  embed = layers.Embed(5, 3, init=nn.normal(1.0), rngs=RNGS())
   y = embed(jnp.array([4, 5]), jnp.float32)
   np.testing.assert_array_equal(y[0], embed.embedding[4])
   assert np.isnan(y[1]).all()
@@ -134,5 +137,5 @@ def test_embed_gives_nan_for_an_id_it_does_not_have():
 
 def test_dense_widens_its_sum_on_request():
   x, kernel = jnp.ones((1, 512), jnp.bfloat16), jnp.full((512, 1), 1.001)
-  assert layers.dense(x, kernel).dtype == jnp.bfloat16
-  assert layers.dense(x, kernel, dtype=jnp.float32).dtype == jnp.float32
+  assert nn.dense(x, kernel).dtype == jnp.bfloat16
+  assert nn.dense(x, kernel, dtype=jnp.float32).dtype == jnp.float32

@@ -10,7 +10,7 @@ import pytest
 from moejax import models, trees
 from moejax.config import ConfigError
 from moejax.models import attention, t5, vit
-from moejax.models.blocks import REMAT, Execution
+from moejax.models.scan import REMAT, Execution
 from moejax.moe.layer import MoEConfig
 from moejax.trees import stacking
 from tests.models.helpers import random_params

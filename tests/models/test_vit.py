@@ -10,7 +10,7 @@ import pytest
 from moejax import models, trees
 from moejax.config import ConfigError
 from moejax.models import vit
-from moejax.models.blocks import Execution
+from moejax.models.scan import Execution
 from moejax.moe.layer import MoEConfig
 from tests.models.helpers import made
 

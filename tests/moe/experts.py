@@ -6,12 +6,12 @@ import numpy as np
 from flax import nnx
 
 
-def apply(weights, x, rows=None):
+def apply(weights, x, layout=None):
   """Gated tanh-GELU MLP of each expert, without biases: (E, N, D) -> (E, N, D) in x's dtype.
 
-  With rows (moe.grouped.Rows) x is (P, D), each row for the expert they say.
+  With a layout (grouped_matmul.RowLayout) x is (P, D), and the layout gives each row's expert.
   """
-  matmul = jnp.matmul if rows is None else rows.matmul
+  matmul = jnp.matmul if layout is None else layout.gmm
   w = {name: leaf.astype(x.dtype) for name, leaf in weights.items()}
   hidden = jax.nn.gelu(matmul(x, w['wi_gate']), approximate=True) * matmul(x, w['wi'])
   return matmul(hidden, w['wo'])
@@ -31,7 +31,7 @@ def mlp(weights, x):
 
 
 class Experts(nnx.Module):
-  """What MoELayer asks of its experts: stacked weights, and how to apply them."""
+  """Experts as MoELayer takes them: stacked weights, and a function that applies them."""
   dropout_rate = 0.0
 
   def __init__(self, E, D, F, seed=0):
@@ -41,6 +41,6 @@ class Experts(nnx.Module):
   def weights(self):
     return {name: getattr(self, name)[...] for name in ('wi_gate', 'wi', 'wo')}
 
-  def apply(self, weights, x, drop=None, rows=None):
-    assert drop is None, 'no dropout was asked for'
-    return apply(weights, x, rows)
+  def apply(self, weights, x, drop=None, layout=None):
+    assert drop is None, 'these experts have no dropout'
+    return apply(weights, x, layout)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.moe import balance, routing
+from moejax.moe import balance, routing, telemetry
 
 from .tables import logs, real, token_routing
 
 load_balance = jax.jit(balance.load_balance, static_argnames='first_only')
-load = jax.jit(balance.load, static_argnums=3, static_argnames='exclude_self')
+load = jax.jit(balance.smooth_load, static_argnums=3, static_argnames='exclude_self')
 
 
 def routed(expert, mask=None):
@@ -271,7 +271,7 @@ def test_load_of_ties_and_of_all_experts():
   found = load(logits, logits, 1.0, 1, mask, exclude_self=True)
   np.testing.assert_allclose(found, [cv_squared([normal(0), normal(0), normal(-1)])], rtol=2e-5)
   # k = E: every expert is chosen whatever its noise.
-  loss = lambda clean: balance.load(clean, clean, 1.0, 3, mask, exclude_self=True)[0]
+  loss = lambda clean: balance.smooth_load(clean, clean, 1.0, 3, mask, exclude_self=True)[0]
   value, grad = jax.value_and_grad(loss)(logits)
   assert value == 0
   np.testing.assert_array_equal(grad, 0)
@@ -280,7 +280,7 @@ def test_load_of_ties_and_of_all_experts():
 @pytest.mark.parametrize('exclude_self', [True, False])
 def test_load_gradient_pushes_down_the_busy_expert(exclude_self):
   logits = jnp.asarray([[[1., 0.]]])
-  loss = lambda l: balance.load(l, l, 1.0, 1, real(l), exclude_self=exclude_self)[0]
+  loss = lambda l: balance.smooth_load(l, l, 1.0, 1, real(l), exclude_self=exclude_self)[0]
   grad = np.asarray(jax.jit(jax.grad(loss))(logits))[0, 0]
   density = math.exp(-0.5) / math.sqrt(2 * math.pi)   # of the normal at 1
   if exclude_self:   # P = Phi(1), Phi(-1): loss (2 Phi(1) - 1)^2
@@ -295,7 +295,7 @@ def test_load_gradient_is_finite_when_noise_vanishes():
   clean = jnp.asarray([[[3., -2., 0.]]])
 
   def loss(clean, std):
-    return balance.load(clean, clean, std, 1, real(clean), exclude_self=True)[0]
+    return balance.smooth_load(clean, clean, std, 1, real(clean), exclude_self=True)[0]
 
   for std in (0.0, 1e-30, 1e-3):
     value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(clean, jnp.full((1, 1, 3), std))
@@ -326,10 +326,10 @@ def test_losses_do_not_depend_on_the_order_of_experts_and_asked_follows_it():
     each = [balance.load_balance(probs, tokens, mask),
             balance.load_balance(probs, tokens, mask, first_only=True),
             balance.importance(probs, mask), balance.importance(balance.gates(tokens, 5), mask),
-            balance.load(clean, noisy, 0.2, 2, mask, exclude_self=True),
-            balance.load(clean, noisy, 0.2, 2, mask, exclude_self=False),
+            balance.smooth_load(clean, noisy, 0.2, 2, mask, exclude_self=True),
+            balance.smooth_load(clean, noisy, 0.2, 2, mask, exclude_self=False),
             balance.entropy_penalty(probs, mask), balance.router_z(noisy, mask)]
-    return jnp.stack(each), balance.asked(tokens, 5)
+    return jnp.stack(each), telemetry.choices_per_expert(tokens, 5).sum(0)
 
   old, asked = losses(logits, noisy)
   new, permuted = losses(logits[..., order], noisy[..., order])
@@ -345,7 +345,7 @@ def test_asked_counts_valid_choices_over_groups():
   tokens = token_routing([[2, 0], [1, 0], [0, 1]], [[.6, .4], [.7, .3], [.8, .2]],
                          valid=[[True, True], [True, False], [False, False]])
   two = jax.tree.map(lambda a: jnp.concatenate([a, a]), tokens)
-  found = balance.asked(two, 4)
+  found = telemetry.choices_per_expert(two, 4).sum(0)
   np.testing.assert_array_equal(found, [2, 2, 2, 0])
   assert found.dtype == jnp.float32
 
@@ -364,7 +364,8 @@ def test_bias_balances_a_lopsided_router_without_a_loss():
 
   @jax.jit
   def step(bias):
-    asked = balance.asked(routing.top_k(logits, real(logits), 2, score='sigmoid', bias=bias), 8)
+    choices = routing.top_k(logits, real(logits), 2, score='sigmoid', bias=bias)
+    asked = telemetry.choices_per_expert(choices, 8).sum(0)
     return balance.update_bias(bias, asked, 0.003), asked.max() / asked.mean() - 1   # MaxVio
 
   bias, before = step(jnp.zeros(8))

@@ -103,6 +103,14 @@ def test_settings_that_can_work_are_not(settings):
   MoEConfig(**settings)
 
 
+def test_slots_per_expert():
+  config = MoEConfig(capacity_factor=0.5, eval_capacity_factor=2.0)
+  assert [config.slots_per_expert(8, 4, train) for train in (True, False)] == [1, 4]
+  config = MoEConfig(capacity_factor=0.5, eval_capacity_factor=2.0, min_capacity=3)
+  assert [config.slots_per_expert(8, 4, train) for train in (True, False)] == [3, 4]
+  assert config.slots_per_expert(2, 4, True) == 2   # never more than tokens
+
+
 def test_granularity_divides_the_hidden_units():
   assert MoEConfig(granularity=4).expert_d_ff(64) == 16
   with pytest.raises(ConfigError, match=r'encoder_moe\.granularity: got 5, .*divisor of d_ff = 64'):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError
-from moejax.moe import dispatch, routing
+from moejax.moe import dispatch, placement, routing
 
 from . import experts
 
@@ -40,15 +40,16 @@ class Case:
 
 
 CASES = [
-  Case('expert choice, overlap and unchosen', S=6, C=2),
-  Case('expert choice, renormalised, padding', C=3, padding=0.5, renormalize=True),
+  # Cases share shapes, for one compilation of many.
+  Case('expert choice, overlap and unchosen', C=1),
+  Case('expert choice, renormalised, padding', C=2, padding=0.5, renormalize=True),
   Case('expert choice, all tokens', C=4),
   Case('top-1 with drops', C=1, k=1),
   Case('top-2 with drops and padding', C=1, k=2, padding=0.4),
   Case('top-2 renormalised, no drop', C=4, k=2, renormalize=True),
   Case('every expert', C=4, k=3),
-  Case('one expert', E=1, C=4, k=1, padding=0.4),
-  Case('one expert of limited capacity', E=1, C=2),
+  Case('one expert with drops', E=1, C=2, k=1, padding=0.2),
+  Case('one expert that chooses', E=1, C=2),
   Case('one token', S=1, C=1, k=2),
   Case('all tokens to one expert', C=4, k=1, sort=True),
   Case('all tokens to one expert with drops', C=2, k=1, sort=True),
@@ -71,7 +72,7 @@ def named(*names):
 
 # The loop is slow to differentiate; a few cases settle that it is the definition.
 LOOPED = {False: named('expert choice, overlap and unchosen', 'top-2 with drops and padding',
-                       'one expert', 'one token'),
+                       'one expert with drops', 'one token'),
           True: named('choices taken back, with drops')}
 EVERY = [(way, case) for way in WAYS for case in CASES
          if (way[0] != 'reference' or case in LOOPED[way[1]]) and (case.k or not way[1])]
@@ -84,7 +85,7 @@ def route(case, logits, mask, dropless=False):
   if case.take_back:
     valid = tokens.valid & ((jnp.arange(case.S)[:, None] + jnp.arange(case.k)) % 3 > 0)
     tokens = tokens._replace(valid=valid, weight=jnp.where(valid, tokens.weight, 0.0))
-  return tokens if dropless else routing.place(tokens, case.E, case.C)
+  return tokens if dropless else placement.place(tokens, case.E, case.C)
 
 
 def inputs(case):
@@ -128,9 +129,9 @@ def routed(case, dropless):
 
 @functools.cache
 def differentiated(run):
-  """(routing, x, weights, cotangent, *more) -> (loss, y), gradients; cases of a shape share it."""
-  def objective(weight, x, weights, chosen, cotangent, *more):
-    y = run(chosen._replace(weight=weight), x, weights, experts.apply, *more)
+  """(routing, x, weights, cotangent) -> (loss, y), gradients; cases of a shape share it."""
+  def objective(weight, x, weights, chosen, cotangent):
+    y = run(chosen._replace(weight=weight), x, weights, experts.apply)
     return jnp.sum(y.astype(jnp.float32) * cotangent), y
 
   differentiate = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)
@@ -138,12 +139,11 @@ def differentiated(run):
   return differentiate if run is dispatch.reference else jax.jit(differentiate)
 
 
-def value_and_gradients(run, case, dropless, dtype=jnp.float32, *more):
+def value_and_gradients(run, case, dropless, dtype=jnp.float32):
   """y = run(routing, x, weights, apply), and the gradients of <y, cotangent>, by leaf name."""
   _, x, weights, _, cotangent = inputs(case)
   chosen, pull = routed(case, dropless)
-  (_, y), grads = differentiated(run)(chosen.weight, x.astype(dtype), weights, chosen, cotangent,
-                                      *more)
+  (_, y), grads = differentiated(run)(chosen.weight, x.astype(dtype), weights, chosen, cotangent)
   return {name: np.asarray(leaf) for name, leaf in
           {'y': y, 'logits': pull(grads[0])[0], 'x': grads[1], **grads[2]}.items()}
 
@@ -159,18 +159,28 @@ def processed(case, dropless):
   return holders(routed(case, dropless)[0], case.S, case.E).any(axis=(2, 3, 4))
 
 
-def by_table(chosen, x, weights, apply, hold):
+@functools.partial(jax.jit, static_argnames='dtype')
+def by_table(table, x, weights, cotangent, dtype):
   """The definition: every expert on every token, summed by a (G, S, E) table of weights."""
-  (G, S, D), E = x.shape, hold.shape[2]
-  table = jnp.einsum('GSEAB,GAB->GSE', hold, chosen.weight)
-  out = apply(weights, jnp.broadcast_to(x.reshape(1, G * S, D), (E, G * S, D)))
-  return jnp.einsum('EGSD,GSE->GSD', out.reshape(E, G, S, D), table).astype(x.dtype)
+  def objective(table, x, weights):
+    (G, S, D), E = x.shape, table.shape[-1]
+    out = experts.apply(weights, jnp.broadcast_to(x.reshape(1, G * S, D), (E, G * S, D)))
+    y = jnp.einsum('EGSD,GSE->GSD', out.reshape(E, G, S, D), table).astype(x.dtype)
+    return jnp.sum(y.astype(jnp.float32) * cotangent), y
+  return jax.grad(objective, argnums=(0, 1, 2), has_aux=True)(table, x.astype(dtype), weights)
 
 
 @functools.cache
 def expected(case, dropless, dtype=jnp.float32):
-  hold = holders(routed(case, dropless)[0], case.S, case.E)
-  return value_and_gradients(by_table, case, dropless, dtype, hold)
+  """What value_and_gradients returns for a dispatch."""
+  _, x, weights, _, cotangent = inputs(case)
+  chosen, pull = routed(case, dropless)
+  hold = holders(chosen, case.S, case.E)
+  table = np.einsum('GSEAB,GAB->GSE', hold, chosen.weight)
+  (of_table, of_x, of_weights), y = by_table(table, x, weights, cotangent, dtype)
+  of_weight = np.einsum('GSEAB,GSE->GAB', hold, of_table)
+  return {name: np.asarray(leaf) for name, leaf in
+          {'y': y, 'logits': pull(of_weight)[0], 'x': of_x, **of_weights}.items()}
 
 
 def assert_leaves_close(found, wanted, tolerance):
@@ -224,8 +234,8 @@ def test_tokens_in_no_slot_are_exactly_zero(way, case):
 SCALES = {'scale': jnp.asarray([10.0, 100.0]), 'shift': jnp.asarray([0.0, 1.0])}
 
 
-def scale(weights, x, rows=None):
-  spread = lambda w: w[:, None, None] if rows is None else rows.expand(w[:, None], x.dtype)
+def scale(weights, x, layout=None):
+  spread = lambda w: w[:, None, None] if layout is None else layout.expand(w[:, None], x.dtype)
   return x * spread(weights['scale']) + spread(weights['shift'])
 
 
@@ -276,8 +286,8 @@ def test_token_routing_by_hand(name):
   np.testing.assert_allclose(y[0], [[90.25, 120.25], [0, 0]], rtol=1e-6)
 
 
-def test_a_choice_that_is_not_valid_may_hold_anything():
-  """An expert out of range, a weight that is no number: no effect and no gradient."""
+def test_a_choice_that_is_not_valid_may_have_any_value():
+  """An expert out of range, a weight that is NaN: no effect and no gradient."""
   tokens = routing.TokenRouting(jnp.asarray([[[1, 7], [-3, 0]]], jnp.int32),
                                 jnp.asarray([[[1/4, jnp.nan], [jnp.inf, 1/2]]]),
                                 jnp.asarray([[[True, False], [False, True]]]))
@@ -303,13 +313,13 @@ def test_what_experts_make_of_padding_has_no_effect_and_no_gradient():
   x = jnp.asarray([[[3.0, 4.0], [5.0, 6.0]]])
 
   def total(weight, x, weights, dirty):
-    def apply(weights, buffer, rows):
-      out = scale(weights, buffer, rows=rows)
-      return jnp.where(rows.valid[:, None], out, jnp.nan) if dirty else out
+    def apply(weights, buffer, layout):
+      out = scale(weights, buffer, layout)
+      return jnp.where(layout.valid[:, None], out, jnp.nan) if dirty else out
     return jnp.sum(dispatch.grouped(tokens._replace(weight=weight), x, weights, apply) ** 2)
 
-  clean, dirty = (jax.value_and_grad(total, argnums=(0, 1, 2))(tokens.weight, x, SCALES, dirty)
-                  for dirty in (False, True))
+  differentiate = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), static_argnums=3)
+  clean, dirty = (differentiate(tokens.weight, x, SCALES, dirty) for dirty in (False, True))
   jax.tree.map(np.testing.assert_array_equal, dirty, clean)
   assert np.isfinite(dirty[0]) and dirty[1][0][0, 0, 0] != 0
 
@@ -338,12 +348,13 @@ def test_grouped_refuses_experts_on_several_devices():
     dispatch.grouped(routed(CASES[0], False)[0], x, weights, experts.apply, lambda apply: apply)
 
 
-@pytest.mark.parametrize('way', [way for way in WAYS if way[0] != 'reference'], ids=str)
-@pytest.mark.parametrize('case', named('top-2 with drops and padding',
-                                       'several blocks, with drops'), ids=str)
+@pytest.mark.parametrize('way, case', [
+  *((way, 'top-2 with drops and padding') for way in WAYS[:3]),
+  (('grouped', True), 'several blocks, with drops')], ids=str)
 def test_dispatch_in_bfloat16(way, case):
   """bfloat16 tokens give bfloat16 outputs; gradients of float32 weights stay float32."""
   name, dropless = way
+  case, = named(case)
   found = value_and_gradients(getattr(dispatch, name), case, dropless, jnp.bfloat16)
   assert {name: leaf.dtype for name, leaf in found.items()} == {
     name: jnp.bfloat16 if name in ('y', 'x') else np.float32 for name in found}
@@ -355,7 +366,7 @@ def test_dispatch_in_bfloat16(way, case):
 
 @pytest.mark.parametrize('name', FAST)
 def test_what_many_slots_add_to_a_token_is_added_in_float32(name):
-  """1 and 256 times 1/256 are 2; added one by one in bfloat16 they stay 1. Gradients likewise."""
+  """1 and 256 times 1/256 are 2; added one by one in bfloat16 they stay 1. So do gradients."""
   E = 257
   slots = routing.SlotRouting(
       jnp.zeros((1, E, 1), jnp.int32), jnp.where(jnp.arange(E) == 0, 1, 1 / 256)[None, :, None],
@@ -369,8 +380,8 @@ def test_what_many_slots_add_to_a_token_is_added_in_float32(name):
   assert float(y[0, 0, 0]) == float(gradient[0, 0, 0]) == 2
 
 
-def scale16(weights, x, rows=None):
-  return scale(weights, x, rows).astype(x.dtype)
+def scale16(weights, x, layout=None):
+  return scale(weights, x, layout).astype(x.dtype)
 
 
 @pytest.mark.parametrize('name', FAST)
@@ -385,8 +396,8 @@ def test_dispatch_under_jit_with_swapped_groups(name):
 
 
 @pytest.mark.parametrize('name', FAST)
-def test_tokens_never_chosen_may_hold_anything(name):
-  """A huge token in no slot, padding for instance, touches neither outputs nor gradients."""
+def test_tokens_never_chosen_may_have_any_value(name):
+  """A huge token in no slot, such as padding, changes neither outputs nor gradients."""
   case = CASES[4]
   _, x, weights, mask, cotangent = inputs(case)
   run = differentiated(getattr(dispatch, name))

@@ -2,7 +2,7 @@
 
 The kernels are interpreted, but for JAX_PLATFORMS=cuda pytest ... -k 'numpy or float32' on a GPU.
 
-Dimensions as in test_grouped.
+Dimensions as in test_grouped_matmul.py.
 """
 
 import functools
@@ -19,16 +19,19 @@ from moejax.moe import dispatch, grouped_matmul_gpu, routing
 from . import experts
 from .test_grouped_matmul import compiled, laid_out, naive, operands
 
-LOADS = {'blocks of 16': (70, 90, 40), 'empty experts': (0, 100, 0, 0, 300, 0),
-         'not valid ones': (200, 60, 0, -40), 'all to one': (0, 257, 0),
-         'none valid': (0, 0, -300)}
-KERNEL = 'gpu.triton'   # how a kernel's custom call is named
+# Of one shape: each kernel is interpreted as one compiled program for all.
+LOADS = {'blocks of 16': (70, 90, 140, 0, 0), 'empty experts': (0, 100, 0, 200, 0),
+         'not valid ones': (200, 60, 0, 0, 0, -40), 'all to one': (0, 0, 0, 300, 0),
+         'none valid': (0, 0, 0, 0, 0, -300)}
+KERNEL = 'gpu.triton'   # name of a kernel's custom call
 INTERPRET = jax.default_backend() != 'gpu'
+gmm = jax.jit(functools.partial(grouped_matmul_gpu.gmm, interpret=INTERPRET), static_argnums=(3, 4))
+tgmm = jax.jit(functools.partial(grouped_matmul_gpu.tgmm, interpret=INTERPRET), static_argnums=3)
 
 
 @pytest.mark.parametrize('load', LOADS.values(), ids=LOADS.keys())
 def test_kernels_against_numpy(load):
-  """K and N of two tiles and of one that is not a power of two; what is in no run is never read."""
+  """D of one tile and F of two, neither a power of two times 16; rows of no expert are never read."""
   rows, _, E = laid_out(load)
   b, used = rows.block, int(rows.blocks.sum()) * rows.block
   assert b >= 16
@@ -36,13 +39,11 @@ def test_kernels_against_numpy(load):
   unused = jnp.arange(len(x))[:, None] >= used
   x, g = jnp.where(unused, jnp.nan, x), jnp.where(unused, jnp.nan, g)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
-  close(grouped_matmul_gpu.rows(x, w, rows.blocks, b, 0, interpret=INTERPRET), naive(rows, x, w))
-  close(grouped_matmul_gpu.rows(g, w, rows.blocks, b, 1, interpret=INTERPRET),
-        naive(rows, g, w.swapaxes(1, 2)))
+  close(gmm(x, w, rows.blocks, b), naive(rows, x, w))
+  close(gmm(g, w, rows.blocks, b, True), naive(rows, g, w.swapaxes(1, 2)))
   owner = np.repeat(np.asarray(rows.expert), b)[:used]
   x64, g64 = (np.asarray(a, np.float64)[:used] for a in (x, g))
-  close(grouped_matmul_gpu.matrices(x, g, rows.blocks, b, interpret=INTERPRET),
-        [x64[owner == e].T @ g64[owner == e] for e in range(E)])
+  close(tgmm(x, g, rows.blocks, b), [x64[owner == e].T @ g64[owner == e] for e in range(E)])
 
 
 def test_in_bfloat16_sums_are_float32():
@@ -51,18 +52,14 @@ def test_in_bfloat16_sums_are_float32():
   P, b = len(rows.order), rows.block
   x = jnp.where(jnp.arange(P)[:, None] < 32, 1.0, 2.0**-9).astype(jnp.bfloat16)
   assert b == 16   # each block after the first two gives 1/32; bfloat16 resolves 1/4 at 32
-  found = grouped_matmul_gpu.matrices(jnp.tile(x, 16), jnp.ones((P, 16), jnp.bfloat16),
-                                      rows.blocks, b,
-                               interpret=INTERPRET)
+  found = tgmm(jnp.tile(x, 16), jnp.ones((P, 16), jnp.bfloat16), rows.blocks, b)
   assert found.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(found[0], np.float32), np.full((16, 16), 32.5))
   np.testing.assert_array_equal(np.asarray(found[1], np.float32), np.zeros((16, 16)))
   # Nine tiles of a row sum to 1, 2^-9, 2^-9, ...
   deep = grouped_matmul_gpu.DEPTH_BYTES // 2
   x = jnp.zeros((P, 9 * deep), jnp.bfloat16).at[:, ::deep].set(2.0**-9)
-  y = grouped_matmul_gpu.rows(x.at[:, 0].set(1), jnp.ones((2, x.shape[1], 16), jnp.bfloat16),
-                              rows.blocks,
-                       b, 0, interpret=INTERPRET)
+  y = gmm(x.at[:, 0].set(1), jnp.ones((2, x.shape[1], 16), jnp.bfloat16), rows.blocks, b)
   assert y.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(y[:256], np.float32), np.full((256, 16), 1 + 2.0**-6))
 
@@ -79,8 +76,8 @@ def test_tiles_fit_the_shared_memory(monkeypatch, capability, dtype, columns):
   rows, _, E = laid_out((500, 700))
   assert rows.block == 128
   x, w, g = (a.astype(dtype) for a in operands(rows, E, D=256, F=1024))
-  grouped_matmul_gpu.rows(x, w, rows.blocks, 128, 0)
-  grouped_matmul_gpu.matrices(x, g, rows.blocks, 128)
+  grouped_matmul_gpu.gmm(x, w, rows.blocks, 128)
+  grouped_matmul_gpu.tgmm(x, g, rows.blocks, 128)
   assert grids == [(1024 // columns, len(x) // 128), (8, 2, 2)]
 
 
@@ -88,7 +85,7 @@ def test_wide_tiles_against_numpy(monkeypatch):
   monkeypatch.setattr(grouped_matmul_gpu, '_capability', lambda: (9, 0))
   rows, _, E = laid_out((0, 100, 0, 300))
   x, w, _ = (jnp.asarray(a, jnp.bfloat16) for a in operands(rows, E, D=64, F=512))
-  y = grouped_matmul_gpu.rows(x, w, rows.blocks, rows.block, 0, interpret=INTERPRET)
+  y = grouped_matmul_gpu.gmm(x, w, rows.blocks, rows.block, interpret=INTERPRET)
   np.testing.assert_allclose(np.asarray(y, np.float32), naive(rows, x, w), rtol=2**-8, atol=1e-3)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.moe import balance, routing
+from moejax.moe import balance, placement, routing
 
 from .tables import ODDS, assert_buffers, assert_choices, logs, real
 
@@ -29,20 +29,20 @@ def test_batch_prioritised_order_of_flaxformer_and_vmoe(capacity, expected):
   logits = logs(CROWDED)
   priority = routing.probabilities(logits).max(-1)
   tokens = routing.top_k(logits, real(logits), 2)
-  assert_buffers(routing.place(tokens, 2, capacity, priority=priority), expected)
+  assert_buffers(placement.place(tokens, 2, capacity, priority=priority), expected)
 
 
 def test_order_of_flaxformer_and_vmoe_without_batch_priority():
   logits = logs(CROWDED)
   tokens = routing.top_k(logits, real(logits), 2)
   # e0's first choices t0 t1 (t3 is late), e1's t2; t0's second choice takes e1's last slot.
-  assert_buffers(routing.place(tokens, 2, 2), [{0: 3/5, 1: 2/3}, {2: 4/5, 0: 2/5}])
+  assert_buffers(placement.place(tokens, 2, 2), [{0: 3/5, 1: 2/3}, {2: 4/5, 0: 2/5}])
 
 
 def test_token_order_is_neither():
   logits = logs(CROWDED)
   tokens = routing.top_k(logits, real(logits), 2)
-  assert_buffers(routing.place(tokens, 2, 2, order='token'),
+  assert_buffers(placement.place(tokens, 2, 2, order='token'),
                  [{0: 3/5, 1: 2/3}, {0: 2/5, 1: 1/3}])   # t2 comes too late for its own expert
 
 
@@ -149,12 +149,12 @@ def test_load_loss_of_vmoe():
   # k = 2: both thresholds are 1/2; in units of 1/4: 2 0 -2 -4 and -2 -1 0 1.
   one, two, four = 0.8413447, 0.9772499, 0.9999683   # Phi
   loads = np.array([1.0, 0.5 + (1 - one), (1 - two) + 0.5, (1 - four) + one])
-  found = balance.load(clean, noisy, 1/4, 2, real(clean), exclude_self=False)
+  found = balance.smooth_load(clean, noisy, 1/4, 2, real(clean), exclude_self=False)
   np.testing.assert_allclose(found, [loads.var() / loads.mean()**2], rtol=1e-5)
   # Shazeer's thresholds: 1/4 1/4 1/2 1/2 and 1/2 1/2 1/4 1/4, so 3 1 -2 -4 and -2 -1 1 2.
   three = 0.9986501
   loads = np.array([three + (1 - two), one + (1 - one), (1 - two) + one, (1 - four) + two])
-  found = balance.load(clean, noisy, 1/4, 2, real(clean), exclude_self=True)
+  found = balance.smooth_load(clean, noisy, 1/4, 2, real(clean), exclude_self=True)
   np.testing.assert_allclose(found, [loads.var() / loads.mean()**2], rtol=1e-5)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.moe import balance, routing
+from moejax.moe import placement, routing, telemetry
 
 from .tables import token_routing
 
@@ -20,18 +20,18 @@ ROUTER = [[[1/2, 1/2, 0], [1, 0, 0], [1/3, 1/3, 1/3], [1/3, 1/3, 1/3]],
           [[1/3, 1/3, 1/3], [0, 1/2, 1/2], [1/2, 1/2, 0], [1, 0, 0]]]
 
 
-def telemetry(asked, mask=MASK, index=INDEX, valid=VALID, probs=ROUTER):
+def sums(asked, mask=MASK, index=INDEX, valid=VALID, probs=ROUTER):
   valid = jnp.asarray(valid)
   slots = routing.SlotRouting(jnp.asarray(index, jnp.int32), valid.astype(jnp.float32), valid)
   asked = None if asked is None else jnp.float32(asked)
-  found = jax.jit(balance.telemetry)(
+  found = jax.jit(telemetry.sums)(
     slots, jnp.asarray(probs, jnp.float32), jnp.asarray(mask), asked)
   assert all(v.dtype == jnp.float32 for v in found.values())
   return {name: np.asarray(v) for name, v in found.items()}
 
 
 def test_telemetry_of_token_choice():
-  found = telemetry(asked=7)
+  found = sums(asked=7)
   assert set(found) == {'tokens', 'load', 'assigned', 'dropped', 'unchosen', 'single', 'entropy'}
   assert found['tokens'] == 4
   np.testing.assert_array_equal(found['load'], [2, 1, 1])
@@ -43,7 +43,7 @@ def test_telemetry_of_token_choice():
 
 
 def test_telemetry_of_expert_choice_asks_for_what_it_fills():
-  found = telemetry(asked=None)
+  found = sums(asked=None)
   assert found['assigned'] == 4
   assert found['dropped'] == 0
   np.testing.assert_array_equal(found['load'], [2, 1, 1])
@@ -52,8 +52,8 @@ def test_telemetry_of_expert_choice_asks_for_what_it_fills():
 
 @pytest.mark.parametrize('asked', [None, (6, 2)])
 def test_telemetry_is_additive_over_groups(asked):
-  whole = telemetry(asked and sum(asked))
-  halves = [telemetry(asked and asked[i], MASK[i:i + 1], INDEX[i:i + 1], VALID[i:i + 1],
+  whole = sums(asked and sum(asked))
+  halves = [sums(asked and asked[i], MASK[i:i + 1], INDEX[i:i + 1], VALID[i:i + 1],
                       ROUTER[i:i + 1]) for i in range(2)]
   for name, value in whole.items():
     np.testing.assert_allclose(value, halves[0][name] + halves[1][name], rtol=1e-6)
@@ -61,7 +61,7 @@ def test_telemetry_is_additive_over_groups(asked):
 
 @pytest.mark.parametrize('asked', [None, 0])
 def test_telemetry_of_padding_is_zero(asked):
-  found = telemetry(asked, mask=[[False] * 4] * 2, valid=[[[False] * 2] * 3] * 2)
+  found = sums(asked, mask=[[False] * 4] * 2, valid=[[[False] * 2] * 3] * 2)
   for name, value in found.items():
     np.testing.assert_array_equal(value, np.zeros_like(value), err_msg=name)
 
@@ -77,14 +77,14 @@ def test_telemetry_of_a_router_agrees_with_counting(router):
   else:
     tokens = (routing.top_k(logits, mask, 2) if router == 'top_k' else
               routing.top_p(logits, mask, 0.5, 3))
-    asked = balance.asked(tokens, 4).sum()
-    slots = jax.jit(routing.place, static_argnums=(1, 2))(tokens, 4, 2)
+    asked = telemetry.choices_per_expert(tokens, 4).sum(0).sum()
+    slots = jax.jit(placement.place, static_argnums=(1, 2))(tokens, 4, 2)
   experts_of = np.zeros((3, 10), int)
   load = np.zeros(4)
   for g, e, c in np.argwhere(np.asarray(slots.valid)):
     experts_of[g, slots.index[g, e, c]] += 1
     load[e] += 1
-  found = jax.jit(balance.telemetry)(slots, jax.nn.softmax(logits), mask, asked)
+  found = jax.jit(telemetry.sums)(slots, jax.nn.softmax(logits), mask, asked)
   real = np.asarray(mask)
   np.testing.assert_array_equal(found['load'], load)
   assert found['unchosen'] == ((experts_of == 0) & real).sum() > 0
@@ -103,13 +103,13 @@ def test_telemetry_without_capacity_reads_the_choices():
   tokens = token_routing([[1, 0], [1, 2], [0, 1]], [[.6, .3], [.5, .4], [.5, .3]],
                          valid=[[True, True], [True, False], [False, False]])
   probs = jnp.asarray([[[1/3, 2/3, 0], [0, 1, 0], [1/3, 1/3, 1/3]]], jnp.float32)
-  found = jax.jit(balance.telemetry)(tokens, probs, jnp.asarray([[True, True, False]]))
+  found = jax.jit(telemetry.sums)(tokens, probs, jnp.asarray([[True, True, False]]))
   np.testing.assert_array_equal(found['load'], [1, 2, 0])
   assert {name: float(found[name]) for name in ('tokens', 'assigned', 'dropped', 'unchosen',
                                                 'single')} == {
       'tokens': 2, 'assigned': 3, 'dropped': 0, 'unchosen': 0, 'single': 1}
   # As of slots for everybody.
-  slots = routing.place(tokens, 3, 3)
-  same = balance.telemetry(slots, probs, jnp.asarray([[True, True, False]]),
-                           balance.asked(tokens, 3).sum())
+  slots = placement.place(tokens, 3, 3)
+  same = telemetry.sums(slots, probs, jnp.asarray([[True, True, False]]),
+                        telemetry.choices_per_expert(tokens, 3).sum(0).sum())
   jax.tree.map(np.testing.assert_array_equal, found, same)

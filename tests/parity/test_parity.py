@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moejax.models import attention, layers
+from moejax import nn
+from moejax.models import attention
 from tests.parity import compare, names
 
 
@@ -31,7 +32,7 @@ def test_wrong_gelu_is_seen_in_vit():
 
 
 def test_wrong_gelu_is_seen_in_t5(monkeypatch):
-  monkeypatch.setitem(layers.ACTIVATIONS, 'gelu_tanh', layers.ACTIVATIONS['gelu_erf'])
+  monkeypatch.setitem(nn.ACTIVATIONS, 'gelu_tanh', nn.ACTIVATIONS['gelu_erf'])
   assert compare.errors('t5', compare.load('t5'), gradients=False)['logits'] > 1e-5
 
 

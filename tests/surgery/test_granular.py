@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError
-from moejax.models.layers import ACTIVATIONS
 from moejax.moe import presets
+from moejax.nn import ACTIVATIONS
 from moejax.surgery import upcycle
 from moejax.surgery.config import ExpertInit, Gate
 from moejax.train import initialize

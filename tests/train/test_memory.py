@@ -16,7 +16,7 @@ from moejax.cluster import processes
 from moejax.config import ConfigError
 from moejax.data import DataConfig
 from moejax.models import vit
-from moejax.models.blocks import Execution
+from moejax.models.scan import Execution
 from moejax.moe.layer import MoEConfig
 from moejax.sharding import MeshConfig
 from moejax.train import config as run_config

@@ -20,7 +20,7 @@ from moejax import trees
 from moejax.data import DataConfig
 from moejax.losses import TaskConfig
 from moejax.models import t5, vit
-from moejax.models.blocks import Execution
+from moejax.models.scan import Execution
 from moejax.moe.layer import MoEConfig
 from moejax.sharding import MeshConfig
 from moejax.train import config as run_config

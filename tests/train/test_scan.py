@@ -12,7 +12,7 @@ from configs.upcycle import vit_glyphs_upcycled
 from moejax import models, trees
 from moejax.checkpoints import orbax
 from moejax.config import ConfigError
-from moejax.models.blocks import Execution
+from moejax.models.scan import Execution
 from moejax.train import config as run_config
 from moejax.train import loop, metrics, optimizer
 from moejax.train.parameter_groups import check_stacked
