@@ -25,9 +25,8 @@ from moejax.aot import chips, collectives, hlo, network
 from moejax.aot.network import Network
 from moejax.config import ConfigError, check, fail
 from moejax.sharding import MeshConfig
-from moejax.train import memory as forecast
-from moejax.train import parallel
-from moejax.train.compiled import Step
+from moejax.train import memory, parallel, validate
+from moejax.train.compiled import Programs
 from moejax.train.config import RunConfig
 from moejax.train.plan import Plan
 
@@ -81,27 +80,26 @@ def compile_for(config: RunConfig, slice_name: str) -> tuple[dict[str, Any], str
         "'' with --compile_for", 'The teacher is not compiled.')
   devices = parallel.make('mesh', config.mesh, chips.topology(slice_name).devices)
   started = time.monotonic()
-  step = step_of(config, devices, config.data.scored)
-  lowered = step.lower()
+  programs = programs_of(config, devices, config.data.scored)
+  programs.train.lower()
   traced = time.monotonic()
   try:
-    compiled, needs = forecast.compile_step(step, int(chip.memory), f'--compile_for: {slice_name}',
-                                            lowered)
+    forecast = memory.check(programs, int(chip.memory), f'--compile_for: {slice_name}')
   except jax.errors.JaxRuntimeError as error:
     message = ' '.join(str(error).split())[:500]
     raise ConfigError(f'--compile_for: {slice_name}: the compiler failed: {message}') from error
   seconds = {'trace': traced - started, 'compile': time.monotonic() - traced}
-  program = compiled.as_text()
+  program = programs.train.compiled.as_text()
   text = config.data.text
   work = flops.train_step_flops(config.model, config.data.batch_size, text.encoder_length,
                                 text.decoder_length, dispatch=False) / count
-  total, active = flops.parameters(step.model.shapes, config.model)
+  total, active = flops.parameters(programs.run.model.shapes, config.model)
   return {
       'slice': slice_name, 'chips': count, 'mesh': dict(devices.mesh.shape),
       'execution': dataclasses.asdict(config.execution), 'microbatches': config.microbatches,
       'batch_size': config.data.batch_size,
       'parameters': total, 'parameters_active_per_token': active,
-      'memory': _memory(compiled, needs, chip), **_reading(program, chip, devices, work),
+      'memory': _memory(programs, forecast, chip), **_reading(program, chip, devices, work),
       'seconds': {name: round(value, 1) for name, value in seconds.items()},
       'versions': {'jax': jax.__version__},
   }, program
@@ -130,13 +128,15 @@ def _reading(program: str, chip: chips.Chip, devices, work: float) -> dict[str, 
       'loops_of_unknown_length': len(module.unknown_loops)}
 
 
-def step_of(config: RunConfig, devices, decodes: bool = False) -> Step:
-  """The train step, a single one, for devices that need not be there, from shapes alone.
+def programs_of(config: RunConfig, devices: parallel.MeshParallel, decodes: bool = False
+                ) -> Programs:
+  """Returns the programs of a run, with one step a call, for devices that need not be there.
 
   decodes: whether outputs are decoded at the end of the run.
   """
   config = dataclasses.replace(config, steps_per_call=1)
-  return Step.of(config, Plan.make(config, 0), devices, batch_shapes(config), decodes)
+  return Programs(validate.without_data(config, Plan.make(config, 0), devices,
+                                        batch_shapes(config), decodes))
 
 
 def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -146,13 +146,16 @@ def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
                                    text.decoder_length)
 
 
-def _memory(compiled, needs: forecast.Forecast, chip: chips.Chip) -> dict[str, Any]:
-  """Bytes per chip: of the step, the state and the batch (updated in place), temporaries, the
-  program and all of them; of each other moment that may take more, all; and what there is."""
-  resident, temporary, code = forecast.sizes(compiled)
+def _memory(programs: Programs, forecast: memory.Forecast, chip: chips.Chip) -> dict[str, Any]:
+  """Bytes per chip: of the step's arguments and results, temporaries, code and their sum.
+
+  And of each other phase that may take more, in all; and what a chip has.
+  """
+  resident, temporary, code = memory.sizes(programs.train.compiled)
   return {'resident': resident, 'temporary': temporary, 'code': code,
           'total': resident + temporary + code,
-          'phases': {name: needs.resident + size for name, size in needs.phases.items() if size},
+          'phases': {name: forecast.resident + size
+                     for name, size in forecast.phases.items() if size},
           'available': chip.memory}
 
 
