@@ -22,7 +22,6 @@ from moejax.train.compiled import Program, Programs
 from moejax.train.parameter_groups import untouched
 from moejax.trees import stacking
 
-MIB, GIB = 2**20, 2**30
 WANTED = 3   # remedies in a refusal
 # Share of the room beside the state that a cut batch may fill. Not all in it shrinks with the
 # batch: a sixteenth of ViT-B/16's took 17 % more than a sixteenth of its activations, on a TPU.
@@ -90,19 +89,19 @@ class Forecast:
 
   def __str__(self) -> str:
     """'params 1.2 GiB, optimizer 2.4, gradients 1.2, activations 3.1 = 7.9 of 15.7 GiB'."""
-    number = lambda part: size(part, self.needed).split()[0]
-    names = ['optimizer', *(['teacher'] if self.teacher else []),
+    name, unit = _unit(self.needed)
+    names = ['params', 'optimizer', *(['teacher'] if self.teacher else []),
              *(['gradients', 'activations'] if self.compiled else [])]
-    parts = [f'params {size(self.params, self.needed)}',
-             *(f'{name} {number(getattr(self, name))}' for name in names)]
+    first, *others = (f'{field} {getattr(self, field) / unit:.1f}' for field in names)
     total = self.resident + self.gradients + self.activations
-    text = f'{", ".join(parts)} = {size(total, self.needed)}'
+    text = f'{", ".join([f"{first} {name}", *others])} = {total / unit:.1f} {name}'
     if self.needed > total:
-      text += f', {number(self.needed)} while {max(self.phases, key=self.phases.get)}'
+      phase = max(self.phases, key=self.phases.get)
+      text += f', {self.needed / unit:.1f} while {phase}'
     if self.available is not None:
-      unit = f' {_unit(self.needed)[0]}'
-      text = text.removesuffix(unit) if size(self.available).endswith(unit) else text
-      text += f' of {size(self.available)}'
+      available = size(self.available)
+      text = text.removesuffix(f' {name}') if available.endswith(name) else text
+      text += f' of {available}'
     return text + ('' if self.compiled else ', before gradients and activations')
 
 
@@ -129,85 +128,58 @@ def check(programs: Programs, available: int | None, where: str = 'memory') -> F
 
 def measure(programs: Programs, available: int | None) -> Forecast:
   """Compiles the programs of a run as far as they fit and returns what they take."""
-  state = trees.flatten({'params': programs.shapes.params, 'opt_state': programs.shapes.opt_state})
+  params, opt_state = programs.shapes.params, programs.shapes.opt_state
+  state = trees.flatten({'params': params, 'opt_state': opt_state})
   forecast = Forecast(
-      per_device(programs.shapes.params), per_device(programs.shapes.opt_state),
+      per_device(params), per_device(opt_state),
       saving=per_device(v for k, v in state.items() if stacking.is_stacked(k)),
       teacher=per_device(programs.teacher.shapes) if programs.teacher else 0, available=available)
-  trained = per_device(leaf for path, leaf in trees.flatten(programs.shapes.params).items()
+  trained = per_device(leaf for path, leaf in trees.flatten(params).items()
                        if not untouched(programs.run.config.optimizer, path))
-  for phase in _phases(programs):
+  for phase, program, inputs, copied in _phases(programs):
     if not forecast.fits:
       break
+    beside, scratch, refused = 0, 0, False
     try:
-      arguments, temporary, code = sizes(phase.program.compiled)
-      refused = False
+      arguments, temporary, code = sizes(program.compiled)
+      beside, scratch = arguments - per_device(inputs), temporary + code
     except jax.errors.JaxRuntimeError as error:
-      least = 0 if available is None else available - forecast.resident - phase.copied + 1
-      arguments, temporary, code = phase.inputs, max(_asked_for(error), least), 0
-      refused = True
-    bytes_ = arguments - phase.inputs + temporary + code + phase.copied
-    if phase.name == 'activations':
-      gradients = min(trained, temporary + code)
-      forecast = dataclasses.replace(forecast, gradients=gradients, activations=bytes_ - gradients,
-                                     compiled=True)
-    else:
-      forecast = dataclasses.replace(forecast, **{phase.name: bytes_})
+      least = 0 if available is None else available - forecast.resident - copied + 1
+      scratch, refused = max(_asked_for(error), least), True
+    taken = {phase: copied + beside + scratch}
+    if phase == 'activations':
+      gradients = min(trained, scratch)
+      taken = {'gradients': gradients, 'activations': beside + scratch - gradients,
+               'compiled': True}
+    forecast = dataclasses.replace(forecast, **taken)
     if refused and available is None:   # all that the compiler reports is that there is less
       forecast = dataclasses.replace(forecast, available=forecast.needed - 1)
   return forecast
 
 
-class _Phase(NamedTuple):
-  """A program, the field of Forecast that it is counted in, and what is counted elsewhere.
+def _phases(programs: Programs) -> Iterator[tuple[str, Program, dict, int]]:
+  """Yields the programs that may decide how much memory a run takes, the train step first.
 
-  inputs: bytes of its arguments that are resident. copied: bytes it takes before it is called.
+  Each as (field of Forecast, program, those of its arguments that are counted elsewhere, bytes that
+  it takes before it is called). An evaluation counts where it has more examples or slots at once
+  than the step; decoding also where it keeps what the step computes again, or has single blocks
+  beside the scanned ones.
   """
-  name: str
-  program: Program
-  inputs: int
-  copied: int = 0
-
-
-def _phases(programs: Programs) -> Iterator[_Phase]:
-  """The programs that may decide how much memory a run takes, the train step first."""
-  params = programs.shapes.params
-  yield _Phase('activations', programs.train, per_device(params) + per_device(
-      programs.shapes.opt_state))
+  config, shapes = programs.run.config, programs.shapes
+  examples = config.data.batch_size // config.microbatches
+  more_slots = any(
+      stack.moe.dispatch != 'grouped' and stack.moe.eval_capacity_factor > stack.moe.capacity_factor
+      for stack in config.model.stacks().values())
+  more_kept = config.execution.scan or config.execution.remat != 'none'
+  yield 'activations', programs.train, {'params': shapes.params, 'opt_state': shapes.opt_state}, 0
   if programs.teacher:
-    yield _Phase('teaching', programs.teacher.logits, per_device(programs.teacher.shapes))
-  if evaluates_more(programs.run.config):
-    yield _Phase('evaluation', programs.evaluate, per_device(params))
-  if decodes_more(programs):
-    copied = per_device(leaf for path, leaf in trees.flatten(params).items()
-                        if stacking.is_stacked(path))
-    yield _Phase('decoding', programs.decode, per_device(programs.single.params), copied)
-
-
-def evaluates_more(config: run_config.RunConfig) -> bool:
-  """Whether an evaluation takes more at once than the train step does: examples, or slots."""
-  return (config.data.eval_batch_size * config.microbatches > config.data.batch_size
-          or _more_slots(config))
-
-
-def decodes_more(programs: Programs) -> bool:
-  """Whether decoding may keep what the train step does not.
-
-  That is: more hypotheses than examples, keys and values that the step computes again, or single
-  blocks beside the scanned ones.
-  """
-  config = programs.run.config
-  hypotheses = config.data.eval_batch_size * config.decode.beams * config.microbatches
-  return programs.run.decodes and (
-      hypotheses > config.data.batch_size or config.execution.scan
-      or config.execution.remat != 'none' or _more_slots(config))
-
-
-def _more_slots(config: run_config.RunConfig) -> bool:
-  """Whether experts have more slots in evaluation than in training."""
-  moes = (stack.moe for stack in config.model.stacks().values())
-  return any(moe.dispatch != 'grouped' and moe.eval_capacity_factor > moe.capacity_factor
-             for moe in moes)
+    yield 'teaching', programs.teacher.logits, programs.teacher.shapes, 0
+  if config.data.eval_batch_size > examples or more_slots:
+    yield 'evaluation', programs.evaluate, shapes.params, 0
+  hypotheses = config.data.eval_batch_size * config.decode.beams
+  if programs.run.decodes and (hypotheses > examples or more_slots or more_kept):
+    yield 'decoding', programs.decode, programs.single.params, per_device(
+        leaf for path, leaf in trees.flatten(shapes.params).items() if stacking.is_stacked(path))
 
 
 def per_device(tree: Any) -> int:
@@ -266,11 +238,10 @@ def size(number: int, like: int | None = None) -> str:
 
 
 def _unit(number: int) -> tuple[str, int]:
-  return ('GiB', GIB) if number >= GIB else ('MiB', MIB)
+  return ('GiB', 2**30) if number >= 2**30 else ('MiB', 2**20)
 
 
-@dataclasses.dataclass(frozen=True)
-class Remedy:
+class Remedy(NamedTuple):
   """Settings with which a run takes less memory.
 
   Attributes:
@@ -332,70 +303,72 @@ def changed(programs: Programs, changes: Mapping[str, Any]) -> Programs:
                                         run.teacher))
 
 
-def candidates(programs: Programs, forecast: Forecast) -> Iterator[Remedy]:
-  """Yields what might help, the cheapest first.
+def candidates(programs: Programs, forecast: Forecast) -> list[Remedy]:
+  """Returns what might help, the cheapest first.
 
   What costs time on the network comes before what costs FLOPs, and last what trains differently.
   Blocks are rematerialised under a scan where that is possible: it keeps the compiler from merging
   the two passes again, as it does on CPU.
   """
-  config, platform = programs.run.config, programs.run.devices.mesh.devices.flat[0].platform
-  if programs.teacher and config.steps_per_call > 1:
-    yield Remedy({'steps_per_call': 1}, "logits of one step's examples at a time")
+  run, config, data = programs.run, programs.run.config, programs.run.config.data
   asked = max(forecast.evaluation, forecast.decoding)
-  if asked > forecast.gradients + forecast.activations:
-    parts = _parts(programs, forecast, config.data.eval_batch_size, asked)
-    if parts > 1:
-      yield Remedy({'data.eval_batch_size': config.data.eval_batch_size // parts},
-                   'smaller matmuls while evaluating')
-    if asked == forecast.decoding and config.decode.beams > 1:
-      yield Remedy({'decode.beams': 1}, 'greedy decoding')
-  if config.model.dtype == 'float32' and platform != 'cpu':
-    yield Remedy({'model.dtype': 'bfloat16'}, 'coarser rounding, and faster')
-  scan = {'execution.scan': True} if not config.execution.scan and _can_scan(programs) else {}
-  if scan:
-    yield Remedy(scan, 'no FLOPs; saving copies the blocks')
-  yield from _splits(programs)
-  if config.execution.remat == 'none':
-    yield Remedy({**scan, 'execution.remat': 'dots'}, 'attention and activations computed twice')
-  examples = config.data.batch_size // config.microbatches
+  worst = asked > forecast.gradients + forecast.activations
+  eval_parts = _parts(programs, forecast, data.eval_batch_size, asked)
+  examples = data.batch_size // config.microbatches
   parts = _parts(programs, forecast, examples, forecast.activations, forecast.gradients)
-  if parts > 1:
-    yield Remedy({'microbatches': config.microbatches * parts}, 'no FLOPs; smaller matmuls')
-  if config.execution.remat != 'full':
-    yield Remedy({**scan, 'execution.remat': 'full'}, '+33 % FLOPs at most')
-  if config.optimizer.name == 'adamw':
-    yield Remedy({'optimizer.name': 'adafactor'}, 'trains differently; another rate')
-  if programs.teacher:   # its logits are those of a whole batch, whatever the microbatches
-    parts = max(parts, _parts(programs, forecast, examples, forecast.teaching))
-  if parts > 1:
-    yield Remedy({'data.batch_size': config.data.batch_size // parts}, 'trains differently')
+  # A teacher computes the logits of a whole batch at once, whatever the microbatches.
+  batch_parts = max(parts, _parts(programs, forecast, examples, forecast.teaching)
+                    if programs.teacher else 1)
+  cpu = run.devices.mesh.devices.flat[0].platform == 'cpu'
+  scan = _scan(programs)
+  table = (
+      (programs.teacher and config.steps_per_call > 1, {'steps_per_call': 1},
+       "logits of one step's examples at a time"),
+      (worst and eval_parts > 1, {'data.eval_batch_size': data.eval_batch_size // eval_parts},
+       'smaller matmuls while evaluating'),
+      (worst and asked == forecast.decoding and config.decode.beams > 1, {'decode.beams': 1},
+       'greedy decoding'),
+      (config.model.dtype == 'float32' and not cpu, {'model.dtype': 'bfloat16'},
+       'coarser rounding, and faster'),
+      (scan, scan, 'no FLOPs; saving copies the blocks'),
+      *_splits(programs),
+      (config.execution.remat == 'none', {**scan, 'execution.remat': 'dots'},
+       'attention and activations computed twice'),
+      (parts > 1, {'microbatches': config.microbatches * parts}, 'no FLOPs; smaller matmuls'),
+      (config.execution.remat != 'full', {**scan, 'execution.remat': 'full'},
+       '+33 % FLOPs at most'),
+      (config.optimizer.name == 'adamw', {'optimizer.name': 'adafactor'},
+       'trains differently; another rate'),
+      (batch_parts > 1, {'data.batch_size': data.batch_size // batch_parts}, 'trains differently'),
+  )
+  return [Remedy(changes, cost) for applies, changes, cost in table if applies]
 
 
-def _can_scan(programs: Programs) -> bool:
-  """Whether blocks repeat and may run in one scan."""
+def _scan(programs: Programs) -> dict[str, Any]:
+  """The setting that scans blocks, where they repeat, may run in one scan, and do not yet."""
+  setting = {'execution.scan': True}
+  if programs.run.config.execution.scan:
+    return {}
   try:
-    paths = changed(programs, {'execution.scan': True}).run.model.param_paths
+    paths = changed(programs, setting).run.model.param_paths
   except ConfigError:
-    return False
-  return any(map(stacking.is_stacked, paths))
+    return {}
+  return setting if any(map(stacking.is_stacked, paths)) else {}
 
 
-def _splits(programs: Programs) -> Iterator[Remedy]:
-  """Experts, then all parameters, split over the devices that only the data is split over."""
-  config, shape = programs.run.config, programs.run.devices.mesh.shape
-  pmap = config.parallel == 'pmap'
-  replicas = programs.run.devices.shards if pmap else shape['data']
+def _splits(programs: Programs) -> Iterator[tuple[bool, dict[str, Any], str]]:
+  """Rows of `candidates`: experts, then all parameters, split over devices that hold copies."""
+  run, shape = programs.run, programs.run.devices.mesh.shape
+  pmap = run.config.parallel == 'pmap'
+  copies = run.devices.shards if pmap else shape['data']
   experts = {leaf.shape[0] // shape.get('expert', 1)
-             for path, leaf in trees.flatten(programs.run.model.shapes).items()
-             if '/experts/' in path}
+             for path, leaf in trees.flatten(run.model.shapes).items() if '/experts/' in path}
   for axis, parts, cost in (
-      ('expert', math.gcd(replicas, *experts) if experts else 1, 'tokens sent to their experts'),
-      ('fsdp', replicas, 'parameters gathered where they are used')):
-    if parts > 1:
-      data = {} if config.mesh.data == -1 else {'mesh.data': replicas // parts}
-      yield Remedy({**({'parallel': 'mesh'} if pmap else {}), **data,
-                    f'mesh.{axis}': shape.get(axis, 1) * parts}, cost)
+      ('expert', math.gcd(copies, *experts) if experts else 1, 'tokens sent to their experts'),
+      ('fsdp', copies, 'parameters gathered where they are used')):
+    yield parts > 1, {**({'parallel': 'mesh'} if pmap else {}),
+                      **({} if run.config.mesh.data == -1 else {'mesh.data': copies // parts}),
+                      f'mesh.{axis}': shape.get(axis, 1) * parts}, cost
 
 
 def _parts(programs: Programs, forecast: Forecast, examples: int, takes: int, beside: int = 0
