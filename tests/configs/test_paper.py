@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -18,10 +19,10 @@ from moejax.aot import chips, report
 from moejax.config import ConfigError
 from moejax.sharding import MeshConfig
 from moejax.train import config as run_config
-from moejax.train import initialize, parallel, parameter_groups, plan
+from moejax.train import initialize, parallel, parameter_groups, validate
 from moejax.train.schedule import schedule
-from moejax.train.step import make_train_step
-from moejax.trees import rules, stacking
+from moejax.train.step import StepSettings, make_train_step
+from moejax.trees import stacking
 
 EVERY = sorted(p.stem for p in pathlib.Path('configs/paper').glob('*.py') if p.stem != '__init__')
 NAMES = [name for name in EVERY if name.startswith(('t5_base', 'vit_b16'))]   # as the others
@@ -81,7 +82,8 @@ def dataset_of(config):
 @pytest.mark.parametrize('name, word', RUNS)
 def test_runlocal_fits_its_data(name, word):
   run = resolved(name, word, 'runlocal')
-  assert plan.check_fit(run, dataset_of(run.data), models.build(run.model), 1) == 1
+  one = parallel.make('mesh', MeshConfig(), jax.devices()[:1])
+  assert validate.check_fit(run, dataset_of(run.data), models.build(run.model), one) == 1
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -157,7 +159,7 @@ def test_every_run_has_a_slice_that_its_mesh_and_batches_fill():
     assert run.mesh.data == -1 and count % math.prod(sizes) == 0
     model = models.build(run.model, run.execution)
     rows = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
-    plan.check_batches(run, rows, count // run.mesh.model)
+    validate.check_batches(run, rows, count // run.mesh.model)
     assert (run.mesh.expert > 1) == ('upcycled' in name + word)
     assert any(stacking.is_stacked(path) for path in model.param_paths)
 
@@ -199,10 +201,9 @@ def test_the_train_step_at_the_real_batch_size(name, word):
     model = models.build(run.model)
     shapes = initialize.state_shapes(run, model, devices)
   rows = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
-  step = make_train_step(
-      model, run.optimizer, schedule(run.schedule, run.optimizer.learning_rate, start_step=0,
-                                     end_step=run.steps),
-      task=run.task, microbatches=run.microbatches, examples_per_group=rows, reduce=devices.reduce)
+  step = make_train_step(model, StepSettings(
+      run.optimizer, schedule(run.schedule, run.optimizer.learning_rate, start_step=0,
+                              end_step=run.steps), run.task, run.microbatches, rows))
   with jax.set_mesh(devices.mesh):
     after, objective = jax.eval_shape(step, shapes, report.batch_shapes(run))
   assert objective.shape == ()
@@ -223,8 +224,9 @@ def test_surgery_at_the_real_sizes(name, word, parent):
   """Every leaf of the parent and of the child is accounted for, optimizer slots too."""
   flat = lambda shapes: trees.flatten({'params': shapes.params, 'opt_state': shapes.opt_state})
   source, (run, *_, target) = flat(state_shapes(*parent)[-1]), state_shapes(name, word)
+  reader = types.SimpleNamespace(shapes=source)
+  planned = initialize.plan_surgery(run, target, initialize.Parent(reader, {}, {}))
   target = flat(target)
-  planned = rules.plan(initialize._table(run, source, target), source, target)
   assert {move.target for move in planned.moves} >= set(target)
   fresh = {path for path in planned.fresh if path.startswith('params/')}
   assert fresh == {p for p in target if p.startswith('params/') and '/router/' in p

@@ -15,7 +15,7 @@ from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
 from moejax.sharding import MeshConfig
 from moejax.train import metrics, optimizer, parallel
-from moejax.train.step import TrainState, make_train_step, split
+from moejax.train.step import StepSettings, TrainState, make_train_step, split
 
 B, ROWS = 16, 2
 SGD = optimizer.OptimizerConfig(name='sgd', momentum=0.5, learning_rate=0.1)
@@ -68,8 +68,8 @@ def train(config, way, microbatches=1, steps=3):
   name, mesh = WAYS.get(way, ('mesh', MeshConfig()))
   where = parallel.make(name, mesh, jax.devices() if way in WAYS else jax.devices()[:1])
   model = models.build(config)
-  make = functools.partial(make_train_step, model, SGD, lambda step: jnp.float32(0.1),
-                           microbatches=microbatches, examples_per_group=ROWS)
+  make = functools.partial(make_train_step, model, StepSettings(
+      SGD, lambda step: jnp.float32(0.1), microbatches=microbatches, examples_per_group=ROWS))
   put = lambda x: jax.device_put(x, where.replicated())
   params = where.init(model.init, jax.random.key(0))
   slots = where.init(lambda key: optimizer.init(SGD, model.init(key)), jax.random.key(0))
@@ -78,7 +78,7 @@ def train(config, way, microbatches=1, steps=3):
   window = jax.eval_shape(make(), state, batch(config, 0))[0].window
   zeros = lambda: jax.tree.map(lambda s: put(jnp.zeros(s.shape, s.dtype)), window)
   state = dataclasses.replace(state, window=zeros())
-  step = where.lower(make(reduce=where.reduce), state, where.put(batch(config, 0))).compile()
+  step = where.jit_step(make(reduce=where.reduce), state)
   seen, gradient = [], None
   for n in range(steps):
     state, _ = step(state, where.put(batch(config, n)))
@@ -133,7 +133,7 @@ def test_gradient_accumulation_changes_nothing(way):
 
 def test_split_keeps_groups_whole_and_devices_even():
   rows = {'x': np.arange(16)}
-  parts = np.asarray(split(rows, 2, examples_per_group=2)['x'])
+  parts = np.asarray(split(rows, 2, examples=2)['x'])
   # Groups (0 1) (2 3) (4 5) ... go to the parts in turn.
   np.testing.assert_array_equal(parts, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]])
 
