@@ -143,9 +143,9 @@ def open_probe(config: RunConfig, devices: MeshParallel) -> data.Dataset:
   probe = config.probe
   image = dataclasses.replace(config.data.image, classes=0, augment='none',
                               skip_classes=probe.skip_classes)
-  source = dataclasses.replace(config.data, source=probe.source, image=image, eval_examples=0,
-                               eval_repeats=1)
   try:
+    source = dataclasses.replace(config.data, source=probe.source, image=image, eval_examples=0,
+                                 eval_repeats=1)
     probe_data = open_data(config, source, devices)
   except ConfigError as error:
     raise ConfigError(f'config.probe.source={probe.source}: {error}') from error
