@@ -12,10 +12,11 @@ from moejax import models
 from moejax.checkpoints import orbax
 from moejax.cluster import processes
 from moejax.config import ConfigError
-from moejax.models import t5, vit
+from moejax.models import t5
 from moejax.moe.config import MoEConfig
 from moejax.train import config as run_config
 from moejax.train import loop, metrics
+from tests.train import small
 
 STEPS = 8
 MOE = MoEConfig(layers='last_1', num_experts=2, renormalize=True)
@@ -25,17 +26,9 @@ FILES = ('config.json', 'run.json', 'status.json')
 
 def config(parent='', moe=MOE, **changes):
   """A run of a sparse block on digits, from scratch or continuing a parent."""
-  edited = run_config.default(vit.config('tiny', num_layers=1))
-  edited.data.source, edited.data.image.size = 'digits', 8
-  edited.data.batch_size = edited.data.eval_batch_size = edited.data.eval_examples = 16
-  edited.steps = edited.checkpoint_every = STEPS
-  edited.log_every, edited.eval_every = 2, 4
-  edited.schedule.warmup_steps, edited.eval_splits = 2, ()
-  edited.model.moe.update(dataclasses.asdict(moe))
-  if parent:
-    edited.init.update(mode='continue', parent=str(parent))
-  edited.update_from_flattened_dict(changes)
-  return run_config.resolve(edited)
+  init = {'init.mode': 'continue', 'init.parent': str(parent)} if parent else {}
+  return small.digits(moe, **{'steps': STEPS, 'checkpoint_every': STEPS, 'log_every': 2,
+                              'eval_every': 4, **init, **changes})
 
 
 TRUNK = {'branch_steps': (4,), 'keep_checkpoints': 1, 'data.eval_examples': 48,
@@ -92,10 +85,10 @@ def test_a_probe_that_does_not_exist_is_refused_under_its_name(tmp_path):
 def test_branches_start_where_the_trunk_was_and_end_elsewhere(trunk, tmp_path, capsys):
   """Same parameters, optimizer state, data and rate: the trunk bit for bit until they cool down."""
   path, *_ = trunk
-  wider = dataclasses.replace(MOE, router='top_k', capacity_factor=1.5)
+  routed = dataclasses.replace(MOE, capacity_factor=1.5, z_weight=0.1)   # in training alone
   branch = {'steps': 4, 'schedule.cooldown_steps': 2, 'data.eval_examples': 48}
   printed = {}
-  for name, moe, step in (('early', MOE, 4), ('late', MOE, -1), ('routed', wider, -1)):
+  for name, moe, step in (('early', MOE, 4), ('late', routed, -1)):
     run = config(path, moe, **branch, **{'init.step': step})
     assert loop.run(run, str(tmp_path / name)) == 0
     printed[name] = [x for x in capsys.readouterr().err.splitlines() if x.startswith(OTHERS)]
@@ -106,9 +99,8 @@ def test_branches_start_where_the_trunk_was_and_end_elsewhere(trunk, tmp_path, c
   assert len({long[8, 'validation/loss'], early[8, 'validation/loss'],
               late[12, 'validation/loss']}) == 3
   # A run prints once in which MoE settings its parent differs.
-  assert printed == {'early': [], 'late': [], 'routed': [
-      OTHERS + "model.moe.capacity_factor: 2.0 -> 1.5, model.moe.router: 'expert_choice' -> "
-      "'top_k'"]}
+  assert printed == {'early': [], 'late': [
+      OTHERS + 'model.moe.capacity_factor: 2.0 -> 1.5, model.moe.z_weight: 0.0 -> 0.1']}
 
 
 @pytest.mark.parametrize('moe, init, message', [
