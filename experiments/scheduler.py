@@ -25,7 +25,7 @@ from experiments.jobs import Job
 from experiments.shards import Shard
 from experiments.suite import Run
 from moejax.config import ConfigError
-from moejax.train import files, metrics
+from moejax.train import metrics, workdir
 
 POLL = 0.5        # seconds between looks at the workers
 LOOK = 20.0       # seconds between looks at what other machines do
@@ -267,7 +267,7 @@ def _move_parent(run: Run, path: pathlib.Path, folder: pathlib.Path) -> None:
   """Lets a run that was stopped go on after its folder moved: the parent is the one of its key."""
   file = path / 'config.json'
   if run.parent and file.exists():
-    there = files.read_json(file)
+    there = workdir.read_json(file)
     if there['init']['parent'] != run.parent_path(folder):
       there['init']['parent'] = run.parent_path(folder)
       file.write_text(json.dumps(there, indent=2, sort_keys=True) + '\n')

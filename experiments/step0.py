@@ -31,7 +31,7 @@ from moejax import main as main_lib
 from moejax.config import ConfigError, check, fail
 from moejax.evaluation import evaluate
 from moejax.train import config as run_config
-from moejax.train import initialize, metrics, parallel, plan, workdir
+from moejax.train import initialize, metrics, parallel, plan, validate, workdir
 
 FILE = 'measured.jsonl'
 IN_MEMORY = 2**30   # bytes of a split up to which its batches are made once
@@ -212,7 +212,7 @@ def line(config: run_config.RunConfig) -> dict[str, Any]:
   opened = _open(init.parent, init.step)
   step, splits = opened.reader.step, ('validation', *config.eval_splits)
   program, dataset = _program(config.model, config.parallel, config.mesh), _dataset(config.data)
-  plan.check_fit(config, dataset, program.model, program.devices.shards)
+  validate.check_fit(config, dataset, program.model, program.devices)
   params = initialize.first_params(config, program.model, program.devices, opened)
   final = program.evaluate(params, config.data, splits)
   before = _parent(init.parent, step, run_config.model_of(opened.config, config), config.data,
@@ -264,7 +264,7 @@ class _Program:
 def _program(config: models.Config, mode: str, mesh) -> _Program:
   """Cells that differ in init alone share it."""
   model, devices = models.build(config), parallel.make(mode, mesh)
-  return _Program(model, devices, devices.compile(
+  return _Program(model, devices, devices.jit(
       evaluate.make_eval_step(model.apply, devices.reduce)))
 
 

@@ -1,7 +1,7 @@
-"""What is learnt: from logits and a batch to loss, objective and metrics, as sums.
+"""Losses and metrics of a batch, as sums over tokens.
 
 Sums, never means: token counts differ between devices, microbatches and eval batches, so numerators
-and denominators are added up apart and divided once.
+and denominators are added up separately and divided once.
 
 Dimensions: B batch, L length, V classes or vocabulary.
 """
@@ -18,14 +18,14 @@ from moejax.nn import at_least_float32
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-  """What training minimises in place of plain cross-entropy, which is what stays reported.
+  """The objective of training. The loss that is reported stays plain cross-entropy.
 
   Attributes:
     label_smoothing: probability taken from the target and spread evenly over the V - 1 others.
-    z_loss: weight of log(Z)^2, Z the softmax's normaliser (T5: 1e-4).
+    z_loss: weight of log(Z)^2, Z the normaliser of the softmax (T5: 1e-4).
     distill_weight: share alpha of the teacher's soft targets; the labels keep 1 - alpha (Switch
       section 4.2: 0.25).
-    distill_temperature: T, of student and teacher (Hinton et al. 2015; default our choice).
+    distill_temperature: T of student and teacher (Hinton et al. 2015; the default is our choice).
     teacher: workdir of the finished run that teaches.
   """
   label_smoothing: float = 0.0
@@ -51,22 +51,22 @@ PLAIN = TaskConfig()   # cross-entropy
 
 
 def labels(batch: dict) -> jax.Array:
-  """What the logits of this batch should say: 'target' (B, L) of seq2seq, else 'label' (B,)."""
+  """Returns the right class of each prediction: 'target' (B, L) of seq2seq, else 'label' (B,)."""
   return batch['target'] if 'target' in batch else batch['label']
 
 
 def loss_sums(logits: jax.Array, batch: dict, task: TaskConfig | None = None) -> dict:
-  """Softmax cross-entropy and accuracy, summed over what counts.
+  """Returns softmax cross-entropy and accuracy, summed over targets with weight.
 
   Args:
     logits: (B, L, V) or (B, V).
     batch: with 'target' (B, L) or 'label' (B,), and 'weight' of the same shape: 0 at padding and
-      filler, which then count nowhere. May hold 'teacher_logits', of the shape of logits.
-    task: what is trained on; None, as in evaluation: no 'objective'.
+      filler. May hold 'teacher_logits', of the shape of logits.
+    task: the training objective; None, as in evaluation: no 'objective'.
 
   Returns:
-    float32 scalars, each summed over the batch: 'loss' (nats; plain cross-entropy whatever the
-    task), 'correct' and 'weight'; with a task 'objective', see `objective`; with teacher logits
+    float32 scalars, each summed over the batch: 'loss' (nats; plain cross-entropy for any task),
+    'correct' and 'weight'; with a task 'objective', see `objective`; with teacher logits
     'teacher_agreement' (targets for which student and teacher have the same most probable class)
     and 'teacher_kl' (nats, KL(teacher || student) at temperature 1).
 
@@ -93,10 +93,11 @@ def loss_sums(logits: jax.Array, batch: dict, task: TaskConfig | None = None) ->
 
 
 def objective(logits: jax.Array, batch: dict, task: TaskConfig) -> jax.Array:
-  """What is trained on, per target, not yet weighted.
+  """Returns the training objective of each target, not yet weighted.
 
   (1 - alpha) * smoothed cross-entropy + z_loss * log(Z)^2 + alpha * T^2 * KL(teacher || student),
-  the last at temperature T (Hinton et al. 2015; T^2 keeps its gradient's size independent of T).
+  the last at temperature T (Hinton et al. 2015; T^2 makes the size of its gradient independent of
+  T).
 
   Args:
     logits: (..., V).
@@ -119,10 +120,10 @@ def objective(logits: jax.Array, batch: dict, task: TaskConfig) -> jax.Array:
 
 
 def smoothed_cross_entropy(logits: jax.Array, target: jax.Array, smoothing: float) -> jax.Array:
-  """Cross-entropy with soft targets: 1 - smoothing at the target, smoothing / (V - 1) elsewhere.
+  """Returns cross-entropy with 1 - smoothing at the target and smoothing / (V - 1) elsewhere.
 
   As in t5x (`compute_weighted_cross_entropy`), the entropy of the soft targets is subtracted, so
-  the least value stays 0; gradients do not see that constant.
+  the least value is 0; this constant has no gradient.
 
   Args:
     logits: (..., V), float32 or wider.
@@ -144,9 +145,9 @@ def smoothed_cross_entropy(logits: jax.Array, target: jax.Array, smoothing: floa
 
 
 def soft_targets(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
-  """KL(teacher || student) of softmaxes at `temperature`: (..., V) twice -> (...) nats.
+  """Returns KL(teacher || student) of softmaxes at `temperature`: (..., V) twice -> (...) nats.
 
-  No gradient flows to the teacher.
+  The teacher's logits get no gradient.
   """
   student = jax.nn.log_softmax(_at_least_float32(logits) / temperature)
   teacher = jax.nn.log_softmax(

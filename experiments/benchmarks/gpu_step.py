@@ -6,7 +6,7 @@
     --scale=smoke           tiny ones on any device, to see that it works; into runs/smoke_gpu
     --show                  the table of what is measured, and no more
 
-A cell is the real train step of a run of configs/paper (moejax.train.compiled.Step) in bfloat16,
+A cell is the real train step of a run of configs/paper (moejax.train.compiled) in bfloat16,
 its blocks neither scanned nor rematerialised, on random tokens or images and random weights, at its
 model's batch or the largest half, quarter, ... of it that the forecast finds room for; in a process
 of its own, since the peak of memory is that of a process. Beside it stand its own matmuls and
@@ -43,7 +43,7 @@ from moejax.aot import report
 from moejax.config import ConfigError, check_choice, fail
 from moejax.train import config as run_config
 from moejax.train import memory, metrics, parallel, workdir
-from moejax.train.compiled import Step
+from moejax.train.compiled import Programs
 from moejax.train.step import TrainState
 
 MODULE = 'experiments.benchmarks.gpu_step'
@@ -131,9 +131,9 @@ def cells(scale: Scale) -> list[Cell]:
 
 def measure(cell: Cell, scale: Scale) -> dict[str, Any]:
   """Its line of FILE, but for its key and command. Raises ConfigError if no batch fits."""
-  compiled, step, found = _largest(cell, scale)
-  config, device = step.config, jax.local_devices()[0]
-  (low, took, high), inside = _timed(compiled, step, scale)
+  programs, found = _largest(cell, scale)
+  config, device = programs.run.config, jax.local_devices()[0]
+  (low, took, high), inside = _timed(programs, scale)
   peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
   lengths, own = _parts(config)
   alone = {step_floor.Matmul: 0.0, step_floor.Attend: 0.0}
@@ -144,20 +144,20 @@ def measure(cell: Cell, scale: Scale) -> dict[str, Any]:
     if isinstance(part, step_floor.Attend) and cell.attention == 'fused':
       fused['attention_errors'] = step_floor.errors(part)
   work = flops.train_step_flops(config.model, config.data.batch_size, *lengths, dispatch=False)
-  total, active = flops.parameters(step.model.shapes, config.model)
+  total, active = flops.parameters(programs.run.model.shapes, config.model)
   return {**dataclasses.asdict(cell), 'name': cell.name, 'batch_size': config.data.batch_size,
           'parameters': total, 'parameters_active_per_token': active, 'flops': work,
           'seconds': took, 'low': low, 'high': high, 'matmuls': alone[step_floor.Matmul],
           'attention_alone': alone[step_floor.Attend], 'kernels': inside,
-          'other_bytes': gpu_profile.moved(compiled.as_text()), 'peak_bytes': peak,
+          'other_bytes': gpu_profile.moved(programs.train.compiled.as_text()), 'peak_bytes': peak,
           'forecast': found.as_dict(), **fused, 'device': device_name(device),
           'versions': workdir.versions()}
 
 
 def prepare(cell: Cell, scale: Scale):
   """Compiles what `measure` runs, into JAX's folder of compiled programs."""
-  _, step, _ = _largest(cell, scale)
-  for part in _parts(step.config)[1]:
+  programs, _ = _largest(cell, scale)
+  for part in _parts(programs.run.config)[1]:
     step_floor.prepare(part, cell.attention == 'fused')
 
 
@@ -169,31 +169,30 @@ def _parts(config: run_config.RunConfig
   return lengths, step_floor.parts(config.model, config.data.batch_size, *lengths)
 
 
-def _timed(compiled: jax.stages.Compiled, step: Step, scale: Scale
-           ) -> tuple[list[float], dict[str, float] | None]:
+def _timed(programs: Programs, scale: Scale) -> tuple[list[float], dict[str, float] | None]:
   """Seconds of a step, as parts.per_call, and of its kernels; what it allocated is freed."""
-  batch = step.devices.put(synthetic(step.config))
-  state = random_state(step.shapes)
+  batch = programs.run.devices.put(synthetic(programs.run.config))
+  state = random_state(programs.shapes)
 
   def advance():
     nonlocal state
-    state, marker = compiled(state, batch)
+    state, marker = programs.train(state, batch)
     return marker
   for _ in range(WARM):
     jax.block_until_ready(advance())
   return step_floor.per_call(advance, scale.rounds, scale.least), gpu_profile.per_step(advance)
 
 
-def _largest(cell: Cell, scale: Scale
-             ) -> tuple[jax.stages.Compiled, Step, memory.Forecast]:
+def _largest(cell: Cell, scale: Scale) -> tuple[Programs, memory.Forecast]:
   """Of the largest batch that fits. Raises ConfigError if none does."""
   batch_size = scale.batches[cell.model]
   while True:
     config = cell.config(scale, batch_size)
-    step = report.step_of(config, parallel.make('mesh', config.mesh, jax.local_devices()[:1]))
-    compiled, found = memory.measure(step, memory.free(step.devices))
-    if compiled is not None and found.fits:
-      return compiled, step, found
+    devices = parallel.make('mesh', config.mesh, jax.local_devices()[:1])
+    programs = report.programs_of(config, devices)
+    found = memory.measure(programs, memory.free(devices))
+    if found.fits:
+      return programs, found
     if batch_size <= LEAST_BATCH or not found.compiled:
       fail(cell.name, f'a batch of {batch_size}', 'what the device holds', f'It needs {found}.')
     fixed = found.needed - found.activations   # activations are in proportion to the batch, about

@@ -23,6 +23,7 @@ from moejax import data
 from moejax.train import config as run_config
 from moejax.train import loop
 from moejax.train.plan import Plan
+from moejax.train.validate import validate
 
 CONFIGS = {'configs/pretrain/vit_glyphs.py': vit_glyphs, 'configs/pretrain/t5_stdlib.py': t5_stdlib}
 STEPS = 40   # a round
@@ -31,18 +32,18 @@ STEPS = 40   # a round
 def ratios(config: run_config.RunConfig, rounds: int, tick=lambda: None) -> list[float]:
   """Loader rate over step rate, one number a round, after a round of each to warm up."""
   config = dataclasses.replace(config, steps_per_call=1)
-  program = loop.Program(config, Plan.make(config, 0))
-  program.compile()
-  state, _ = program.step.first_state(None)
-  batch = program.devices.put(program.dataset.train_batch(0))
+  trainer = loop.Trainer(validate(config, Plan.make(config, 0)))
+  trainer.compile()
+  state, _ = trainer.programs.first_state()
+  batch = trainer.devices.put(trainer.dataset.train_batch(0))
   found = []
   for _ in range(rounds + 1):
     started = time.perf_counter()
     for _ in range(STEPS):
-      state, marker = program.train_step(state, batch)
+      state, marker = trainer.train_step(state, batch)
     jax.block_until_ready(marker)
     step_rate = STEPS / (time.perf_counter() - started)
-    found.append(data.throughput(program.dataset, STEPS, threads=True) / step_rate)
+    found.append(data.throughput(trainer.dataset, STEPS, threads=True) / step_rate)
     tick()
   return found[1:]
 

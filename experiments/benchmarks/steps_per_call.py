@@ -32,7 +32,8 @@ from moejax.train import config as run_config
 from moejax.train import loop, metrics, workdir
 from moejax.train.plan import Plan
 from moejax.train.run_log import AHEAD
-from moejax.train.step import join
+from moejax.train.step import join_batches
+from moejax.train.validate import validate
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'results/gpu'
 FILE, PAGE = 'steps_per_call.jsonl', 'steps_per_call.md'
@@ -67,11 +68,11 @@ def config(name: str, per: int, scale: Scale) -> run_config.RunConfig:
 
 def prepare(run: run_config.RunConfig, least: int) -> Callable[[], float]:
   """Compiles; what is returned takes at least so many steps, and says how long one took, in s."""
-  program = loop.Program(run, Plan.make(run, 0))
-  program.compile()
-  state, _ = program.step.first_state(None)
+  trainer = loop.Trainer(validate(run, Plan.make(run, 0)))
+  trainer.compile()
+  state, _ = trainer.programs.first_state()
   per = run.steps_per_call
-  batches = [program.dataset.train_batch(step) for step in range(per)]
+  batches = [trainer.dataset.train_batch(step) for step in range(per)]
   dispatches = -(-least // per)
 
   def advance() -> float:
@@ -79,7 +80,8 @@ def prepare(run: run_config.RunConfig, least: int) -> Callable[[], float]:
     flying = collections.deque()
     started = time.perf_counter()
     for _ in range(dispatches):
-      state, marker = program.train_step(state, program.put(join(batches, program.step.shard)))
+      batch = join_batches(batches, trainer.programs.examples_per_device)
+      state, marker = trainer.train_step(state, trainer.put(batch))
       flying.append(marker)
       if len(flying) > AHEAD:
         jax.block_until_ready(flying.popleft())

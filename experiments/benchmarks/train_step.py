@@ -37,6 +37,7 @@ from moejax.moe.config import MoEConfig
 from moejax.train import config as run_config
 from moejax.train import loop, malloc, metrics, workdir
 from moejax.train.plan import Plan
+from moejax.train.validate import validate
 
 RESULTS = pathlib.Path(__file__).parent.parent / 'results/step_times.jsonl'
 ROUNDS = 15
@@ -144,20 +145,20 @@ def _groups(suites: Iterable[Suite], devices: str, known: Table
 
 def prepare(config: run_config.RunConfig, tick: Callable[[], Any] = lambda: None) -> Advance:
   """Compiles a run's train step and takes the first."""
-  program = loop.Program(config, Plan.make(config, 0))
-  program.compile()
-  state, _ = program.step.first_state(None)
-  batches = [program.put(batch) for batch in itertools.islice(program.train_batches(0), BATCHES)]
+  trainer = loop.Trainer(validate(config, Plan.make(config, 0)))
+  trainer.compile()
+  state, _ = trainer.programs.first_state()
+  batches = [trainer.put(batch) for batch in itertools.islice(trainer.train_batches(0), BATCHES)]
   done = 0
 
   def advance(steps: int) -> int:
     nonlocal state, done
-    dispatches = -(-steps // program.step.steps)
+    dispatches = -(-steps // trainer.programs.steps)
     for _ in range(dispatches):
-      state, marker = program.train_step(state, batches[done % len(batches)])
+      state, marker = trainer.train_step(state, batches[done % len(batches)])
       done += 1
     jax.block_until_ready(marker)
-    return dispatches * program.step.steps
+    return dispatches * trainer.programs.steps
 
   advance(1)
   tick()

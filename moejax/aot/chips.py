@@ -1,7 +1,7 @@
 """TPU chips and slices.
 
-Figures are Google's published ones (cloud.google.com/tpu/docs); bandwidths of links are those that
-"How to Scale Your Model" (jax-ml.github.io/scaling-book, chapters 2 and 3) reckons with.
+Figures are Google's published ones (cloud.google.com/tpu/docs); bandwidths of links are those of
+"How to Scale Your Model" (jax-ml.github.io/scaling-book, chapters 2 and 3).
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip.
+  """A kind of chip.
 
   Attributes:
     flops: bfloat16 operations per second.
-    memory: bytes of HBM that a program may use (what the compiler says is available).
+    memory: bytes of HBM that a program may use (which the compiler reports as available).
     bandwidth: of HBM, bytes per second.
-    link: bytes per second in both directions together, of one link to a neighbour.
+    link: bytes per second of one link to a neighbour, both directions together.
     torus: dimensions of the network: 2 or 3.
   """
   flops: float
@@ -41,7 +41,7 @@ CHIPS = {
 
 
 def parse(slice_name: str) -> tuple[Chip, int]:
-  """'v5p:4x4x8' -> its chip and how many there are. Raises ConfigError."""
+  """Returns the chip of a slice such as 'v5p:4x4x8', and their number. Raises ConfigError."""
   kind, _, shape = slice_name.partition(':')
   check_choice('--compile_for', kind, CHIPS)
   check(bool(re.fullmatch(r'\d+(x\d+)+', shape)), '--compile_for', slice_name,
@@ -50,20 +50,23 @@ def parse(slice_name: str) -> tuple[Chip, int]:
 
 
 def topology(slice_name: str):
-  """jax's description of a slice. Raises ConfigError: no such slice, or no compiler for TPUs.
+  """Returns JAX's description of a slice.
 
-  Fewer than 4 chips are taken as those of one host. Hosts of v4 and v5p have 4, and are not shared.
+  Fewer than 4 chips count as those of one host. Hosts of v4 and v5p have 4, and are not shared.
+
+  Raises:
+    ConfigError: no such slice, or no compiler for TPUs.
   """
   parse(slice_name)
   shape = [int(side) for side in slice_name.partition(':')[2].split('x')]
   hosts = {'chips_per_host_bounds': (shape + [1, 1])[:3]} if math.prod(shape) < 4 else {}
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')           # there is no TPU to ask about
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')   # nor one to fight over
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')           # there is no TPU to query
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')   # nor one to lock
   from jax.experimental import topologies
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=slice_name, **hosts)
-  except Exception as error:   # libtpu raises what it likes
+  except Exception as error:   # libtpu raises errors of many types
     message = ' '.join(str(error).split())[:300]
     raise ConfigError(
-        f'--compile_for: {slice_name}: {type(error).__name__}: {message}. It takes a slice '
-        "that exists, and TPUs' compiler (no TPU): pip install -e '.[tpu]'.") from error
+        f'--compile_for: {slice_name}: {type(error).__name__}: {message}. Give a slice '
+        "that exists, and install the compiler for TPUs: pip install -e '.[tpu]'.") from error

@@ -1,4 +1,4 @@
-"""What the devices of a compiled program tell each other: kinds, bytes, and who takes part."""
+"""The communication of a compiled program: kinds, bytes, and which devices take part."""
 
 import dataclasses
 import math
@@ -17,12 +17,12 @@ class Collective:
 
   Attributes:
     kind: one of KINDS.
-    bytes: of the whole buffer on one device: what comes out of an all-gather, what goes into a
-      reduce-scatter, either elsewhere.
+    bytes: of the whole buffer on one device: the result of an all-gather, the argument of a
+      reduce-scatter, either one elsewhere.
     groups: (groups, devices) numbers of the devices that take part together; of a
-      collective-permute, (pairs, 2) from whom to whom.
+      collective-permute, (pairs, 2) sender and receiver.
     times: how often it runs in a step.
-    scope: where it stems from.
+    scope: path of jax.named_scope and functions that it comes from.
   """
   kind: str
   bytes: float
@@ -32,41 +32,41 @@ class Collective:
 
   @property
   def devices(self) -> int:
-    """How many take part together."""
+    """The number of devices in a group."""
     return self.groups.shape[1]
 
   @property
   def sent(self) -> float:
-    """Bytes that one device has to send in all: (n-1)/n of the buffer, twice for an all-reduce."""
+    """Bytes that one device sends in a step: (n-1)/n of the buffer, twice for an all-reduce."""
     share = 1.0 if self.kind == 'collective-permute' else (self.devices - 1) / self.devices
     return self.bytes * share * self.times * (2 if self.kind == 'all-reduce' else 1)
 
 
 def of(module: Module) -> list[Collective]:
-  """All communication of a step between more than one device."""
-  found = []
+  """Returns all communication of a step between more than one device."""
+  collectives = []
   for instruction, times, computation in module.run():
     inside = module.fused(instruction)
     around = inside or module.computations[computation]
-    for talks in communication(module, instruction):
-      kind, groups = _kind(talks), groups_of(talks.text, module.devices)
+    for part in communication(module, instruction):
+      kind, groups = _kind(part), groups_of(part.text, module.devices)
       devices = groups.shape[1]
-      size = sum(a.bytes for name in talks.operands if name in around for a in around[name].arrays)
+      size = sum(a.bytes for name in part.operands if name in around for a in around[name].arrays)
       if kind == 'all-gather':
         size *= devices
       if inside and 'all-reduce-scatter' in instruction.attribute('calls'):
         kind = 'reduce-scatter'
       if devices > 1:
-        found.append(Collective(kind, size, groups, times, talks.scope or instruction.scope))
-  return found
+        collectives.append(Collective(kind, size, groups, times, part.scope or instruction.scope))
+  return collectives
 
 
 def communication(module: Module, instruction: Instruction) -> list[Instruction]:
-  """The collectives that an operation is, or begins.
+  """Returns the collectives that an operation is, contains or begins.
 
   A TPU fuses collectives into operations: an all-reduce with the slice that each device keeps of
-  it, which is a reduce-scatter; and, in three parts, one that goes on while something else is
-  computed. Of those parts the first counts.
+  it, which is a reduce-scatter; and, in three parts, one that goes on during other computation. Of
+  those parts the first counts.
   """
   inside = module.fused(instruction)
   if not inside:
@@ -74,17 +74,17 @@ def communication(module: Module, instruction: Instruction) -> list[Instruction]
   if (instruction.name.startswith('async-collective-done')
       or instruction.attribute('calls').startswith('async_collective_fusion')):
     return []
-  return [talks for talks in inside.values() if _kind(talks)]
+  return [part for part in inside.values() if _kind(part)]
 
 
 def _kind(instruction: Instruction) -> str:
-  """Which collective this is, or starts; '' if none."""
+  """Returns which of KINDS this is, or starts; '' if none."""
   kind = instruction.opcode.removesuffix('-start')
   return kind if kind in KINDS else ''
 
 
 def groups_of(text: str, devices: int) -> np.ndarray:
-  """Who takes part together: 'replica_groups=...' in any of its notations, or pairs.
+  """Returns which devices take part together, from any notation of replica_groups, or from pairs.
 
   Args:
     text: of a collective.

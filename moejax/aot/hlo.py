@@ -1,7 +1,7 @@
-"""Reads the text of a compiled program: what runs how often, and what it computes and moves.
+"""Reads the text of a compiled program (HLO): how often instructions run, their FLOPs and bytes.
 
-The compiler's own cost analysis counts the body of a loop once; here an instruction counts as often
-as it runs. Sizes are those of one device.
+The cost analysis of the compiler counts the body of a loop once; here an instruction counts as
+often as it runs. Sizes are those of one device.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ import numpy as np
 BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2,
          's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'token': 0, 's2': 0.25,
          'u2': 0.25, 'f4e2m1fn': 0.5, 'c64': 8, 'c128': 16}   # and all others of 8 bits: f8...
-# Opcodes that move and compute nothing by themselves; nor does what ends in -done.
+# Opcodes that move and compute nothing themselves; so do those that end in -done.
 FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'while',
         'call', 'call-start', 'async-start', 'async-update', 'conditional', 'partition-id',
         'replica-id', 'opt-barrier'}
 # Matmuls of bfloat16 that a TPU makes of one of float32.
 PASSES = {'default': 1, 'high': 3, 'highest': 6}
-# Custom calls that only tell the compiler something.
+# Custom calls that are only hints for the compiler.
 HINTS = {'AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound', 'PrepareAsyncCallStart',
          'PrepareAsyncCallDone'}
 
@@ -32,7 +32,7 @@ _ARRAY = re.compile(r'(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """One array of a shape; `near`: it is kept beside the compute units (VMEM), not in HBM."""
+  """One array of a shape; `near`: it is in VMEM, beside the compute units, not in HBM."""
   dtype: str
   dims: tuple[int, ...]
   near: bool
@@ -44,10 +44,10 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line.
+  """One line of the text.
 
   Attributes:
-    name, opcode: as in '%dot.3 = ... dot(...)'.
+    name, opcode: 'dot.3' and 'dot' of '%dot.3 = ... dot(...)'.
     arrays: of the result, several if it is a tuple.
     operands: names.
     text: everything after the operands.
@@ -59,19 +59,19 @@ class Instruction:
   text: str
 
   def attribute(self, key: str) -> str:
-    """The name in 'key=%name', or ''."""
+    """Returns the name in 'key=%name', or ''."""
     match = re.search(rf'\b{key}=%?([\w.\-]+)', self.text)
     return match[1] if match else ''
 
   @property
   def target(self) -> str:
-    """What a custom call calls, or ''."""
+    """The target of a custom call, or ''."""
     match = re.search(r'custom_call_target="([^"]*)"', self.text)
     return match[1] if match else ''
 
   @property
   def scope(self) -> str:
-    """The path of jax.named_scope and functions it stems from."""
+    """The path of jax.named_scope and functions that it comes from."""
     match = re.search(r'op_name="([^"]*)"', self.text)
     return match[1] if match else ''
 
@@ -85,9 +85,9 @@ class Module:
   Attributes:
     computations: {name: {name: Instruction}} in the order in which they run.
     entry: name of the first one.
-    devices: that run it together.
-    unknown_loops: bodies of loops whose length the text does not tell; they count once. Found as
-      the module is run through.
+    devices: number of devices that run it together.
+    unknown_loops: bodies of loops whose length is not in the text; they count once. Filled by
+      `run`.
   """
 
   def __init__(self, text: str):
@@ -107,9 +107,9 @@ class Module:
           current[instruction.name] = instruction
 
   def run(self) -> Iterator[tuple[Instruction, int, str]]:
-    """(instruction, how often it runs, its computation) of whatever runs as an operation.
+    """Yields (instruction, how often it runs, its computation) of all that runs as an operation.
 
-    What is fused into an operation is not listed by itself; see `fused`.
+    Instructions that are fused into an operation are not among them; see `fused`.
     """
     yield from self._run(self.entry, 1)
 
@@ -132,7 +132,7 @@ class Module:
             sum(n * self.bytes(i, c) for i, n, c in ran))
 
   def _length(self, loop: Instruction) -> int:
-    """How often the body of a while runs: jax.lax.scan counts from 0 to a constant."""
+    """Returns how often the body of a while runs: jax.lax.scan counts from 0 to a constant."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
       return int(known[1])
     condition = self.computations.get(loop.attribute('condition'), {})
@@ -146,16 +146,17 @@ class Module:
     return 1
 
   def fused(self, instruction: Instruction) -> dict[str, Instruction]:
-    """The instructions of a fusion's computation; {} of anything else."""
+    """Returns the instructions of a fusion's computation; {} of anything else."""
     if instruction.opcode != 'fusion':
       return {}
     return self.computations.get(instruction.attribute('calls'), {})
 
   def flops(self, instruction: Instruction, computation: str, passes: bool = False) -> float:
-    """2 for each multiplication of a matmul or convolution, those within a fusion included; of a
-    kernel what it declares.
+    """Returns 2 for each multiplication of a matmul or convolution, also within a fusion.
 
-    passes: count those of bfloat16 by which a TPU makes up for precision: 3 at 'high', 6 at
+    A custom kernel counts with the FLOPs that it declares.
+
+    passes: count the passes in bfloat16 by which a TPU reaches precision: 3 at 'high', 6 at
       'highest'.
     """
     inner = self.fused(instruction)
@@ -180,7 +181,8 @@ class Module:
     return times * _convolution_flops(instruction.text, left, right, out)
 
   def bytes(self, instruction: Instruction, computation: str) -> float:
-    """Read from and written to HBM: operands and result, or the parts of them that are touched."""
+    """Returns bytes read from and written to HBM: operands and result, or the parts used of them.
+    """
     if (instruction.opcode in FREE or instruction.opcode.endswith('-done')
         or instruction.target in HINTS):
       return 0
@@ -216,7 +218,7 @@ def _parse(name: str, rest: str) -> Instruction | None:
 
 
 def _until(text: str, end: str) -> str:
-  """What comes before the first `end` that is outside of brackets."""
+  """Returns the text before the first `end` that is outside of brackets."""
   depth = 0
   for place, letter in enumerate(text):
     if letter == end and not depth:
@@ -236,13 +238,13 @@ def _size(dtype: str) -> float:
   """Bytes of an element. Raises ValueError for a type that is not known."""
   size = 1 if dtype.startswith('f8') else BYTES.get(dtype)
   if size is None:
-    raise ValueError(f'cannot tell the size of an array of {dtype!r}; it belongs into '
+    raise ValueError(f'unknown size of an array of {dtype!r}; add the type to '
                      'moejax/aot/hlo.py: BYTES')
   return size
 
 
 def _branches(text: str) -> list[str]:
-  """The computations of a conditional, of which one runs."""
+  """Returns the computations of a conditional, of which one runs."""
   if listed := re.search(r'branch_computations=\{([^}]*)\}', text):
     return [name.strip(' %') for name in listed[1].split(',')]
   return re.findall(r'(?:true|false)_computation=%?([\w.\-]+)', text)
@@ -250,7 +252,8 @@ def _branches(text: str) -> list[str]:
 
 def _touched(inner: dict[str, Instruction], sizes: list[float], result: float
              ) -> tuple[float, float]:
-  """Bytes a fusion reads and writes: of a sliced operand the slice, of an updated one the update.
+  """Returns bytes that a fusion reads and writes: of a sliced operand the slice, of an updated one
+  the update.
 
   Args:
     inner: the fusion's instructions.
@@ -281,7 +284,7 @@ def _touched(inner: dict[str, Instruction], sizes: list[float], result: float
 
 
 def _convolution_flops(text: str, left: tuple, right: tuple, out: tuple) -> float:
-  """FLOPs of a convolution; a TPU runs every matmul as one, batch dimensions as windows."""
+  """Returns FLOPs of a convolution; a TPU runs matmuls as one, batch dimensions as windows."""
   kernel = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', text)
   lhs, rhs, result = kernel.groups()
   spatial = sorted(letter for letter in rhs if letter.isdigit())

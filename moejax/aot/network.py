@@ -1,9 +1,8 @@
-"""How long communication takes on the links of a TPU slice.
+"""Time that communication takes on the links of a TPU slice.
 
 A slice is a grid of chips, each with a link to its neighbours along two or three dimensions; a
-dimension whose ends are linked too is a ring. Bandwidths are those that "How to Scale Your Model"
-(jax-ml.github.io/scaling-book, chapters 2 and 3) reckons with. Whatever else is on the network, and
-latency, is left out.
+dimension whose ends are linked too is a ring. The rules are those of "How to Scale Your Model"
+(jax-ml.github.io/scaling-book, chapters 2 and 3). Latency and other traffic are left out.
 """
 
 import dataclasses
@@ -18,13 +17,13 @@ from moejax.aot.collectives import Collective
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """The links of a slice, and which device of a program is where.
+  """The links of a slice, and the place of each device of a program.
 
   Attributes:
-    link: bytes per second of one link, in both directions together.
+    link: bytes per second of one link, both directions together.
     shape: chips along each dimension.
-    rings: whether each dimension's ends are linked.
-    places: of device n of the program, its coordinates.
+    rings: whether the ends of each dimension are linked.
+    places: coordinates of device n of the program.
   """
   link: float
   shape: tuple[int, ...]
@@ -32,12 +31,11 @@ class Network:
   places: tuple[tuple[int, ...], ...]
 
   def seconds(self, collective: Collective) -> float:
-    """Time of one collective, all its repetitions together.
+    """Returns the time of one collective, all its repetitions together.
 
     All-to-alls and permutes send each message the shortest way, one dimension after the other; the
-    busiest link decides. What is gathered, scattered or added takes all dimensions that a group
-    extends over at once, as `bandwidth` says: V (n-1)/n bytes must reach each device, twice if they
-    are added.
+    busiest link decides. Gathers, scatters and sums use all dimensions that a group extends over at
+    once (see `bandwidth`): of V bytes, V (n-1)/n must reach each device, twice for a sum.
     """
     n, size = collective.devices, collective.bytes
     groups = tuple(map(tuple, collective.groups.tolist()))
@@ -51,11 +49,11 @@ class Network:
     return each * collective.times
 
   def bandwidth(self, group: tuple[int, ...]) -> float:
-    """Bytes per second at which each device of a group can be sent what the others have.
+    """Returns bytes per second at which each device of a group can receive what the others have.
 
-    Every dimension that it extends over adds that of a link, in both directions if the group closes
-    a ring, else in one, as the ends of a line have. If a group takes every k-th chip, k groups
-    share the links.
+    Every dimension that the group extends over adds the bandwidth of a link: both directions if the
+    group closes a ring, else one, as at the ends of a line. If a group takes every k-th chip, k
+    groups share the links.
     """
     total = 0.0
     for size, ring, places in zip(self.shape, self.rings, np.array(
@@ -69,10 +67,10 @@ class Network:
 
   @functools.lru_cache(maxsize=256)   # noqa: B019  as long as the report is made
   def _busiest(self, groups: tuple[tuple[int, ...], ...], all_pairs: bool) -> float:
-    """Messages over the busiest direction of a link.
+    """Returns the number of messages over the busiest direction of a link.
 
     Args:
-      groups: devices that talk to each other.
+      groups: devices that send to each other.
       all_pairs: each sends one to each other device of its group; else the first to the second.
     """
     sources, targets = [], []
@@ -89,7 +87,7 @@ class Network:
     return busiest
 
   def _along(self, dim: int, now: np.ndarray, to: np.ndarray) -> float:
-    """The busiest link when messages go from `now` (N, dims) to the places `to` (N,) along dim."""
+    """Messages over the busiest link when they go from `now` (N, dims) to `to` (N,) along dim."""
     size, ring = self.shape[dim], self.rings[dim]
     line = np.ravel_multi_index(np.delete(now, dim, 1).T, np.delete(self.shape, dim))
     load = np.zeros((math.prod(self.shape) // size, size, 2))
@@ -105,7 +103,7 @@ class Network:
 
 
 def of(chip: Chip, devices) -> Network:
-  """The network of a slice.
+  """Returns the network of a slice.
 
   Args:
     chip: its kind.

@@ -1,4 +1,8 @@
-"""How a process was started among others; it knows nothing of JAX, as the command line reads it."""
+"""How a process was started among others, as the flags of a command line give it.
+
+Apart from processes.py because importing JAX takes a second or more, and a wrong flag is answered
+before that.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,20 +10,20 @@ from collections.abc import Mapping
 from moejax.config import check, check_choice
 
 WAYS = ('auto', 'off', 'tpu', 'slurm', 'flags')
-LEAST_LOST = 5   # several signs of life, which watchdog.EVERY second sends
+LEAST_LOST = 5   # seconds: several signs of life, of which there is one every watchdog.EVERY
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-  """How this process was started, as the command line says; see moejax.main --help.
+  """The flags of moejax.main about processes.
 
   Attributes:
-    distributed: 'tpu' and 'slurm' ask the machine who the others are, 'flags' takes the next three;
-      'auto' chooses, 'off' trains alone whatever the machine says.
+    distributed: 'tpu' and 'slurm' find the others by the environment, 'flags' by the next three;
+      'auto' chooses one of these, 'off' trains alone whatever the environment is.
     coordinator: HOST:PORT of process 0, free there and reached from everywhere.
-    processes, process: how many there are, and which this is.
-    join_seconds: to wait for all to start.
-    lost_seconds, stall_seconds: see Watchdog; lost_seconds=0: none.
+    processes, process: how many there are, and the index of this one.
+    join_seconds: seconds to wait for all to start.
+    lost_seconds, stall_seconds: see Watchdog; lost_seconds=0: no watchdog.
   """
   distributed: str = 'auto'
   coordinator: str = ''
@@ -47,10 +51,10 @@ class Launch:
       check(getattr(self, name) >= 1, f'--{name}', getattr(self, name), '>= 1', 'Give seconds.')
     check(self.lost_seconds == 0 or self.lost_seconds >= LEAST_LOST, '--lost_seconds',
           self.lost_seconds, f'0, or >= {LEAST_LOST}',
-          'Processes send a sign of life a second; 0: nobody looks.')
+          'Processes send a sign of life a second; 0: no watchdog.')
 
   def way(self, environment: Mapping[str, str]) -> str:
-    """'off', 'tpu', 'slurm' or 'flags': what 'auto' is on a machine with these variables."""
+    """Returns 'off', 'tpu', 'slurm' or 'flags': what 'auto' chooses in this environment."""
     if self.distributed != 'auto':
       return self.distributed
     if self.coordinator:

@@ -1,8 +1,8 @@
 """Several processes, usually one a host, that train one model together.
 
-How they find each other (`join`), stop at the same step, and check that they were given the same
-things (`Hosts`); that one of them is gone is noticed by watchdog.py. A single process has all of
-this too, and there it does nothing.
+`join` makes them find each other. `Hosts` lets them stop at the same step and checks that all were
+given the same config, data and folder; with a single process it does nothing. watchdog.py notices
+that one of them is gone.
 """
 
 import collections
@@ -25,24 +25,24 @@ from jax.sharding import PartitionSpec as P
 from moejax.cluster.launch import Launch
 from moejax.cluster.watchdog import LOST, Watchdog
 from moejax.config import ConfigError, check, fail
-from moejax.train.run_log import AHEAD
 
+AHEAD = 2      # calls of the train step that may be on the devices while the next is prepared
 PATIENCE = 5   # seconds in which the watchdog may end this process instead
-GRACE = 30     # seconds beyond --join_seconds after which JAX would abort, with no word to people
+GRACE = 30     # seconds beyond --join_seconds after which JAX aborts the process, with no reason
 
 
 class NotAllCame(ConfigError):
-  """Not all processes came in time; when they are started again they may."""
+  """Not all processes came in time; started again, they may."""
 
 
 def join(launch: Launch) -> 'Hosts':
-  """Meets the other processes; call it before anything else of JAX.
+  """Connects to the other processes; must come before all other use of JAX.
 
-  When launch.join_seconds are over the process ends: exit code LOST, and a line.
+  After launch.join_seconds the process ends with exit code LOST and one line of why.
 
   Raises:
     NotAllCame: they could not be reached.
-    ConfigError: this machine does not know of any.
+    ConfigError: the environment names no other process.
   """
   way = launch.way(os.environ)
   if way == 'off':
@@ -58,8 +58,8 @@ def join(launch: Launch) -> 'Hosts':
   elif any(name.startswith(('SLURM_', 'OMPI_')) for name in os.environ):   # JAX asks these first
     known = {'cluster_detection_method':
              'gketpu' if 'TPU_WORKER_HOSTNAMES' in os.environ else 'gcetpu'}
-  # JAX's own service would take SIGTERM, and nobody asks it: until training watches for signals
-  # (progress.stop_signals), one ends this process, and the watchdogs of the others tell them.
+  # JAX's preemption service catches SIGTERM, but nothing here reads what it notes. Without it,
+  # SIGTERM ends this process until the train loop listens (run_log.stop_signals).
   jax.config.update('jax_enable_preemption_service', False)
   late = threading.Timer(launch.join_seconds, _give_up, [_absent(launch, way, 'not all came')])
   late.daemon = True
@@ -86,94 +86,100 @@ def _absent(launch: Launch, way: str, why: str) -> str:
 
 def _give_up(why: str) -> None:
   print(f'moejax: {why}', file=sys.stderr, flush=True)
-  os._exit(LOST)   # JAX is waiting, and would end this process by an abort
+  os._exit(LOST)   # JAX is waiting, and would abort
 
 
 def _watchdog(launch: Launch) -> Watchdog:
-  """Tells all where process 0 listens, and starts one."""
+  """Starts the watchdog of this process; process 0 sends the others its address."""
   process, listener = jax.process_index(), None
-  told = np.zeros(6, np.int32)
+  reach = np.zeros(6, np.int32)   # IPv4 address, port, token
   if process == 0:
     both = socket.has_dualstack_ipv6()   # IPv4 and IPv6
     listener = socket.create_server(('', 0), dualstack_ipv6=both,
                                     family=socket.AF_INET6 if both else socket.AF_INET)
-    told[:4] = [int(part) for part in _own_address().split('.')]
-    told[4:] = listener.getsockname()[1], random.SystemRandom().randrange(2**31)
-  *address, port, token = map(int, multihost_utils.broadcast_one_to_all(told))
+    reach[:4] = [int(part) for part in _own_address().split('.')]
+    reach[4:] = listener.getsockname()[1], random.SystemRandom().randrange(2**31)
+  *address, port, token = map(int, multihost_utils.broadcast_one_to_all(reach))
   host = launch.coordinator.rpartition(':')[0].strip('[]') or '.'.join(map(str, address))
   return Watchdog(process, jax.process_count(), listener, (host, port), token,
                   launch.lost_seconds, launch.stall_seconds)
 
 
 def _own_address() -> str:
-  """This host's address where packets for others leave it; nothing is sent."""
-  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way_out:
+  """Returns the address from which this host sends to others; sends nothing."""
+  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outgoing:
     try:
-      way_out.connect(('10.255.255.255', 1))
-      return way_out.getsockname()[0]
+      outgoing.connect(('10.255.255.255', 1))
+      return outgoing.getsockname()[0]
     except OSError:
       return '127.0.0.1'
 
 
 def digests(value: str) -> np.ndarray:
-  """(processes, 2) int32: what each process gave, to be told apart. All have to call it."""
+  """Returns hashes of `value` from all processes, (processes, 2) int32.
+
+  Collective: every process must call it.
+  """
   digest = np.frombuffer(hashlib.sha256(value.encode()).digest()[:8], np.int32)
   return multihost_utils.process_allgather(digest)
 
 
 class Hosts:
-  """This process among those that train together; all of them call the same methods in order.
+  """The processes that train together, seen from this one.
+
+  Collective: every process must call `stop` and `same` in one order.
 
   Args:
-    watchdog: of several processes, or None.
+    watchdog: of this process, if there are several, or None.
   """
 
   def __init__(self, watchdog: Watchdog | None = None):
     self.process, self.processes = jax.process_index(), jax.process_count()
     self._watchdog = watchdog
-    self._asked = collections.deque()
+    self._signals = collections.deque()
     if self.processes > 1:
       first = {d.process_index: d for d in reversed(jax.devices())}
       mesh = Mesh([first[n] for n in range(self.processes)], ('process',))
-      self._each = NamedSharding(mesh, P('process'))
-      self._most = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+      self._by_process = NamedSharding(mesh, P('process'))
+      self._max = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
 
   def moved(self, at: str) -> None:
-    """This process got further, to `at`: 'training, step 12'."""
+    """Notes that this process got further, to `at`, such as 'training, step 12'."""
     if self._watchdog:
       self._watchdog.moved(at)
 
   def stop(self, signal: int | None) -> int | None:
-    """The signal to stop for after this step, or None: the same answer in all processes.
+    """Returns the signal to stop for, or None; all processes get the same answer.
 
-    Call it once a dispatch, which is one step or several. With several processes it is what any of
-    them was told AHEAD calls ago, so that nobody waits for this one's steps to end.
+    Call it after each call of the train step. With several processes the answer is the largest
+    signal that any of them had received AHEAD calls ago, so that none waits for steps to end.
 
     Args:
-      signal: what this process was told, or None.
+      signal: what this process has received, or None.
     """
     if self.processes == 1:
       return signal
-    told = np.array([signal or 0], np.int32)
-    self._asked.append(self._most(jax.make_array_from_process_local_data(self._each, told)))
-    return (int(self._asked.popleft()) or None) if len(self._asked) > AHEAD else None
+    own = np.array([signal or 0], np.int32)
+    self._signals.append(self._max(
+        jax.make_array_from_process_local_data(self._by_process, own)))
+    return (int(self._signals.popleft()) or None) if len(self._signals) > AHEAD else None
 
   def same(self, key: str, value: str, fix: str) -> None:
-    """Raises ConfigError, naming processes, if `value` is not the same in all of them.
+    """Raises ConfigError, naming processes, if `value` differs between them.
 
     key: what it is, for the message; fix: what to do about it.
     """
     if self.processes == 1:
       return
-    all_ = digests(value)
-    others = [n for n in range(self.processes) if (all_[n] != all_[0]).any()]
+    hashes = digests(value)
+    others = [n for n in range(self.processes) if (hashes[n] != hashes[0]).any()]
     if others:
       fail(key, f'another in process {", ".join(map(str, others))} than in process 0',
            'the same in all', fix)
 
   @contextlib.contextmanager
   def leaving(self):
-    """Around all that processes do together: an error in one of them ends all, each at once."""
+    """Context of all that processes do together: an error in one of them ends all at once."""
     if not self._watchdog:
       yield
       return
@@ -183,11 +189,11 @@ class Hosts:
       if isinstance(error, ConfigError):
         print(f'moejax: {error}', file=sys.stderr)
       elif not isinstance(error, KeyboardInterrupt):
-        time.sleep(PATIENCE)   # if a collective failed, the watchdog knows whose end it was
+        time.sleep(PATIENCE)   # if a collective failed, the watchdog knows which process ended
         traceback.print_exc()
       self._watchdog.leave(_why(error))
       sys.stdout.flush()
-      os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)   # JAX would wait for the others
+      os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)   # else JAX waits for the others
     self._watchdog.leave()
 
 

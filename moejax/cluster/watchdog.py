@@ -1,19 +1,25 @@
 """Notices that one of several processes is gone or hangs, and ends the others.
 
-A collective waits for all, so when one process dies or hangs the others would wait for as long as
-their transport lets them, and none could say for whom. Beside them, every process tells process 0
-once a second over TCP that it lives and where it is; process 0 answers. Whoever sees trouble says
-what it is and ends its process, whatever its other threads wait for:
+A collective waits for all processes, so when one dies or hangs the others wait for as long as their
+transport allows, and none knows for which. Therefore every process sends process 0 a sign of life
+once a second over TCP, with where it is; process 0 answers. A process that sees trouble prints one
+line about it and ends, whatever its other threads wait for:
 
   a process that died            at once, by its closed connection
-  a host that died or froze      `lost` seconds after it was last heard of
-  a process that hangs           `stall` seconds after any of them last got further
-  a process that failed          once it has said of what
+  a host that died or froze      `lost` seconds after its last sign of life
+  a process that hangs           `stall` seconds after any process last got further
+  a process that failed          once it has sent why
 
-with exit code LOST, but for the last: then with FAILED, as what it failed of may well come again.
+with exit code LOST, which tells a scheduler to start again; for the last with FAILED, since what it
+failed of is likely to happen again.
 
-One JSON object a line: {'token', 'process', 'host', 'at', 'count'} from a process, in its last one
-also 'failed' or 'done'; {} from process 0, in the end {'trouble', 'code', 'grace'} or {'done'}.
+JAX's own heartbeats (jax.distributed) do not suffice. A process whose peer is gone is aborted after
+100 seconds, with SIGABRT and a stack trace, so a scheduler cannot tell a lost machine from a bug;
+the message names a task, but neither its host nor its step; and a process that hangs beats on.
+
+Messages are one JSON object a line: {'token', 'process', 'host', 'at', 'count'} from a process, in
+its last one also 'failed' or 'done'; {} from process 0, in the end {'trouble', 'code', 'grace'} or
+{'done'}.
 """
 
 import contextlib
@@ -32,37 +38,46 @@ LOST = 75        # EX_TEMPFAIL of sysexits.h: the same command again may well su
 FAILED = 1
 EVERY = 1.0      # seconds between signs of life
 LAST = 1.0       # seconds by which process 0 outlives the others: JAX aborts them when it is gone
-GRACE = 3.0      # seconds for a process to say itself why it failed, as another just did
+GRACE = 3.0      # seconds in which a process may still report that it failed of the same
 AGAIN = 'Start the same command again on all hosts: it goes on from the last checkpoint.'
 
 
 def end_process(trouble: str, code: int) -> None:
-  """Says what is wrong and ends this process, from whichever thread."""
+  """Prints what is wrong and ends this process, from any thread."""
   print(f'\nmoejax: {trouble}', file=sys.stderr, flush=True)
   os._exit(code)
 
 
 @dataclasses.dataclass
 class Peer:
-  """What process 0 knows of another."""
+  """Another process, as process 0 knows it.
+
+  Attributes:
+    host: its name.
+    at: where it is: 'training, step 12'.
+    count: how often it got further.
+    heard, moved: time.monotonic of its last sign of life, and of when `count` last grew.
+  """
   host: str
   at: str
   count: int
-  heard: float   # when, by time.monotonic
-  moved: float   # when `count` last grew
+  heard: float
+  moved: float
 
 
 class Watchdog:
-  """One process's end.
+  """Watches over the processes from one of them.
+
+  Many parameters: they are what two processes must agree on to talk to each other.
 
   Args:
-    process, processes: which this is, of how many.
-    listener: process 0's listening socket; None elsewhere.
-    address: (host, port) where that is reached.
-    token: a number that all share, so that a stranger at the port is not taken for one of them.
+    process, processes: index of this one, and how many there are.
+    listener: the listening socket of process 0; None elsewhere.
+    address: (host, port) of that socket.
+    token: a number that all share; a connection without it is a stranger's.
     lost: seconds without a sign of life after which a process counts as lost.
     stall: seconds without progress of any process after which they count as hanging.
-    end: what to do about trouble; called once, with what it is and an exit code.
+    end: called once if there is trouble, with its description and an exit code.
 
   Raises:
     ConfigError: process 0 cannot be reached.
@@ -88,28 +103,28 @@ class Watchdog:
       self._start(self._listen)
 
   def moved(self, at: str) -> None:
-    """This process got further, to `at`: 'training, step 12'."""
+    """Notes that this process got further, to `at`, such as 'training, step 12'."""
     self._at, self._count, self._moved = at, self._count + 1, time.monotonic()
 
   def leave(self, failed: str = '') -> None:
-    """The last word of this process: it is done, or what it failed of, which ends the others."""
+    """Sends that this process is done, or why it failed, which ends the others."""
     if self._listener and not failed:
       self._wait_for_all()
     with self._lock:
       trouble = self._over.is_set()
       self._over.set()
-    if trouble:   # another thread is about to end this process, and to say why
+    if trouble:   # another thread is about to end this process, and prints why
       time.sleep(GRACE + 2 * LAST)
       return
     if not self._listener:
       with contextlib.suppress(OSError):
         _send(self._to_zero, self._sign() | ({'failed': failed} if failed else {'done': True}))
     elif failed:
-      self._tell_all({'trouble': f'{self._name(0)} stopped: {failed}', 'code': FAILED,
+      self._send_all({'trouble': f'{self._name(0)} stopped: {failed}', 'code': FAILED,
                       'grace': GRACE})
       time.sleep(GRACE + LAST)
     else:
-      self._tell_all({'done': True})
+      self._send_all({'done': True})
 
   def _start(self, target: Callable, *args) -> None:
     threading.Thread(target=target, args=args, daemon=True).start()
@@ -123,7 +138,7 @@ class Watchdog:
         return
       self._over.set()
     if self._listener:
-      self._tell_all({'trouble': what, 'code': code, 'grace': grace})
+      self._send_all({'trouble': what, 'code': code, 'grace': grace})
       time.sleep(grace + LAST)
     self.end(what, code)
 
@@ -136,20 +151,20 @@ class Watchdog:
         self._start(self._follow, connection)
 
   def _follow(self, connection: socket.socket) -> None:
-    """Reads what one process says until it leaves."""
+    """Reads the messages of one process until it leaves."""
     process = None
-    for said in _lines(connection):
-      if said.get('token') != self.token:   # not one of ours
+    for message in _messages(connection):
+      if message.get('token') != self.token:   # a stranger
         break
       if process is None:
-        process = said['process']
+        process = message['process']
         self._connections.append(connection)
-      self._heard(said)
-      if said.get('done'):
+      self._heard(message)
+      if message.get('done'):
         self._left.add(process)
         return
-      if 'failed' in said:
-        self._trouble(f'{self._name(process)} stopped: {said["failed"]}', FAILED, GRACE)
+      if 'failed' in message:
+        self._trouble(f'{self._name(process)} stopped: {message["failed"]}', FAILED, GRACE)
         return
       with contextlib.suppress(OSError):
         _send(connection, {})
@@ -158,15 +173,15 @@ class Watchdog:
     else:
       self._trouble(f'{self._name(process)} is gone: its connection closed. {AGAIN}')
 
-  def _heard(self, said: dict) -> None:
+  def _heard(self, sign: dict) -> None:
     now = time.monotonic()
     with self._lock:
-      before = self._peers.get(said['process'])
-      moved = now if before is None or said['count'] > before.count else before.moved
-      self._peers[said['process']] = Peer(said['host'], said['at'], said['count'], now, moved)
+      before = self._peers.get(sign['process'])
+      moved = now if before is None or sign['count'] > before.count else before.moved
+      self._peers[sign['process']] = Peer(sign['host'], sign['at'], sign['count'], now, moved)
 
   def _judge(self) -> None:
-    """Looks once a second for processes that are silent, or all stand still."""
+    """Once a second: is a process silent, or has none got further for too long?"""
     began = time.monotonic()
     while not self._over.wait(EVERY):
       now = time.monotonic()
@@ -182,7 +197,7 @@ class Watchdog:
         self._trouble(self._standstill(peers))
 
   def _standstill(self, peers: dict[int, Peer]) -> str:
-    """Where everybody is; those furthest behind, for whom the others wait, by name."""
+    """Describes where all are, naming those furthest behind, for whom the others wait."""
     counts = {0: (self._count, self._at), **{n: (p.count, p.at) for n, p in peers.items()}}
     least = min(count for count, _ in counts.values())
     behind = [n for n, (count, _) in counts.items() if count == least]
@@ -197,13 +212,13 @@ class Watchdog:
     host = self._peers[process].host if process in self._peers else socket.gethostname()
     return f'process {process} ({host})'
 
-  def _tell_all(self, message: dict) -> None:
+  def _send_all(self, message: dict) -> None:
     for connection in self._connections:
       with contextlib.suppress(OSError):
         _send(connection, message)
 
   def _wait_for_all(self) -> None:
-    """Process 0 is done: the others are about to be, or in trouble that _judge sees."""
+    """Waits, in process 0, until the others are done or _judge sees trouble."""
     while not self._over.is_set() and len(self._left) < self.processes - 1:
       time.sleep(0.05)
 
@@ -211,7 +226,7 @@ class Watchdog:
 
   def _report(self) -> None:
     while not self._over.is_set():
-      with contextlib.suppress(OSError):   # a closed connection is _listen's to see
+      with contextlib.suppress(OSError):   # _listen notices a closed connection
         _send(self._to_zero, self._sign())
       self._over.wait(EVERY)
 
@@ -223,11 +238,11 @@ class Watchdog:
   def _listen(self) -> None:
     self._to_zero.settimeout(self.lost)
     try:
-      for said in _lines(self._to_zero):
-        if said.get('done'):
+      for message in _messages(self._to_zero):
+        if message.get('done'):
           return
-        if 'trouble' in said:
-          self._trouble(said['trouble'], said['code'], said['grace'])
+        if 'trouble' in message:
+          self._trouble(message['trouble'], message['code'], message['grace'])
           return
     except TimeoutError:
       self._trouble(f'process 0 was not heard of for {self.lost:g} s. {AGAIN}')
@@ -248,8 +263,11 @@ def _send(connection: socket.socket, message: dict) -> None:
   connection.sendall((json.dumps(message) + '\n').encode())
 
 
-def _lines(connection: socket.socket):
-  """The messages of a connection until it closes; what is no message ends it. TimeoutError."""
+def _messages(connection: socket.socket):
+  """Yields the messages of a connection until it closes or sends something else.
+
+  Raises TimeoutError.
+  """
   rest = b''
   while True:
     try:

@@ -21,10 +21,10 @@ import re
 from collections.abc import Collection
 
 from moejax.config import check, check_choice, fail
+from moejax.surgery.config import TILINGS
 from moejax.trees import rules
 from moejax.trees.rules import Rule
 
-TILINGS = ('stack', 'layer')
 _BLOCK = re.compile(r'(?:params/|opt_state/)?(?P<stack>.+)/layers/(?P<name>[^/]+)/.+')
 
 

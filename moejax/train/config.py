@@ -1,7 +1,7 @@
 """The schema of a run: every key a config file may set, with its default and its range.
 
-    config = settings.default(vit.config('mini'))   # ConfigDict of every key, for a file to edit
-    run = settings.resolve(config)                  # frozen RunConfig, or a ConfigError
+    edited = config.default(vit.config('mini'))   # ConfigDict of every key, for a file to edit
+    run = config.resolve(edited)                  # frozen RunConfig, or a ConfigError
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from moejax.models.scan import Execution
 from moejax.models.t5 import T5Config
 from moejax.models.vit import ViTConfig
 from moejax.sharding import MeshConfig
+from moejax.surgery.config import InitConfig
 from moejax.train import parallel
-from moejax.train.initialize import InitConfig
 from moejax.train.optimizer import OptimizerConfig
 from moejax.train.schedule import ScheduleConfig
 
@@ -33,25 +33,24 @@ class RunConfig:
 
   Attributes:
     seed: of parameters, data order and noise.
-    steps: train steps of this run; those of a parent come on top in the global step.
+    steps: train steps of this run; the global step counts those of its parents too.
     model, data, optimizer, schedule, init, mesh: see their own classes.
     parallel: 'mesh' (jit over mesh axes) or 'pmap' (data-parallel).
     execution: how stacks of blocks run: unrolled or scanned, what the backward pass computes again.
     microbatches: gradient accumulation, parts per batch.
-    steps_per_call: train steps that are handed to the devices at once, as one program that
-      loops over them; results are the same but for rounding. Where a step is so short that the host
-      cannot keep up, as in a small model on a GPU, that saves time. 0: several where that is so
-      (see assemble.steps_per_call).
-    task: what is trained on: label smoothing, z-loss, distillation.
-    decode: how outputs are decoded, at the last step, for data that is scored by them.
-    probe: few-shot linear probe of a ViT's features, at the last step.
+    steps_per_call: train steps that one call of the compiled program takes; results are the same
+      but for rounding. It saves time where a step is so short that the host cannot keep up, as for
+      a small model on a GPU. 0: chosen by the step (see compiled.steps_per_call).
+    task: the training objective: label smoothing, z-loss, distillation.
+    decode: how outputs are decoded at the last step, for data that is scored by them.
+    probe: few-shot linear probe of a ViT's features at the last step.
     log_every: steps between lines of train metrics.
     eval_every: steps between evaluations on the validation split; a multiple of log_every.
     eval_splits: evaluated at the last step besides 'validation'.
     checkpoint_every: steps between checkpoints; a multiple of log_every.
-    keep_checkpoints: how many of the latest stay; the trunk's last always does.
-    branch_steps: steps of this run, counted as `steps`, whose checkpoints stay too, so that runs
-      with other budgets can branch there (init.mode='continue', init.step, their own cooldown).
+    keep_checkpoints: how many of the latest are kept; those of trunk and end always are.
+    branch_steps: steps of this run, counted as `steps`, whose checkpoints are kept too, so that
+      runs with other budgets can branch there (init.mode='continue', init.step, a cooldown).
   """
   seed: int = 0
   steps: int = 1000
@@ -87,7 +86,7 @@ class RunConfig:
       value = getattr(self, name)
       check(value % self.log_every == 0, f'config.{name}', value,
             f'a multiple of log_every = {self.log_every}',
-            'Metrics are averaged over log_every steps and must not straddle it.')
+            'Metrics are averaged over log_every steps; evaluations end such a window.')
     check(self.schedule.cooldown_steps <= self.steps, 'config.schedule.cooldown_steps',
           self.schedule.cooldown_steps, f'at most steps = {self.steps}', 'Shorten the cooldown.')
     trunk = self.steps - self.schedule.cooldown_steps
@@ -101,29 +100,33 @@ class RunConfig:
 
 
 def default(model: T5Config | ViTConfig) -> ConfigDict:
-  """ConfigDict of every key of a run that trains `model`, at its default, for a file to edit."""
+  """Returns every key of a run that trains `model`, at its default, for a file to edit."""
   return config_lib.as_config_dict(RunConfig(model=model))
 
 
 def resolve(config: ConfigDict) -> RunConfig:
-  """ConfigDict -> validated RunConfig. Raises ConfigError."""
+  """Turns a ConfigDict into a validated RunConfig. Raises ConfigError."""
   return config_lib.build(RunConfig, config)
 
 
 def to_json(config: RunConfig) -> str:
-  """Every key of a resolved run, sorted, as it stands in the workdir's config.json."""
+  """Returns the text of a workdir's config.json: every key of a resolved run, sorted."""
   return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + '\n'
 
 
 def from_dict(values: dict) -> RunConfig:
-  """Inverse of to_json, from the parsed JSON, of an earlier version too. Raises ConfigError."""
+  """Returns the run of a parsed config.json, of an earlier version too. Raises ConfigError."""
   return config_lib.build(RunConfig, config_lib.renamed(values))
 
 
 def model_of(values: dict, batches_of: RunConfig) -> T5Config | ViTConfig:
-  """The model config of another run, with routing groups as large as those of `batches_of`.
+  """Returns the model config of another run, to be applied to the batches of `batches_of`.
 
-  A group is so many whole examples of a run's data; the model is to see another run's batches.
+  Its routing groups become as large as those of `batches_of`, which are whole examples there.
+
+  Args:
+    values: config.json of the other run, parsed.
+    batches_of: the run whose batches the model gets.
   """
   model = from_dict(values).model
   sizes = {name: stack.moe.group_size for name, stack in batches_of.model.stacks().items()}
@@ -133,7 +136,7 @@ def model_of(values: dict, batches_of: RunConfig) -> T5Config | ViTConfig:
 
 
 def moe_changes(config: RunConfig, parent: dict) -> list[str]:
-  """'key: value of the parent -> value here' for the settings of sparse stacks that differ.
+  """Returns 'key: value of the parent -> value here' for settings of sparse stacks that differ.
 
   parent: its config.json, parsed; it may be of a version that had fewer keys.
   """
@@ -152,9 +155,9 @@ def _flat(node, prefix: str = '') -> dict:
 
 
 def changes(config: RunConfig) -> dict[str, Any]:
-  """{dotted key: value} of the settings that are not at their default, and the model's family.
+  """Returns {dotted key: value} of the settings that are not at their default, and the family.
 
-  What identifies a run: a setting that a later version adds changes nothing in it.
+  This identifies a run: a setting that a later version adds changes nothing in it.
   """
   default = _flat(dataclasses.asdict(RunConfig(model=type(config.model)())))
   return {key: value for key, value in _flat(dataclasses.asdict(config)).items()
@@ -162,7 +165,7 @@ def changes(config: RunConfig) -> dict[str, Any]:
 
 
 def differing_keys(a: dict, b: dict) -> list[str]:
-  """'key: value in a -> value in b' for what two config.json hold."""
+  """Returns 'key: value in a -> value in b' for the keys in which two parsed configs differ."""
   a, b = _flat(a), _flat(b)
   return [f'{k}: {a.get(k, "(absent)")!r} -> {b.get(k, "(absent)")!r}'
           for k in sorted(a | b) if a.get(k) != b.get(k)]

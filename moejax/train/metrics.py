@@ -1,7 +1,7 @@
-"""From sums to the numbers people read, and the files they stand in.
+"""Turns sums into the metrics people read, and writes them to JSON-lines files.
 
-`metrics.jsonl` holds what a rerun must reproduce bit for bit, so no time is in it; `timing.jsonl`
-holds the seconds. Both are cut back to the restored step on resume.
+`metrics.jsonl` holds what a rerun must reproduce bit for bit, hence no time; `timing.jsonl` holds
+the seconds. Both are cut back to the restored step on resume.
 """
 
 import json
@@ -23,7 +23,7 @@ OF_WINDOW = ('objective', 'task_objective', 'aux_loss', 'grad_norm')
 
 
 def summarize(sums: Mapping[str, Any]) -> dict[str, float]:
-  """Sums of a train window or an eval pass -> named means.
+  """Turns the sums of a train window or of an evaluation into named means.
 
   Args:
     sums: nested; 'loss', 'correct', 'weight'; with a teacher 'teacher_agreement', 'teacher_kl';
@@ -32,14 +32,14 @@ def summarize(sums: Mapping[str, Any]) -> dict[str, float]:
       with 'router_grad_norm', 'router_bias_max' summed over steps.
 
   Returns:
-    'loss' is plain cross-entropy, without whatever else the objective holds; 'task_objective' the
-    objective without auxiliary losses. Per MoE layer, under 'moe/<layer>/':
-    load_max_over_mean (of filled slots), dropped (fraction of assignments asked for), unchosen and
-    single (fractions of real tokens), entropy (nats), dead_experts (number without any token), z,
-    experts_per_token (asked for; for expert choice received).
-    Token choice: max_violation, (max - mean) / mean of the assignments asked of each expert in the
-    whole window or pass (MaxVio of Wang et al. 2024), balance.
-    Where there is such a loss: importance and smooth_load (squared coefficients of variation).
+    'loss' is plain cross-entropy, whatever the objective is; 'task_objective' the objective without
+    auxiliary losses. Per MoE layer, under 'moe/<layer>/':
+    load_max_over_mean (of filled slots), dropped (fraction of assignments), unchosen and single
+    (fractions of real tokens), entropy (nats), dead_experts (number without any token), z,
+    experts_per_token (chosen by the token; for expert choice received).
+    Token choice: max_violation, (max - mean) / mean of the assignments to each expert, before any
+    is dropped, in the whole window or pass (MaxVio of Wang et al. 2024), and balance.
+    With such a loss: importance and smooth_load (squared coefficients of variation).
     Train windows: router_grad_norm, router_bias_max (largest magnitude).
   """
   flat = {k: np.asarray(v, np.float64) for k, v in trees.flatten(sums).items()}
@@ -94,36 +94,35 @@ class JsonLines:
 
 
 def read_lines(path: os.PathLike | str) -> list[dict]:
-  """The objects of a JSON-lines file; [] if there is none; a torn last line is left out.
+  """Returns the objects of a JSON-lines file, [] if there is none, without a torn last line.
 
   Raises ConfigError: another line is damaged.
   """
   path = pathlib.Path(path)
   if not path.exists():
     return []
-  found = []
+  lines = []
   for number, line in enumerate(path.read_bytes().split(b'\n')[:-1], 1):   # the last one is torn
     try:
-      found += [json.loads(line)] if line else []
+      lines += [json.loads(line)] if line else []
     except ValueError as error:   # no JSON, or not even text
       fail(str(path), f'line {number}', 'a JSON object a line',
            f'It is damaged: {error}. Delete that line, or make the file again.')
-  return found
+  return lines
 
 
-# What people look at first, where it is there; the rest is in metrics.jsonl.
+# The metrics people look at first.
 HEADLINE = ('loss', 'accuracy', 'exact_match', 'phoneme_error_rate', 'word_error_rate')
 
 
 def headline(values: Mapping[str, float]) -> str:
-  """'loss 1.2345, accuracy 0.6789' of summarised metrics, or of a probe what there is of it."""
+  """Returns 'loss 1.2345, accuracy 0.6789' of metrics, or all means of a probe."""
   chosen = [k for k in HEADLINE if k in values] or [k for k in values if not k.endswith('_std')]
   return ', '.join(f'{k} {values[k]:.4f}' for k in chosen)
 
 
 def last_evaluation(workdir: os.PathLike | str) -> str:
-  """'validation loss 1.2345, accuracy 0.6789; test ...' for people: the last there is of
-  each split."""
+  """Returns 'validation loss 1.2345, accuracy 0.6789; test ...', the last of each split."""
   last = {}
   for line in read_lines(pathlib.Path(workdir) / 'metrics.jsonl'):
     for split in {k.split('/')[0] for k in line if k != 'step'} - {'train'}:

@@ -1,9 +1,10 @@
 """Optimizers with one small state per leaf.
 
-Every leaf of the parameters has its own slots and its own count (`wi_gate/mu`, `/nu`, `/count`),
-so that surgery can carry some leaves' state and start others afresh: a count carried over fresh
-zero slots makes Adam's first update 1/sqrt(1 - b2) * (1 - b1) times too large. Leaves stacked over
-experts are updated by `jax.vmap` over the expert axis: E stacked experts are E separate runs.
+Every leaf of the parameters has its own moments and its own count (`wi_gate/mu`, `/nu`, `/count`),
+so that surgery can carry the state of some leaves and start that of others afresh: a count carried
+over fresh zero moments makes Adam's first update 1/sqrt(1 - b2) * (1 - b1) times too large. Leaves
+stacked over experts are updated by `jax.vmap` over the expert axis: E stacked experts are E
+separate runs.
 
 E experts, D and F any dimensions of a leaf.
 """
@@ -58,13 +59,13 @@ class AdafactorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """What updates the parameters.
+  """The optimizer and the leaves it updates.
 
   Attributes:
     name: 'adamw' (Loshchilov & Hutter 2019), 'adafactor', or 'sgd'.
     learning_rate: peak of the schedule.
     b1, b2, eps: adamw's moment decays and denominator offset.
-    momentum: sgd's; 0 keeps no slots.
+    momentum: sgd's; 0 keeps no moments.
     weight_decay: decoupled; a step subtracts lr * weight_decay * param.
     weight_decay_mask: regular expression; leaves whose path it finds are decayed. The default
       takes all but biases, norms and scales.
@@ -72,7 +73,7 @@ class OptimizerConfig:
       first whose regular expression is found in its path, else its multipliers are 1. It moves by
       lr * rate_mult * (direction + weight_decay * decay_mult * param): unlike big_vision's, the
       decay follows the group's rate too. A rate times 0 is frozen, see groups.frozen.
-    freeze: leaves that stand still: '' for none, a part named in groups.PARTS ('experts',
+    freeze: leaves that keep their values: '' for none, a part named in groups.PARTS ('experts',
       'router', 'attention', ...), 'all_but_' and such a name, or 're:' and a regular expression.
     clip_norm: bound on the global gradient norm; 0 is off. Applied by `clip_by_global_norm`.
     adafactor: its own settings.
@@ -111,7 +112,7 @@ class OptimizerConfig:
 
 
 def init(config: OptimizerConfig, params: Tree) -> Tree:
-  """Fresh optimizer state.
+  """Returns fresh optimizer state.
 
   Args:
     config: which optimizer.
@@ -120,11 +121,11 @@ def init(config: OptimizerConfig, params: Tree) -> Tree:
   Returns:
     Nested dict with the paths of params, each leaf replaced by a dict of arrays: `count` int32,
     and mu, nu (adamw), v_row, v_col, v (adafactor; shape (1,) where unused), trace (sgd with
-    momentum). A leaf under `/experts/` has the slots of one expert with a leading axis E, count
-    (E,) too. A leaf under `/no_grad/` has only its count, which stays 0. Frozen leaves have the
-    slots of others, so that freezing changes no shape.
+    momentum). A leaf under `/experts/` has the state of one expert with a leading axis E, its count
+    (E,). A leaf under `/no_grad/` has only its count, which stays 0. Frozen leaves have state as
+    others do, so that freezing changes no shape.
   """
-  tx = _slots(config)
+  tx = _transform(config)
 
   def leaf(path, param):
     if NO_GRAD.search(path):
@@ -136,10 +137,10 @@ def init(config: OptimizerConfig, params: Tree) -> Tree:
 
 def update(config: OptimizerConfig, grads: Tree, opt_state: Tree, params: Tree,
            lr: jax.Array) -> tuple[Tree, Tree]:
-  """One step of the optimizer; pure, for use under jit. Does not clip by global norm.
+  """Takes one step of the optimizer; pure, for use under jit. Does not clip by global norm.
 
-  Leaves that are frozen or under `/no_grad/` come back as they are, slots too, whatever their
-  gradients. Those of stacked blocks (moejax.trees.stacking) are updated block by block.
+  Leaves that are frozen or under `/no_grad/` come back unchanged, as does their state. Those of
+  stacked blocks (moejax.trees.stacking) are updated block by block.
 
   Args:
     config: which optimizer.
@@ -149,9 +150,9 @@ def update(config: OptimizerConfig, grads: Tree, opt_state: Tree, params: Tree,
     lr: () learning rate of this step, before the multipliers of groups.
 
   Returns:
-    (new params, new opt_state), shapes and dtypes as they came.
+    (new params, new opt_state), with the shapes and dtypes of the old ones.
   """
-  tx = _slots(config)
+  tx = _transform(config)
 
   def leaf(path, param, grad, state):
     stacked, path = stacking.is_stacked(path), stacking.members(path)[0]
@@ -181,8 +182,8 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
   """Scales grads so that their global L2 norm is at most max_norm (0: no bound).
 
   Args:
-    grads: tree of arrays, of the leaves that are trained: `untouched` ones are left out by the
-      caller, or they would shrink the others' updates.
+    grads: tree of arrays, of the leaves that are trained alone: those of `untouched` ones would
+      shrink the updates of the others.
     max_norm: the bound.
 
   Returns:
@@ -197,13 +198,13 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class _LeafTransform:
-  """An optimizer of a single leaf whose state is a plain dict with a count."""
+  """The optimizer of a single leaf; its state is a plain dict with a count."""
   init: Callable[[jax.Array], dict[str, jax.Array]]
   update: Callable[[jax.Array, dict[str, jax.Array], jax.Array], tuple[jax.Array, Any]]
 
 
-def _slots(config: OptimizerConfig) -> _LeafTransform:
-  """(grad, state, param) -> (direction to be multiplied by -lr, state), for one leaf."""
+def _transform(config: OptimizerConfig) -> _LeafTransform:
+  """Returns (grad, state, param) -> (direction to be multiplied by -lr, state), of one leaf."""
   if config.name == 'adamw':
     return _as_dict(optax.scale_by_adam(config.b1, config.b2, config.eps), optax.ScaleByAdamState)
   if config.name == 'adafactor':
@@ -221,7 +222,7 @@ def _slots(config: OptimizerConfig) -> _LeafTransform:
 
 def _as_dict(tx: optax.GradientTransformation, state_type: type,
              *after: optax.GradientTransformation) -> _LeafTransform:
-  """tx, then the stateless transforms `after`, with tx's NamedTuple state as a dict."""
+  """Chains tx and the stateless transforms `after`; the state of tx, a NamedTuple, as a dict."""
   counts = 'count' in state_type._fields
 
   def init_leaf(param):

@@ -1,7 +1,7 @@
-"""Which leaves share a learning rate and a weight decay, and which stand still.
+"""Parameter groups: leaves that share a learning rate and a weight decay, or are frozen.
 
-Everything is said by regular expressions on a leaf's path ('encoder/layers/01/moe/experts/wi'), as
-in big_vision's lr_mults and wd_mults; the usual sets to freeze have names.
+A group is a regular expression on the paths of leaves ('encoder/layers/01/moe/experts/wi'), as in
+big_vision's lr_mults and wd_mults; the usual sets to freeze have names.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ from collections.abc import Collection
 from moejax.config import check, fail, nearest
 from moejax.trees import stacking
 
-NO_GRAD = re.compile(r'/no_grad/')  # state kept among the parameters; the train step writes it
+NO_GRAD = re.compile(r'/no_grad/')  # state among the parameters that the train step itself writes
 
-# Parts of a model that `freeze` knows by name: regular expression, what it is. Each also stands as
-# all_but_NAME. The subsets that ST-MoE fine-tunes (Zoph et al. 2022, section 4.2) are among them.
+# Parts of a model that `freeze` takes by name: regular expression, description. all_but_NAME is all
+# others. The subsets that ST-MoE fine-tunes (Zoph et al. 2022, section 4.2) are among them.
 PARTS = {
     'experts': (r'/experts/', 'routed experts (not shared ones)'),
     'router': (r'/router/', 'routers'),
@@ -33,13 +33,13 @@ REGEX = 're:'
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """What a leaf's learning rate and weight decay are multiplied by."""
+  """Multipliers of the learning rate and the weight decay of a leaf."""
   learning_rate: float = 1.0
   weight_decay: float = 1.0
 
 
 def check_settings(groups: tuple, freeze: str) -> tuple:
-  """groups as ((regex, learning rate multiplier, weight decay multiplier), ...) of plain types.
+  """Returns groups as ((regex, rate multiplier, decay multiplier), ...) of plain types.
 
   Raises:
     ConfigError: an entry of another form, a multiplier below 0, a regular expression that does not
@@ -52,7 +52,7 @@ def check_settings(groups: tuple, freeze: str) -> tuple:
           and all(map(number, entry[1:])))
     check(ok, f'optimizer.groups[{i}]', entry, form, 'Every group is one such triple.')
     check(min(entry[1:]) >= 0, f'optimizer.groups[{i}]', entry, 'multipliers of 0 or more',
-          'A learning rate times 0 is frozen.')
+          'A multiplier of 0 freezes the leaves.')
     _check_regex(f'optimizer.groups[{i}]', entry[0])
   if freeze.startswith(REGEX):
     _check_regex('optimizer.freeze', freeze.removeprefix(REGEX))
@@ -73,10 +73,10 @@ def _check_regex(key: str, pattern: str) -> None:
 
 
 def group(config, path: str) -> Group:
-  """The first of config.groups whose regular expression is found in path; both 1 if none is.
+  """Returns the first of config.groups whose regular expression is found in path, else 1 and 1.
 
-  Of a stacked path (trees/stacking.py) that of its first block: `check_groups` sees to it that all
-  agree. So for `frozen`.
+  path: of a parameter; for a stacked one (trees/stacking.py) that of its first block counts, here
+    and in `frozen`: `check_stacked` makes sure that all its blocks agree.
   """
   path = stacking.members(path)[0]
   for regex, learning_rate, weight_decay in config.groups:
@@ -86,10 +86,10 @@ def group(config, path: str) -> Group:
 
 
 def frozen(config, path: str) -> bool:
-  """Whether a leaf stands still by `freeze` or by a learning rate multiplier of 0.
+  """Whether a leaf is frozen, by `freeze` or by a learning rate multiplier of 0.
 
-  A frozen leaf keeps its value and its optimizer slots bit for bit, is not decayed, and counts for
-  nothing in the global gradient norm; the slots are there to be carried, or thawed, later.
+  A frozen leaf keeps its value and its optimizer state bit for bit, is not decayed, and is not in
+  the global gradient norm; its state is there to be carried, or thawed, later.
 
   Args:
     config: OptimizerConfig.
@@ -100,12 +100,12 @@ def frozen(config, path: str) -> bool:
 
 
 def untouched(config, path: str) -> bool:
-  """Whether the optimizer leaves a leaf alone: frozen, or state without gradient."""
+  """Whether the optimizer does not change a leaf: it is frozen, or state without gradient."""
   return bool(NO_GRAD.search(path)) or frozen(config, path)
 
 
 def _matches(freeze: str, path: str) -> bool:
-  """Whether the set that `freeze` stands for holds path."""
+  """Whether path is in the set that `freeze` names."""
   if not freeze:
     return False
   if freeze.startswith(REGEX):
@@ -115,7 +115,7 @@ def _matches(freeze: str, path: str) -> bool:
 
 
 def check_groups(config, paths: Collection[str]) -> None:
-  """Checks that every group and every frozen set is about leaves that exist.
+  """Checks that every group, and the frozen set, has leaves.
 
   Args:
     config: OptimizerConfig.
@@ -142,7 +142,7 @@ def check_groups(config, paths: Collection[str]) -> None:
 
 
 def check_stacked(config, param_paths: Collection[str]) -> None:
-  """Checks that blocks which are stacked are treated alike.
+  """Checks that the optimizer treats all blocks of a scan equally.
 
   Args:
     config: OptimizerConfig.
@@ -162,7 +162,7 @@ def check_stacked(config, param_paths: Collection[str]) -> None:
 
 
 def _check_found(key: str, given: str, regex: str, paths: Collection[str]) -> set[str]:
-  """The paths in which regex is found; ConfigError if there is none."""
+  """Returns the paths in which regex is found. Raises ConfigError if there is none."""
   found = {path for path in paths if re.search(regex, path)}
   check(bool(found), key, given, f'what matches a leaf ({regex!r} matches none)',
         'Nearest leaves: ' + ', '.join(nearest_leaves(regex, paths)) + '.')
@@ -170,7 +170,7 @@ def _check_found(key: str, given: str, regex: str, paths: Collection[str]) -> se
 
 
 def nearest_leaves(regex: str, paths: Collection[str], number: int = 3) -> list[str]:
-  """The paths some stretch of which ('moe/router') looks most like the regular expression."""
+  """Returns the paths of which some part ('moe/router') is most similar to the expression."""
   word = re.sub(r'[^\w/]', '', regex).strip('/')
 
   def likeness(path):

@@ -1,8 +1,8 @@
-"""One line of warning when a router shows a known pathology.
+"""Warns, once per kind and in one line, of routers that have failed in a known way.
 
 A sparse model whose router has failed still trains: it is a worse dense model, and its load may
-even be uniform. So gradients, logits and choices are watched, and not load alone. The thresholds
-are our own, each from what it means.
+even be uniform. So gradients, logits and choices are watched, not load alone. The thresholds are
+our own; the comments give their reasons.
 """
 
 import math
@@ -16,23 +16,22 @@ LOW_ENTROPY = 0.05
 # Mean of logsumexp(logits)^2. Where logits are 100, tokens rounded to bfloat16 (relative error up
 # to 1/256) move one by 0.4, and with it an expert's weight by half.
 HIGH_Z = 1e4
-# Gradient norm of a router over that of all parameters. What should cancel leaves rounding of
-# float32, 6e-8 of each term; some ten times that is still no signal.
+# Gradient norm of a router over that of all parameters. Terms that should cancel leave float32's
+# rounding, 6e-8 of each; some ten times that is still no signal.
 VANISHING = 1e-6
 # Fraction of tokens with one expert, whose renormalised weight is the constant 1.
 MANY_SINGLE = 0.5
 # Experts that are all equal, as right after upcycling, give their router no gradient where weights
-# sum to 1; it takes them an update to differ, and a warm-up begins with one of rate 0.
+# sum to 1. They differ after an update, and the first update of a warm-up has rate 0.
 FIRST_STEPS = 2
 
 
 def check_finite(values: dict, step: int, saved: int | None) -> None:
-  """Raises ConfigError if training has diverged: what follows is NaN, and would in time take the
-  place of the checkpoints that are good.
+  """Raises ConfigError if training has diverged: all that follows would be NaN, checkpoints too.
 
   Args:
-    values: of a train window.
-    step: its last.
+    values: metrics of a train window.
+    step: its last step.
     saved: step of the last checkpoint, or None.
   """
   for name in ('loss', 'grad_norm'):
@@ -45,7 +44,7 @@ def check_finite(values: dict, step: int, saved: int | None) -> None:
 
 
 class Watch:
-  """The pathologies of one run; each kind is told once.
+  """Warns of each kind of failure once in a run.
 
   Args:
     config: RunConfig.
@@ -54,23 +53,26 @@ class Watch:
 
   def __init__(self, config, first: int = 0):
     self.config, self.first = config, first
-    self.told = set()
+    self._reported = set()
 
   def lines(self, step: int, values: dict) -> list[str]:
-    """Warnings of kinds not told before; `step` is global, `values` as of `warnings`."""
-    found = warnings(values, self.config, step - self.first)
-    new = [line for kind, line in found.items() if kind not in self.told]
-    self.told |= set(found)
+    """Returns warnings of kinds not reported before.
+
+    step: global; values: as of `warnings`.
+    """
+    by_kind = warnings(values, self.config, step - self.first)
+    new = [line for kind, line in by_kind.items() if kind not in self._reported]
+    self._reported |= set(by_kind)
     return new
 
 
 def warnings(values: dict, config, steps: int) -> dict[str, str]:
-  """What is wrong with the routers of a train window or an evaluation.
+  """Returns what is wrong with the routers of a train window or an evaluation.
 
   Args:
-    values: of metrics.summarize. Router gradient norms are judged where 'grad_norm' is there too.
+    values: of metrics.summarize. Router gradient norms are judged only beside 'grad_norm'.
     config: RunConfig; `model`, `optimizer.clip_norm`, `schedule.warmup_steps`, `steps` are read.
-    steps: that this run has taken, of the window's last.
+    steps: that this run has taken up to the end of the window.
 
   Returns:
     {kind: one line}: 'collapse', 'zero_gradient', 'saturation', 'single'; empty if all is well.
@@ -83,13 +85,13 @@ def warnings(values: dict, config, steps: int) -> dict[str, str]:
   if steps > max(FIRST_STEPS, min(config.schedule.warmup_steps, config.steps // 2)):
     kinds['zero_gradient'] = lambda layer: zero_gradient(
         layer, values.get('grad_norm', 0.0), config.optimizer.clip_norm)
-  found = {}
+  by_kind = {}
   for kind, judge in kinds.items():
-    seen = {name: said for name, layer in layers.items() if (said := judge(layer))}
-    if seen:
-      where = '; '.join(f'{name}: {said}' for name, said in seen.items())
-      found[kind] = f'warning: {TITLES[kind]} in {where}. {REMEDIES[kind]}'
-  return found
+    faults = {name: fault for name, layer in layers.items() if (fault := judge(layer))}
+    if faults:
+      where = '; '.join(f'{name}: {fault}' for name, fault in faults.items())
+      by_kind[kind] = f'warning: {TITLES[kind]} in {where}. {REMEDIES[kind]}'
+  return by_kind
 
 
 TITLES = {'collapse': 'router collapse', 'zero_gradient': 'no router gradient',
@@ -113,12 +115,14 @@ REMEDIES = {
 
 
 def collapse(layer: dict) -> str:
-  """Whether half of the experts are dead, one takes nearly all tokens, or all take the same.
+  """Describes collapse: half of the experts dead, one with nearly all tokens, or all with the same.
 
-  One expert takes too much where more tokens ask for it than halfway from an even share, k / E, to
-  all of them; half of all tokens if E is large. Expert choice loads all experts alike, but they may
+  One expert has too many where more tokens choose it than halfway from an even share, k / E, to all
+  of them; half of all tokens if E is large. Expert choice loads all experts equally, but they may
   pick the same tokens: halfway from picking at random, which reaches 1 - (1 - q)^E of the tokens if
-  each expert takes a fraction q, to all picking the same q.
+  each expert picks a fraction q, to all picking the same q.
+
+  Returns '' if there is none; so do the functions below.
   """
   E, k = layer['num_experts'], layer['experts_per_token']
   if layer['dead_experts'] >= E / 2:
@@ -135,13 +139,13 @@ def collapse(layer: dict) -> str:
 
 
 def zero_gradient(layer: dict, grad_norm: float, clip_norm: float) -> str:
-  """Whether the router's gradient is 0, or rounding noise beside the whole gradient.
+  """Describes a router gradient of 0, or of rounding noise beside the whole gradient.
 
-  Auxiliary losses send a gradient too, which may hide that the task sends none.
+  Auxiliary losses have a gradient too, which may hide that the task has none.
 
   Args:
     layer: metrics; its router_grad_norm is that after clipping.
-    grad_norm: of all parameters, before clipping; 0: unknown, or nothing is learnt at all.
+    grad_norm: of all parameters, before clipping; 0: unknown, or no parameter has a gradient.
     clip_norm: bound on it, 0 for none.
   """
   if not grad_norm or 'router_grad_norm' not in layer:
@@ -152,7 +156,7 @@ def zero_gradient(layer: dict, grad_norm: float, clip_norm: float) -> str:
 
 
 def saturation(layer: dict) -> str:
-  """Whether logits are huge, or a softmax has all its probability on one expert."""
+  """Describes huge logits, or a softmax with all its probability on one expert."""
   if layer['z'] > HIGH_Z:
     return f'logsumexp of the logits is {layer["z"] ** 0.5:.0f} (root mean square)'
   if layer['moe'].score != 'sigmoid' and layer['entropy'] < LOW_ENTROPY:
@@ -161,9 +165,9 @@ def saturation(layer: dict) -> str:
 
 
 def single(layer: dict) -> str:
-  """Whether most tokens have one expert, where the weights of those chosen are made to sum to 1.
+  """Describes that most tokens have one expert, where weights are made to sum to 1.
 
-  Top-k renormalises before it drops: what is left of two keeps its gradient.
+  Top-k renormalises before it drops: if one of two is dropped, the other keeps its gradient.
   """
   moe = layer['moe']
   if moe.renormalize and moe.router in ('expert_choice', 'top_p') and layer['single'] > MANY_SINGLE:
@@ -172,14 +176,14 @@ def single(layer: dict) -> str:
 
 
 def _layers(values: dict, model) -> dict[str, dict]:
-  """{'encoder/01': its metrics, and its 'moe' settings and 'num_experts'}, where there are two."""
-  found, stacks = {}, model.stacks()
+  """{'encoder/01': metrics of the layer, its settings 'moe' and 'num_experts'}, if it has two."""
+  layers, stacks = {}, model.stacks()
   for key, value in values.items():
     match = re.fullmatch(r'moe/(\w+)/(\d+)/(\w+)', key)
     if match:
       stack, number, metric = match.groups()
-      found.setdefault((stack, number), {})[metric] = value
-  for (stack, number), layer in found.items():
+      layers.setdefault((stack, number), {})[metric] = value
+  for (stack, number), layer in layers.items():
     layer['moe'] = stacks[stack].moe
     layer['num_experts'] = stacks[stack].sparse[int(number)]
-  return {'/'.join(name): layer for name, layer in found.items() if layer['num_experts'] > 1}
+  return {'/'.join(name): layer for name, layer in layers.items() if layer['num_experts'] > 1}

@@ -1,4 +1,4 @@
-"""What a run says while it runs (bar, metrics.jsonl, TensorBoard, timing), and how it stops."""
+"""The log of a run (progress bar, metrics.jsonl, TensorBoard, timing), and signals to stop it."""
 
 import collections
 import contextlib
@@ -11,20 +11,19 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from moejax.cluster.processes import AHEAD
 from moejax.train import metrics
 from moejax.train.workdir import Workdir
 
-AHEAD = 2   # dispatches handed to the devices before waiting for the oldest
-
 
 class Log:
-  """Everything a run reports; files are written by process 0 only.
+  """Writes everything a run reports; only process 0 writes files.
 
   Args:
     workdir: of the run.
     first, done, end: global steps: of the run's start, done so far (None: no checkpoint yet), and
-      of its end. What an earlier attempt wrote past `done` is cut off.
-    moved: is told where the run is whenever it got further.
+      of its end. Lines that an earlier attempt wrote past `done` are cut off.
+    moved: called with where the run is whenever it got further.
   """
 
   def __init__(self, workdir: Workdir, first: int, done: int | None, end: int,
@@ -39,7 +38,7 @@ class Log:
     self.terminal = sys.stderr.isatty()
     self.bar = tqdm(total=end - first, initial=(done or first) - first, unit='step',
                     disable=not (self.terminal and workdir.writes), dynamic_ncols=True)
-    self._in_flight = collections.deque()
+    self._running = collections.deque()
     self._clock, self._timed = None, 0
     self._at = first if done is None else done
 
@@ -53,16 +52,15 @@ class Log:
         part.close()
 
   def tick(self, step: int, marker: jax.Array) -> None:
-    """Steps up to `step` were handed to the devices; waits so that at most AHEAD dispatches are in
-    flight.
+    """Notes a call of the train step up to `step`; waits until at most AHEAD calls are running.
 
-    marker: any output of the last that is not donated to the next.
+    marker: an output of the call that is not donated to the next.
     """
     steps, self._at = step - self._at, step
-    self._in_flight.append(marker)
-    if len(self._in_flight) > AHEAD:
-      jax.block_until_ready(self._in_flight.popleft())
-    if self._clock is None:   # the first may load what it needs; time from its end
+    self._running.append(marker)
+    if len(self._running) > AHEAD:
+      jax.block_until_ready(self._running.popleft())
+    if self._clock is None:   # the first call may load libraries; time from its end
       jax.block_until_ready(marker)
       self.phase('training', step)
       self._clock, self._timed = time.perf_counter(), -steps
@@ -71,14 +69,14 @@ class Log:
     self.bar.update(steps)
 
   def train(self, step: int, window: dict) -> dict[str, float]:
-    """Reports the sums of train metrics since the last time; returns them as means."""
+    """Reports a window of train metrics, given as sums; returns them as means."""
     values = metrics.summarize(jax.device_get(window))
     self._time(step)
     self.report(step, 'train', values)
     return values
 
   def report(self, step: int, split: str, values: dict[str, float]) -> None:
-    """One line of metrics: `split` is 'train', or what was evaluated."""
+    """Writes one line of metrics. split: 'train', 'probe', or the split that was evaluated."""
     if not self.workdir.writes:
       return
     named = {f'{split}/{k}': v for k, v in values.items()}
@@ -92,22 +90,22 @@ class Log:
       print(f'step {step}: {main}', file=sys.stderr, flush=True)
 
   def _time(self, step: int) -> None:
-    """A line of timing.jsonl: seconds of the steps since the last one, without evaluations."""
+    """Writes a line of timing.jsonl: seconds of the steps since the last, without evaluations."""
     now = time.perf_counter()
     if self._timed > 0 and self.timing:
       self.timing.write(step, steps=self._timed, seconds=round(now - self._clock, 6))
     self._clock, self._timed = now, 0
 
   def phase(self, name: str, step: int) -> None:
-    """Says in status.json and before the progress bar what the run is doing."""
+    """Writes what the run is doing into status.json and before the progress bar."""
     self.workdir.status(name, step)
     self._moved(f'{name}, step {step}')
     self.bar.set_description_str(name)
 
   @contextlib.contextmanager
   def pause(self, phase: str, step: int):
-    """Status `phase` for the length of a with block whose time is not the train steps'."""
-    jax.block_until_ready(list(self._in_flight))   # their time is the train steps'
+    """Context with status `phase` whose time does not count as that of train steps."""
+    jax.block_until_ready(list(self._running))   # their time is that of train steps
     started = time.perf_counter()
     self.phase(phase, step)
     yield
@@ -116,32 +114,35 @@ class Log:
       self._clock += time.perf_counter() - started
 
   def watched(self, batches: Iterable) -> Iterator:
-    """The batches of an evaluation; each is a sign of life."""
+    """Yields the batches of an evaluation; each is a sign of life."""
     for number, batch in enumerate(batches, 1):
       yield batch
       self._moved(f'evaluating, batch {number}, step {self._at}')
 
   def say(self, text: str) -> None:
-    """A line for people, above the progress bar."""
+    """Writes a line for people above the progress bar."""
     if self.workdir.writes:
       self.bar.write(text, file=sys.stderr)
 
 
 class Stop:
-  """Set by SIGINT or SIGTERM; a second Ctrl-C ends the process at once."""
+  """The signal that was received, if any."""
   signal: int | None = None
 
 
 @contextlib.contextmanager
 def stop_signals():
-  """Ctrl-C and SIGTERM set the Stop that is yielded instead of raising."""
+  """Context in which Ctrl-C and SIGTERM set the Stop that is yielded instead of raising.
+
+  A second Ctrl-C ends the process at once.
+  """
   stop, old = Stop(), {}
 
   def receive(number, _frame):
     stop.signal = number
     print('\nstopping: saving a checkpoint first (again to stop without)', file=sys.stderr)
     signal.signal(signal.SIGINT, old[signal.SIGINT])
-    # Not a second SIGTERM: schedulers tell a process and whoever started it, who passes it on.
+    # A second SIGTERM is ignored: schedulers signal a process and its parent, which passes it on.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
   for s in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""Learning rates: a curve over global steps, and what a run with a parent does at its first step.
+"""Learning rates: a curve over global steps, and how a run with a parent enters it.
 
 t is the global step (updates made so far), s the step at which this run starts (0 from scratch),
 T the one at which it ends.
@@ -31,11 +31,11 @@ class ScheduleConfig:
   and a run with a parent (s > 0: surgery or continuation) takes up its curve by
 
     'continue'  rate(t) = curve(t): the parent's own, without a jump (Komatsuzaki et al. 2023).
-    'rewarm'    rate(t) = curve(t) * w(t - s): the same, approached from 0 once more.
+    'rewarm'    rate(t) = curve(t) * w(t - s): the parent's curve, approached from 0 again.
     'restart'   rate(t) = curve(t - s): as if from scratch.
 
-  From scratch the three are one: curve(t). A cosine is as long as its run and cannot go on with a
-  parent's, so it needs 'restart' there. At last, whatever the start,
+  From scratch all three are curve(t). A cosine is as long as its run and cannot go on with a
+  parent's, so it needs 'restart' there. For every start,
   cooldown(t) = cooldown_to + (1 - cooldown_to) * min(1, (T - t) / cooldown_steps).
 
   Attributes:
@@ -64,7 +64,7 @@ class ScheduleConfig:
       check(value >= 0, f'schedule.{key}', value, '0 or more', 'It is a number of steps.')
     check(self.start != 'rewarm' or self.warmup_steps > 0, 'schedule.warmup_steps',
           self.warmup_steps, "1 or more with schedule.start='rewarm'",
-          'Over 0 steps nothing warms up; that is the start called continue.')
+          "A warm-up of 0 steps is schedule.start='continue'.")
     check(self.timescale > 0, 'schedule.timescale', self.timescale, 'above 0',
           'Set a positive number.')
     for key in ('cooldown_to', 'final_fraction'):
@@ -73,7 +73,7 @@ class ScheduleConfig:
             'It is a fraction of the rate.')
     check(self.name != 'cosine' or self.cooldown_steps == 0, 'schedule.cooldown_steps',
           self.cooldown_steps, '0 with cosine',
-          'A cosine cools down by itself; set schedule.final_fraction instead.')
+          'A cosine cools down without it; set schedule.final_fraction instead.')
 
 
 def check_run(config: ScheduleConfig, *, start_step: int, end_step: int) -> None:
@@ -95,7 +95,7 @@ def check_run(config: ScheduleConfig, *, start_step: int, end_step: int) -> None
 
 def schedule(config: ScheduleConfig, learning_rate: float, *, start_step: int,
              end_step: int) -> Callable[[jax.Array], jax.Array]:
-  """Learning rate as a function of the global step.
+  """Returns the learning rate as a function of the global step.
 
   Args:
     config: the curve and its start.
@@ -129,7 +129,7 @@ def schedule(config: ScheduleConfig, learning_rate: float, *, start_step: int,
     t = jnp.asarray(step, jnp.float32)
     since_start = t - start_step
     factor = curve(since_start if config.start == 'restart' else t)
-    if config.start == 'rewarm' and start_step > 0:  # from scratch the curve warms up by itself
+    if config.start == 'rewarm' and start_step > 0:  # from scratch the curve itself warms up
       factor = factor * warmup(since_start)
     if config.cooldown_steps:
       left = jnp.clip((end_step - t) / config.cooldown_steps, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""A run's directory: what stands in it and who may write there.
+"""A run's directory: its files, and who may write there.
 
   config.json     every key of the resolved config; a workdir belongs to one config
   run.json        command, package versions, data fingerprint, parameters, FLOPs, memory, steps
@@ -16,22 +16,24 @@ import pathlib
 import platform
 import sys
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import jax
 
 from moejax.config import ConfigError, check, fail, renamed
 from moejax.train import config as run_config
-from moejax.train import files
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections',
             'numpy', 'tensorflow-datasets', 'moejax')
+AGAIN = 'Delete that file and start that run again: it is written anew.'
 
 
 class Workdir:
   """Paths and small files of one run; only process 0 writes.
 
-  Raises ConfigError on what is no path of a file system.
+  Raises:
+    ConfigError: the path is that of a bucket, not of a file system.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -42,17 +44,16 @@ class Workdir:
     self._began, self._before = time.process_time(), None
 
   def check(self, config: run_config.RunConfig) -> None:
-    """Raises ConfigError, with the differing keys, if a run of another config is here; or if
-    config.json is damaged."""
+    """Raises ConfigError if a run of another config is here, or config.json is damaged."""
     if not (self.path / 'config.json').exists():
       return
-    there = renamed(self.read(
+    saved = renamed(self.read(
         'config.json', 'If the run here is of this very config, delete that file and start again: '
         'it is written anew. If not, give a new --workdir.'))
-    if differing := run_config.differing_keys(there, json.loads(run_config.to_json(config))):
-      lines = '\n  '.join(differing)
+    if differing := run_config.differing_keys(saved, json.loads(run_config.to_json(config))):
+      keys = '\n  '.join(differing)
       raise ConfigError(f'workdir: {self.path} holds a run of another config; give a new --workdir '
-                        f'or undo these changes (there -> now):\n  {lines}')
+                        f'or undo these changes (there -> now):\n  {keys}')
 
   def claim(self, config: run_config.RunConfig) -> None:
     """Makes the directory and writes config.json. Raises ConfigError if it cannot be written."""
@@ -64,11 +65,15 @@ class Workdir:
            f'{type(error).__name__}: {error.strerror}. Choose another --workdir.')
 
   def seen(self, seconds: float = 60) -> bool:
-    """Whether what process 0 claimed is seen from here; network file systems may take a while."""
+    """Waits for the config.json of process 0; network file systems may take a while.
+
+    Returns:
+      Whether this process sees it.
+    """
     end = time.monotonic() + seconds
-    while not (found := (self.path / 'config.json').exists()) and time.monotonic() < end:
+    while not (exists := (self.path / 'config.json').exists()) and time.monotonic() < end:
       time.sleep(1)
-    return found
+    return exists
 
   def write(self, name: str, content: str | dict) -> None:
     """Writes a file atomically; a dict as JSON."""
@@ -80,30 +85,64 @@ class Workdir:
     temporary.replace(self.path / name)
 
   def status(self, phase: str, step: int) -> None:
-    """Says what the run is doing: initializing, evaluating, training, saving, stopped, finished."""
+    """Writes status.json.
+
+    phase: 'initializing', 'evaluating', 'training', 'saving', 'stopped' or 'finished'.
+    """
     self.write('status.json', {'phase': phase, 'step': step, 'pid': os.getpid(),
                                'cpu_seconds': self._cpu_seconds()})
 
   def _cpu_seconds(self) -> float:
-    """CPU time of this process since it has this workdir, and of those that were here before."""
+    """CPU time of this process since it opened this workdir, and of the processes before it."""
     if self._before is None:
-      there = (self.path / 'status.json').exists()
-      self._before = self.read('status.json').get('cpu_seconds', 0.0) if there else 0.0
+      exists = (self.path / 'status.json').exists()
+      self._before = self.read('status.json').get('cpu_seconds', 0.0) if exists else 0.0
     return round(self._before + time.process_time() - self._began, 1)
 
-  def read(self, name: str, fix: str = files.AGAIN) -> dict:
-    """A JSON file of this directory. Raises ConfigError if it is missing or damaged; fix: what to
-    do then."""
-    return files.read_json(self.path / name, fix=fix)
+  def read(self, name: str, fix: str = AGAIN, needs: Sequence[str] = ()) -> dict:
+    """Reads a JSON file of this directory; see `read_json`."""
+    return read_json(self.path / name, fix=fix, needs=needs)
 
   @property
   def whole(self) -> bool:
-    """Whether all files are here that a finished run has and a further start would write anew."""
+    """Whether config.json, run.json and status.json exist."""
     return all((self.path / name).exists() for name in ('config.json', 'run.json', 'status.json'))
 
 
+def read_json(path: pathlib.Path, key: str = 'workdir', fix: str = AGAIN,
+              needs: Sequence[str] = ()) -> dict:
+  """Reads the JSON object in a file of a run's directory.
+
+  Args:
+    path: the file.
+    key: the setting that names the directory, for messages.
+    fix: what to do if the file is damaged.
+    needs: keys that the object must have.
+
+  Raises:
+    ConfigError: there is no such file, or it does not hold one JSON object with these keys.
+  """
+  try:
+    value = json.loads(path.read_text())
+  except (FileNotFoundError, NotADirectoryError):
+    fail(key, str(path.parent), f'the directory of a run, with {path.name} in it',
+         'Train that run first, or correct the path.')
+  except ValueError as error:   # no JSON, or not even text
+    _damaged(path, key, str(error), fix)
+  if not isinstance(value, dict):
+    _damaged(path, key, f'it holds a {type(value).__name__}, not an object', fix)
+  if missing := [name for name in needs if name not in value]:
+    _damaged(path, key, f'it has no {", ".join(missing)}', fix)
+  return value
+
+
+def _damaged(path: pathlib.Path, key: str, why: str, fix: str) -> NoReturn:
+  fail(key, str(path.parent), f'a run whose {path.name} can be read',
+       f'It is damaged: {why}. {fix}')
+
+
 def versions() -> dict[str, str]:
-  """Versions of Python and of the packages a result depends on."""
+  """Returns versions of Python and of the packages a result depends on."""
   found = {'python': platform.python_version(), 'platform': platform.platform()}
   for name in PACKAGES:
     try:
@@ -114,14 +153,14 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-  """The command line of this process."""
+  """Returns the command line of this process."""
   spec = getattr(sys.modules['__main__'], '__spec__', None)
   start = ['python', '-m', spec.name] if spec else ['python', sys.argv[0]]
   return ' '.join(start + sys.argv[1:])
 
 
 def provenance(**facts: Any) -> dict:
-  """Content of run.json: how this run came about, and `facts` about it."""
+  """Returns the content of run.json: how this run came about, and `facts` about it."""
   devices = jax.devices()
   return {'command': command(), 'versions': versions(),
           'devices': f'{len(devices)} x {devices[0].device_kind}', **facts}

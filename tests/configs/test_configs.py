@@ -16,7 +16,7 @@ from moejax import data, models, trees
 from moejax.config import ConfigError
 from moejax.moe import presets
 from moejax.train import config as run_config
-from moejax.train import loop, plan
+from moejax.train import plan, validate
 from tests import fork_server
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -101,17 +101,17 @@ def test_new_glyphs_are_all_new_to_the_parent(monkeypatch):
   edited.probe = tuned.probe   # as for a probe of what pretraining made of the features
   edited.data.eval_repeats = 2
   run, tuned = run_config.resolve(edited), run_config.resolve(tuned)
-  requested, build = [], loop.Program._data
+  asked, open_data = [], validate.open_data
 
-  def data_of(program, config):
-    requested.append(config)
-    if len(requested) == 2:
+  def noted(run, source, devices):
+    asked.append(source)
+    if len(asked) == 2:
       raise Enough
-    return build(program, config)
-  monkeypatch.setattr(loop.Program, '_data', data_of)
+    return open_data(run, source, devices)
+  monkeypatch.setattr(validate, 'open_data', noted)
   with pytest.raises(Enough):
-    loop.Program(run, plan.Plan.make(run, 0))
-  trained, probed = requested
+    validate.validate(run, plan.Plan.make(run, 0))
+  trained, probed = asked
   assert (trained.image.classes, trained.image.skip_classes) == (4096, 0)
   for config in (probed, tuned.data):
     assert (config.source, config.image.classes) == ('glyphs', 0)

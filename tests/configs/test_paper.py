@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import pathlib
+import types
 
 import jax
 import pytest
@@ -17,9 +18,9 @@ from moejax.aot import chips, report
 from moejax.config import ConfigError
 from moejax.sharding import MeshConfig
 from moejax.train import config as run_config
-from moejax.train import initialize, parallel, parameter_groups, plan
+from moejax.train import initialize, parallel, parameter_groups, validate
 from moejax.train.schedule import schedule
-from moejax.trees import rules, stacking
+from moejax.trees import stacking
 
 EVERY = sorted(p.stem for p in pathlib.Path('configs/paper').glob('*.py') if p.stem != '__init__')
 NAMES = [name for name in EVERY if name.startswith(('t5_base', 'vit_b16'))]   # others follow them
@@ -91,7 +92,8 @@ def dataset_of(config):
 @pytest.mark.parametrize('name, word', RUNS)
 def test_runlocal_fits_its_data(name, word):
   run = resolved(name, word, 'runlocal')
-  assert plan.check_fit(run, dataset_of(run.data), models.build(run.model), 1) == 1
+  one = parallel.make('mesh', MeshConfig(), jax.devices()[:1])
+  assert validate.check_fit(run, dataset_of(run.data), models.build(run.model), one) == 1
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -166,33 +168,33 @@ def test_every_run_has_a_slice_that_its_mesh_and_batches_fill():
     sizes = [run.mesh.fsdp, run.mesh.expert, run.mesh.model]
     assert run.mesh.data == -1 and count % math.prod(sizes) == 0
     examples = model.examples_per_group(run.data.text.encoder_length, run.data.text.decoder_length)
-    plan.check_batches(run, examples, count // run.mesh.model)
+    validate.check_batches(run, examples, count // run.mesh.model)
     assert (run.mesh.expert > 1) == ('upcycled' in name + word)
     assert any(stacking.is_stacked(path) for path in model.param_paths)
 
 
 @functools.cache
 def leaves(name, word):
-  """{path: shape} of the parameters and optimizer state of a run."""
+  """{path: shape} of the parameters and optimizer state of a run, and these as its state."""
   state = initialize.state_shapes(*built(name, word), devices())
-  return trees.flatten({'params': state.params, 'opt_state': state.opt_state})
+  return trees.flatten({'params': state.params, 'opt_state': state.opt_state}), state
 
 
 # Not the dense fine-tuning: its model is the dense run's, its lengths the sparse fine-tuning's.
 @pytest.mark.parametrize('name, word', MILLIONS)
 def test_the_train_step_at_the_real_batch_size(name, word):
   """Real depth, widths, lengths and batch on eight devices, with the checks that a run makes."""
-  step = report.step_of(resolved(name, word), devices())
-  run, model = step.config, step.model
+  programs = report.programs_of(resolved(name, word), devices())
+  run, model = programs.run.config, programs.run.model
   assert millions(model) == pytest.approx(MILLIONS[name, word], rel=2e-3)
-  experts = [s for p, s in trees.flatten(step.single.params).items() if '/experts/' in p]
+  experts = [s for p, s in trees.flatten(programs.single.params).items() if '/experts/' in p]
   assert all(s.sharding.shard_shape(s.shape)[0] == 32 // 4 for s in experts)
   assert bool(experts) == ('upcycled' in name + word)
-  with jax.set_mesh(step.devices.mesh):
-    after, objective = jax.eval_shape(step.fn, step.shapes, step.batch)
-  assert objective.shape == () and jax.tree.leaves(step.batch)[0].shape[0] == run.data.batch_size
+  after, objective = programs.train.lower().out_info
+  assert objective.shape == ()
+  assert jax.tree.leaves(programs.batch)[0].shape[0] == run.data.batch_size
   for part in ('params', 'opt_state', 'window'):
-    before, new = (trees.flatten(getattr(state, part)) for state in (step.shapes, after))
+    before, new = (trees.flatten(getattr(state, part)) for state in (programs.shapes, after))
     assert {p: (s.shape, s.dtype) for p, s in before.items()} == {
         p: (s.shape, s.dtype) for p, s in new.items()}
   sparse = {layer for path in trees.flatten(after.window) if '/router_grad' in path
@@ -207,8 +209,9 @@ def test_the_train_step_at_the_real_batch_size(name, word):
     ('t5_base_superglue', 'experts_8', ('t5_base_upcycled', 'experts_8'))])
 def test_surgery_at_the_real_sizes(name, word, parent):
   """Every leaf of the parent and of the child is accounted for, optimizer state too."""
-  run, source, target = resolved(name, word), leaves(*parent), leaves(name, word)
-  planned = rules.plan(initialize._table(run, source, target), source, target)
+  run, (source, _), (target, state) = resolved(name, word), leaves(*parent), leaves(name, word)
+  opened = initialize.Parent(types.SimpleNamespace(shapes=source), {}, {})
+  planned = initialize.plan_surgery(run, state, opened)
   assert {move.target for move in planned.moves} >= set(target)
   fresh = {path for path in planned.fresh if path.startswith('params/')}
   assert fresh == {p for p in target if p.startswith('params/') and '/router/' in p

@@ -131,7 +131,7 @@ def decoded(way, beams):
   model, params, _ = made(SEQ2SEQ)
   step = evaluate.make_decode_step(model, evaluate.DecodeConfig(beams=beams), gather)
   params = jax.device_put(params, where.shardings(params))
-  return jax.device_get(where.compile(step)(params, where.put(sources())))
+  return jax.device_get(where.jit(step)(params, where.put(sources())))
 
 
 @pytest.mark.parametrize('way', ['pmap', 'mesh'])

@@ -181,7 +181,7 @@ def test_features_of_a_vit_are_the_same_on_a_mesh():
   np.testing.assert_array_equal(labels, [0, 1, 2, 3, 4, 5] * 2)
   assert np.ptp(features[:6], axis=0).min() > 0.1   # images differ
   where = parallel.make('mesh', MeshConfig(expert=2))
-  step = where.compile(model.features)
+  step = where.jit(model.features)
   on_mesh, _ = few_shot.extract(lambda params, batch: step(params, where.put(batch)),
                                 jax.device_put(params, where.shardings(params)), [batch])
   np.testing.assert_allclose(on_mesh, features[:6], rtol=1e-5, atol=1e-5)

@@ -31,7 +31,7 @@ tgmm = jax.jit(functools.partial(grouped_matmul_gpu.tgmm, interpret=INTERPRET), 
 
 @pytest.mark.parametrize('load', LOADS.values(), ids=LOADS.keys())
 def test_kernels_against_numpy(load):
-  """D of one tile and F of two, neither a power of two times 16; rows of no expert are never read."""
+  """D of one tile, F of two, no power of two times 16; rows of no expert are never read."""
   rows, _, E = laid_out(load)
   b, used = rows.block, int(rows.blocks.sum()) * rows.block
   assert b >= 16

@@ -47,7 +47,7 @@ def die_while_saving(step, directory):
 
 def prepare(moment, path):
   if moment == 'compiling':
-    before(loop.Program, 'compile', lambda: threading.Timer(0.5, kill).start())
+    before(loop.Trainer, 'compile', lambda: threading.Timer(0.5, kill).start())
   elif moment in ('step', 'sigterm', 'hang'):
     act = {'step': kill, 'sigterm': lambda: kill(signal.SIGTERM),
            'hang': lambda: time.sleep(600)}[moment]

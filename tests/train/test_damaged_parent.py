@@ -9,11 +9,11 @@ import pytest
 from moejax import models
 from moejax.checkpoints import orbax
 from moejax.config import ConfigError
+from moejax.surgery.config import InitConfig
 from moejax.train import config as settings
 from moejax.train import initialize
-from moejax.train.initialize import InitConfig
-from tests.train.test_files import DAMAGED
 from tests.train.test_initialize import DENSE, SPARSE, STEP, one_device, run_config, with_writer
+from tests.train.test_workdir import DAMAGED
 
 
 @pytest.fixture(scope='module')

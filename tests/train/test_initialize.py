@@ -1,6 +1,7 @@
 """First states: the parent's function survives upcycling, its slots go where they belong."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -16,9 +17,9 @@ from moejax.data import DataConfig
 from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
 from moejax.sharding import MeshConfig
+from moejax.surgery.config import InitConfig
 from moejax.train import config as settings
 from moejax.train import initialize, optimizer, parallel
-from moejax.train.initialize import InitConfig
 
 E = 4
 EVERYONE = dict(num_experts=E, capacity_factor=float(E), eval_capacity_factor=float(E),
@@ -87,6 +88,12 @@ def child_state(parent, model=None, where=None, mode='upcycle', **init):
   return model, jax.device_get(state), receipt
 
 
+@pytest.fixture(scope='module')
+def child(parent):
+  """(model, state, receipt) of the parent, upcycled with its optimizer state."""
+  return child_state(parent, optimizer='carry')
+
+
 def with_moe(family, **changes):
   """The sparse model of a family with other MoE settings."""
   model = SPARSE[family]
@@ -102,8 +109,8 @@ def flat(state):
 def check_same_function(family, dense, model, state):
   """The child's logits are the parent's."""
   x = batch(DENSE[family])
-  expected, _ = models.build(DENSE[family]).apply(dense.params, x)
-  logits, aux = model.apply(state.params, x)
+  expected, _ = jax.jit(models.build(DENSE[family]).apply)(dense.params, x)
+  logits, aux = jax.jit(model.apply)(state.params, x)
   assert len(aux) == (2 if family == 't5' else 1)
   assert all(layer['unchosen'] == 0 and layer['dropped'] == 0 for layer in aux.values())
   real = x['weight'] > 0
@@ -112,9 +119,9 @@ def check_same_function(family, dense, model, state):
   np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-def test_an_upcycled_model_is_its_parent(parent):
+def test_an_upcycled_model_is_its_parent(parent, child):
   family, _, dense = parent
-  sparse, state, _ = child_state(parent)
+  sparse, state, _ = child
   check_same_function(family, dense, sparse, state)
 
 
@@ -146,14 +153,14 @@ def test_gates_are_the_configs():
                      (MoEConfig(router='top_k', k=2, score='softmax_of_chosen'), 1.0),
                      (MoEConfig(capacity_factor=3.0), 3 / 8), (MoEConfig(renormalize=True), 1.0)):
     model = vit.config('tiny', activation='squared_relu', moe=moe)
-    init = initialize._expert_init(InitConfig(), run_config(model))
+    init = initialize.expert_settings(run_config(model))
     assert init.gates['encoder'].total(8) == pytest.approx(total)
     assert init.gates['encoder'].multiple == (moe.router == 'top_k')
     assert moe.router != 'top_k' or init.gates['encoder'].key == 'config.model.moe.k'
     assert init.squared
   model = t5.config('tiny', decoder_moe=MoEConfig(router='top_p'))
   run = dataclasses.replace(run_config(model), seed=5)
-  init = initialize._expert_init(InitConfig(), run)
+  init = initialize.expert_settings(run)
   assert set(init.gates) == {'encoder'} and not init.squared and init.seed == 5
 
 
@@ -242,9 +249,9 @@ def test_the_receipt_says_how(parent):
                        scaling='none', new_head=False, seed=0)
 
 
-def test_every_leaf_has_its_fate(parent):
+def test_every_leaf_has_its_fate(parent, child):
   family, _, dense = parent
-  _, state, receipt = child_state(parent, optimizer='carry')
+  _, state, receipt = child
   assert state.step == STEP
   old = trees.flatten({'params': dense.params, 'opt_state': dense.opt_state})
   fates = {e.target: e for e in receipt.entries}
@@ -274,11 +281,12 @@ def test_a_reset_optimizer_starts_from_zero(parent):
   assert receipt.counts['dropped']['leaves'] > 0
 
 
-def test_the_router_moves_at_most_lr_in_its_first_update(parent):
-  model, state, _ = child_state(parent, optimizer='carry')
+def test_the_router_moves_at_most_lr_in_its_first_update(child):
+  _, state, _ = child
   config = optimizer.OptimizerConfig(weight_decay=0.0)
   grads = jax.tree.map(lambda p: 1e-3 * jnp.ones_like(p), state.params)
-  params, _ = optimizer.update(config, grads, state.opt_state, state.params, 0.01)
+  update = jax.jit(functools.partial(optimizer.update, config))
+  params, _ = update(grads, state.opt_state, state.params, 0.01)
   before, after = trees.flatten(state.params), trees.flatten(params)
   for path in before:
     if path.endswith('router/kernel'):
@@ -286,13 +294,13 @@ def test_the_router_moves_at_most_lr_in_its_first_update(parent):
       assert 0.009 < moved <= 0.01 * (1 + 1e-4)
 
 
-def test_surgery_lands_in_the_shardings_of_a_mesh(parent):
+def test_surgery_lands_in_the_shardings_of_a_mesh(parent, child):
   family, workdir, _ = parent
   config = run_config(SPARSE[family], mode='upcycle', parent=workdir)
   model = models.build(config.model)
   where = parallel.make('mesh', MeshConfig(data=1, expert=4, model=2))
   state, _ = initialize.first_state(config, model, where, initialize.open_parent(config.init))
-  expected = child_state(parent)[1]
+  expected = child[1]
   wanted = initialize.state_shapes(config, model, where)
   for path, leaf in trees.flatten(state.params).items():
     assert leaf.sharding == trees.flatten(wanted.params)[path].sharding, path

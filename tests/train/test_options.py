@@ -1,10 +1,10 @@
 """Options that change how a step runs and not what it computes, several of them at once.
 
 Elsewhere each is compared with its absence alone: meshes, pmap and microbatches under plain SGD
-(test_parallel), scans and steps per dispatch on one mesh and one model (test_scan, test_dispatch),
+(test_parallel), scans and steps per call on one model (test_scan, test_steps_per_call),
 remat without an optimizer (models/test_scan). Here they meet what they might upset together: noise,
-dropout and random second choices, which go by the example; a bias that the step moves; slots that
-are factored and stacked; and a teacher, whose answers are cut and dealt with the batch.
+dropout and random second choices, whose keys are those of examples; a bias that the step moves;
+optimizer state that is factored and stacked; and a teacher, whose logits are cut with the batch.
 """
 
 import dataclasses
@@ -25,10 +25,11 @@ from moejax.moe.layer import MoEConfig
 from moejax.sharding import MeshConfig
 from moejax.train import config as run_config
 from moejax.train import initialize, parallel
-from moejax.train.compiled import Step
+from moejax.train.compiled import Programs
 from moejax.train.optimizer import AdafactorConfig, OptimizerConfig
 from moejax.train.plan import Plan
-from moejax.train.step import join
+from moejax.train.step import join_batches
+from moejax.train.validate import without_data
 from tests.models.helpers import random_params
 from tests.train.test_parallel import ROWS, B, batch
 
@@ -36,7 +37,7 @@ STEPS = 2
 SPARSE = MoEConfig(layers='every_1', num_experts=4, router='top_k')
 TEXT = run_config.RunConfig(
     model=t5.config(
-        'tiny', dropout_rate=0.1,
+        'tiny', dropout_rate=0.1, decoder_layers=1,
         encoder_moe=dataclasses.replace(SPARSE, router='expert_choice', renormalize=True,
                                         jitter=0.05, group_size=ROWS * 12),
         decoder_moe=dataclasses.replace(SPARSE, learned_noise=True, second_threshold=0.5,
@@ -55,19 +56,19 @@ RUNS = {name: dataclasses.replace(
     data=DataConfig(batch_size=B, eval_batch_size=B)) for name, run in (
         ('text', TEXT), ('images', IMAGES))}
 SPLIT = MeshConfig(data=1, fsdp=2, expert=2, model=2)
-OPTIONS = {   # run, devices, and what it is to change nothing
+OPTIONS = {   # run, devices, and the settings that change nothing
     # A scan in a scan over microbatches in one over steps, all inside pmap.
     'text, pmap': ('text', 4, {'parallel': 'pmap', 'execution': Execution(True, 'full'),
                                'microbatches': 2, 'steps_per_call': 2}),
-    # What came by all-to-all is kept of stacked blocks, from one-hot dispatch.
+    # Of stacked blocks the results of all-to-alls are kept, of one-hot dispatch.
     'text, all axes': ('text', 8, {'mesh': SPLIT, 'execution': Execution(True, 'sent'),
                                    'microbatches': 2, 'dispatch': 'einsum'}),
-    # Dropless rows and a teacher under pmap.
+    # Dropless experts and a teacher under pmap.
     'images, pmap': ('images', 4, {'parallel': 'pmap', 'execution': Execution(False, 'sent'),
                                    'microbatches': 2}),
-    # The same where the devices of `model` share a group, and its answers to two steps at once.
-    'images, fsdp x model': ('images', 8, {
-        'mesh': MeshConfig(data=1, fsdp=4, model=2), 'execution': Execution(True, 'dots'),
+    # As well where the devices of `model` share a group, and logits for two steps at once.
+    'images, fsdp x model': ('images', 4, {
+        'mesh': MeshConfig(data=1, fsdp=2, model=2), 'execution': Execution(True, 'dots'),
         'steps_per_call': 2}),
 }
 
@@ -95,27 +96,25 @@ def train(config, devices):
   """Trains STEPS steps from the same parameters, whatever the run.
 
   Returns:
-    [sums of all steps so far] after each dispatch; parameters and slots at the end, of single
-    blocks.
+    [sums of all steps so far] after each call; parameters and optimizer state at the end, of
+    single blocks.
   """
   where = parallel.make(config.parallel, config.mesh, jax.devices()[:devices])
   batches = [batch(config.model, n) for n in range(STEPS)]
-  step = Step.of(config, Plan.make(config, 0), where, batches[0])
-  train_step, seen = step.lower().compile(), []
-  # Drawn here, since `step.first_state` takes as long to compile as the step; slots begin as zeros.
-  zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), step.single)
-  first = dataclasses.replace(zeros, params=random_params(step.model.shapes))
-  first = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), first, step.single)
-  state = step.relaid(first, step.layout.stack)
-  if step.teacher:
-    step.teacher.params = jax.tree.map(
-        lambda x, s: jax.device_put(x, s.sharding),
-        random_params(step.teacher.shapes, seed=1), step.teacher.shapes)
-  for n in range(0, STEPS, step.steps):
-    given = where.put(join(batches[n:n + step.steps], step.shard))
-    state, _ = train_step(state, step.teacher(given) if step.teacher else given)
+  programs, seen = Programs(without_data(config, Plan.make(config, 0), where, batches[0])), []
+  # Drawn here: `programs.first_state` takes as long to compile as the step. Moments begin as zeros.
+  zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), programs.single)
+  first = dataclasses.replace(zeros, params=random_params(programs.run.model.shapes))
+  first = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), first, programs.single)
+  state, teacher = first.relaid(programs.layout.stack), programs.teacher
+  if teacher:
+    teacher.params = jax.tree.map(lambda x, s: jax.device_put(x, s.sharding),
+                                  random_params(teacher.shapes, seed=1), teacher.shapes)
+  for n in range(0, STEPS, programs.steps):
+    given = where.put(join_batches(batches[n:n + programs.steps], programs.examples_per_device))
+    state, _ = programs.train(state, teacher(given) if teacher else given)
     seen.append(trees.flatten(jax.device_get(state.window)))
-  single = step.layout.unstack({'params': state.params, 'slots': state.opt_state})
+  single = programs.layout.unstack({'params': state.params, 'opt_state': state.opt_state})
   return seen, trees.flatten(jax.device_get(single))
 
 

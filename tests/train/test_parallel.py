@@ -15,21 +15,18 @@ from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
 from moejax.sharding import MeshConfig
 from moejax.train import metrics, optimizer, parallel
-from moejax.train.step import TrainState, make_train_step, split
+from moejax.train.step import StepSettings, TrainState, make_train_step, split
 
 B, ROWS = 16, 2
 SGD = optimizer.OptimizerConfig(name='sgd', momentum=0.5, learning_rate=0.1)
 EXPERT_CHOICE = MoEConfig(layers='last_1', num_experts=4, capacity_factor=1.5, group_size=8,
                           z_weight=1e-3)
-WAYS = {
-    'pmap': ('pmap', MeshConfig()),
-    'data x expert': ('mesh', MeshConfig(data=2, expert=4)),
-    'fsdp x expert x model': ('mesh', MeshConfig(data=1, fsdp=2, expert=2, model=2)),
+WAYS = {   # config.parallel, config.mesh, devices
+    'one': ('mesh', MeshConfig(), 1),
+    'pmap': ('pmap', MeshConfig(), 4),
+    'data x expert': ('mesh', MeshConfig(data=2, expert=2), 4),
+    'fsdp x expert x model': ('mesh', MeshConfig(data=1, fsdp=2, expert=2, model=2), 8),
 }
-
-
-def vit_config(moe):
-  return vit.config('tiny', dropout_rate=0.1, moe=moe)
 
 
 def t5_config():
@@ -41,8 +38,7 @@ def t5_config():
                             group_size=2 * 6, balance_weight=0.02))
 
 
-CONFIGS = {'vit dense': vit_config(MoEConfig()), 'vit moe': vit_config(EXPERT_CHOICE),
-           't5 moe': t5_config()}
+CONFIGS = {'vit': vit.config('tiny', dropout_rate=0.1, moe=EXPERT_CHOICE), 't5': t5_config()}
 
 
 def batch(config, seed):
@@ -62,23 +58,29 @@ def batch(config, seed):
           'index': index}
 
 
+@functools.cache
+def initial_params(config):
+  return jax.device_get(jax.jit(models.build(config).init)(jax.random.key(0)))
+
+
 @functools.lru_cache
 def train(config, way, microbatches=1, steps=3):
   """(first step's gradient, params after the last, sums of each step) of a few SGD steps."""
-  name, mesh = WAYS.get(way, ('mesh', MeshConfig()))
-  where = parallel.make(name, mesh, jax.devices() if way in WAYS else jax.devices()[:1])
+  name, mesh, devices = WAYS[way]
+  where = parallel.make(name, mesh, jax.devices()[:devices])
   model = models.build(config)
-  make = functools.partial(make_train_step, model, SGD, lambda step: jnp.float32(0.1),
-                           microbatches=microbatches, examples_per_group=ROWS)
-  put = lambda x: jax.device_put(x, where.replicated())
-  params = where.init(model.init, jax.random.key(0))
-  slots = where.init(lambda key: optimizer.init(SGD, model.init(key)), jax.random.key(0))
-  state = TrainState(put(jnp.int32(0)), params, slots,
-                     put(jax.random.key_data(jax.random.key(1))), {})
+  make = functools.partial(make_train_step, model, StepSettings(
+      SGD, lambda step: jnp.float32(0.1), microbatches=microbatches, examples_per_group=ROWS))
+  put = lambda tree: jax.tree.map(jax.device_put, tree, where.shardings(tree))
+  params = initial_params(config)
+  state = TrainState(jnp.int32(0), put(params), put(optimizer.init(SGD, params)),
+                     jax.random.key_data(jax.random.key(1)), {})
   window = jax.eval_shape(make(), state, batch(config, 0))[0].window
-  zeros = lambda: jax.tree.map(lambda s: put(jnp.zeros(s.shape, s.dtype)), window)
-  state = dataclasses.replace(state, window=zeros())
-  step = where.lower(make(reduce=where.reduce), state, where.put(batch(config, 0))).compile()
+  whole = lambda tree: jax.tree.map(
+      lambda x: jax.device_put(np.asarray(x), where.replicated()), tree)
+  zeros = lambda: whole(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), window))
+  state = dataclasses.replace(state, step=whole(state.step), key=whole(state.key), window=zeros())
+  step = where.jit_step(make(reduce=where.reduce), state)
   seen, gradient = [], None
   for n in range(steps):
     state, _ = step(state, where.put(batch(config, n)))
@@ -103,27 +105,27 @@ def assert_same_leaves(a, b):
 
 @pytest.mark.parametrize('name, way', [
     *((name, way) for name in CONFIGS for way in ('pmap', 'fsdp x expert x model')),
-    ('t5 moe', 'data x expert')])
+    ('vit', 'data x expert')])
 def test_agrees_with_one_device(name, way):
   config = CONFIGS[name]
   gradient, last, seen = train(config, 'one')
-  gradient_8, last_8, seen_8 = train(config, way)
-  for window, window_8 in zip(seen, seen_8):
-    flat, flat_8 = trees.flatten(window), trees.flatten(window_8)
-    assert flat.keys() == flat_8.keys()
+  gradient_n, last_n, seen_n = train(config, way)
+  for window, window_n in zip(seen, seen_n):
+    flat, flat_n = trees.flatten(window), trees.flatten(window_n)
+    assert flat.keys() == flat_n.keys()
     for path, value in flat.items():
       counts = path.endswith(('load', 'dropped', 'unchosen', 'single', 'assigned', 'tokens'))
       if counts:   # identical routing
-        np.testing.assert_array_equal(flat_8[path], value, err_msg=path)
+        np.testing.assert_array_equal(flat_n[path], value, err_msg=path)
       else:
-        np.testing.assert_allclose(flat_8[path], value, rtol=1e-5, atol=1e-7, err_msg=path)
-  assert_same_leaves(gradient, gradient_8)
-  assert_same_leaves(last, last_8)
+        np.testing.assert_allclose(flat_n[path], value, rtol=1e-5, atol=1e-7, err_msg=path)
+  assert_same_leaves(gradient, gradient_n)
+  assert_same_leaves(last, last_n)
 
 
 @pytest.mark.parametrize('way', ['one', 'fsdp x expert x model'])
 def test_gradient_accumulation_changes_nothing(way):
-  config = CONFIGS['vit moe']
+  config = CONFIGS['vit']
   _, whole, seen = train(config, 'one')
   _, cut, seen_cut = train(config, way, microbatches=2)
   assert_same_leaves(whole, cut)
@@ -133,7 +135,7 @@ def test_gradient_accumulation_changes_nothing(way):
 
 def test_split_keeps_groups_whole_and_devices_even():
   rows = {'x': np.arange(16)}
-  parts = np.asarray(split(rows, 2, examples_per_group=2)['x'])
+  parts = np.asarray(split(rows, 2, examples=2)['x'])
   # Groups (0 1) (2 3) (4 5) ... go to the parts in turn.
   np.testing.assert_array_equal(parts, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]])
 
@@ -148,4 +150,4 @@ def test_refusals():
   too_few = MeshConfig(data=1, expert=8)
   where = parallel.make('mesh', too_few)
   with pytest.raises(ConfigError, match='config.mesh.expert: got 8.*divisor of the 4 experts'):
-    where.init(models.build(CONFIGS['vit moe']).init, jax.random.key(0))
+    where.init(models.build(CONFIGS['vit']).init, jax.random.key(0))

@@ -15,7 +15,7 @@ from moejax.train import config as settings
 from moejax.train import optimizer
 from moejax.train import parameter_groups as groups
 from moejax.train.optimizer import AdafactorConfig, OptimizerConfig
-from moejax.train.step import TrainState, make_train_step
+from moejax.train.step import StepSettings, TrainState, make_train_step
 
 MOE = MoEConfig(layers='1', num_experts=4)
 T5_PATHS = list(trees.flatten(models.build(t5.config('tiny', encoder_moe=MOE)).shapes))
@@ -147,7 +147,8 @@ def test_the_gradient_norm_is_of_what_is_trained(freeze, halves):
                      jax.random.key_data(jax.random.key(0)), {})
   batch = {'image': jnp.array([[3.0, 4.0]]), 'label': jnp.array([0]), 'weight': jnp.ones(1),
            'index': jnp.zeros(1, jnp.int32)}
-  new, _ = make_train_step(Linear(), config, lambda step: jnp.float32(1.0))(state, batch)
+  settings = StepSettings(config, lambda step: jnp.float32(1.0))
+  new, _ = make_train_step(Linear(), settings)(state, batch)
   np.testing.assert_allclose(new.window['grad_norm'], 5 * (halves / 2) ** 0.5, rtol=1e-6)
   # Clipped to norm 1 over what is trained, the update of every trained kernel is 1 / sqrt(halves).
   for path, leaf in trees.flatten(new.params).items():

@@ -15,7 +15,7 @@ from moejax.moe.layer import MoEConfig
 from moejax.train import config as settings
 from moejax.train import metrics, optimizer, router_health
 from moejax.train.schedule import ScheduleConfig
-from moejax.train.step import TrainState, make_train_step
+from moejax.train.step import StepSettings, TrainState, make_train_step
 from tests.models.helpers import random_params
 
 TOP_1 = MoEConfig(layers='0', num_experts=4, router='top_k', k=1, capacity_factor=4.0,
@@ -68,7 +68,8 @@ def evaluated(moe, change=lambda kernel: kernel):
 def trained(moe, params, freeze='', steps=3):
   """Metrics of the last of some train steps."""
   config = run_config(moe, freeze)
-  train_step = jax.jit(make_train_step(built(moe)[0], config.optimizer, lambda step: 0.1))
+  settings = StepSettings(config.optimizer, lambda step: 0.1)
+  train_step = jax.jit(make_train_step(built(moe)[0], settings))
   state = TrainState(jnp.int32(0), params, optimizer.init(config.optimizer, params),
                      jax.random.key_data(jax.random.key(0)), {})
   for _ in range(steps):

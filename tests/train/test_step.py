@@ -17,7 +17,14 @@ from moejax import losses, models
 from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
 from moejax.train import metrics, optimizer
-from moejax.train.step import TrainState, accumulate, auxiliary_loss, make_train_step, split
+from moejax.train.step import (
+  StepSettings,
+  TrainState,
+  accumulate,
+  auxiliary_loss,
+  make_train_step,
+  split,
+)
 from tests.models.helpers import random_params
 
 LN2 = np.log(2)
@@ -61,8 +68,8 @@ GRAD_W, GRAD_R = -2 / 6, 4.0
 
 
 @functools.cache
-def compiled(config, lr, **kwargs):
-  return jax.jit(make_train_step(TOY, config, lr, **kwargs))
+def compiled(config, lr, reduce=lambda x: x, **settings):
+  return jax.jit(make_train_step(TOY, StepSettings(config, lr, **settings), reduce))
 
 
 def half(step):
@@ -169,7 +176,7 @@ def test_a_stack_without_a_loss_does_not_dilute_that_of_the_other():
       moe, balance_weight=1.0, z_weight=1.0)))
   ones = jnp.ones((2, 4), jnp.int32)
   batch = {'encoder_input': ones, 'decoder_input': ones, 'weight': jnp.ones((2, 4))}
-  _, aux = model.apply(model.init(jax.random.key(0)), batch)
+  _, aux = jax.jit(model.apply)(random_params(model.shapes), batch)
   layer = aux['decoder/layers/00']
   total = auxiliary_loss(aux, {'encoder': 8, 'decoder': 8})
   np.testing.assert_allclose(total, (layer['balance'] + layer['z']) / 8, rtol=1e-6)
@@ -262,9 +269,9 @@ def test_no_gradient_of_a_frozen_leaf_is_computed():
     return apply(params | kernel, batch, train=train, key=key)
   model = types.SimpleNamespace(apply=run, token_counts=TOY.token_counts)
   frozen = dataclasses.replace(SGD, freeze='router')
-  make_train_step(model, frozen, half)(toy_state(), BATCH)
+  make_train_step(model, StepSettings(frozen, half))(toy_state(), BATCH)
   with pytest.raises(AssertionError, match='backward'):
-    make_train_step(model, SGD, half)(toy_state(), BATCH)
+    make_train_step(model, StepSettings(SGD, half))(toy_state(), BATCH)
 
 
 @pytest.mark.parametrize('microbatches', [1, 2])
@@ -279,15 +286,14 @@ def test_the_outline_has_the_shapes_of_a_step(microbatches, freeze):
   make = lambda size, dtype, *dims: jax.ShapeDtypeStruct((size, *dims), dtype)
   batch = {'image': make(4, jnp.float32, 8, 8, 1), 'label': make(4, jnp.int32),
            'weight': make(4, jnp.float32), 'index': make(4, jnp.int32)}
-  whole, outline = (jax.eval_shape(make_train_step(
-      model, adamw, half, microbatches=microbatches, outline=flag), state, batch)
+  settings = StepSettings(adamw, half, microbatches=microbatches)
+  whole, outline = (jax.eval_shape(make_train_step(model, settings, outline=flag), state, batch)
                     for flag in (False, True))
   assert outline == whole and ('router_grad_norm' in str(whole)) == (not freeze)
 
 
 def test_split_deals_whole_groups_in_turn():
   rows = {'a': jnp.arange(12), 'b': jnp.arange(24).reshape(12, 2)}
-  assert split(rows, 1, 2) == [rows]
   parts = split(rows, 3, 2)
   # Groups of two rows: (0 1) (2 3) (4 5) (6 7) (8 9) (10 11), dealt to three parts.
   np.testing.assert_array_equal(parts['a'], [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]])
@@ -295,10 +301,11 @@ def test_split_deals_whole_groups_in_turn():
 
 
 def test_accumulate_sums_a_tree():
-  parts = {'x': jnp.array([[1., 2.], [3., 4.], [5., 6.]])}
-  found = accumulate(lambda p: (p['x'], {'n': (p['x'] ** 2).sum()}), parts)
-  np.testing.assert_array_equal(found[0], [9, 12])
-  assert found[1]['n'] == 1 + 4 + 9 + 16 + 25 + 36
+  batch = {'x': jnp.array([1., 2., 3., 4., 5., 6.])}
+  fn = lambda p: (p['x'], {'n': (p['x'] ** 2).sum()})
+  total, sums = accumulate(fn, batch, 3, 1)   # parts (1 4), (2 5), (3 6)
+  np.testing.assert_array_equal(total, [6, 15])
+  assert sums['n'] == accumulate(fn, batch, 1, 1)[1]['n'] == 1 + 4 + 9 + 16 + 25 + 36
 
 
 def test_state_survives_as_a_dict():
@@ -318,7 +325,7 @@ def test_bfloat16_compute_keeps_a_float32_state_and_adds_the_balance_loss():
   batch = {'image': rng.normal(size=(4, 8, 8, 1)).astype(np.float32),
            'label': np.array([1, 2, 3, 4]), 'weight': np.ones(4, np.float32),
            'index': np.arange(4, dtype=np.int32)}
-  train_step = jax.jit(make_train_step(model, adamw, lambda step: jnp.float32(1e-3)))
+  train_step = jax.jit(make_train_step(model, StepSettings(adamw, lambda step: jnp.float32(1e-3))))
   new, objective = train_step(state, batch)
   assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {
       np.dtype(t) for t in (np.float32, np.int32, np.uint32)}

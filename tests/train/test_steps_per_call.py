@@ -1,7 +1,7 @@
-"""Several train steps in one dispatch: the runs, their logs and checkpoints stay what they were."""
+"""Several train steps in one call: runs, their logs and checkpoints stay what they were."""
 
 import dataclasses
-import json
+import functools
 import types
 
 import jax
@@ -11,76 +11,81 @@ import pytest
 from moejax import flops
 from moejax.checkpoints import orbax
 from moejax.config import ConfigError
-from moejax.train import compiled, loop, metrics
-from moejax.train import config as run_config
+from moejax.moe.config import MoEConfig
+from moejax.train import compiled, loop, metrics, parallel
 from moejax.train.plan import Plan
-from moejax.train.step import join, split
+from moejax.train.step import join_batches, split
+from moejax.train.validate import validate
 from tests.train import small
 
-MOE = {'router': 'top_k', 'balance_weight': 0.02, 'bias_rate': 0.01}
-WAYS = {'mesh': {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.expert': 2}, 'pmap': {}}
+MOE = MoEConfig(layers='0', num_experts=4, router='top_k', balance_weight=0.02, bias_rate=0.01)
+STEPS = 20
+WAYS = {'mesh': {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.expert': 2}, 'pmap': {}}
 
 
-def config(folder, **changes):
-  folder.mkdir(exist_ok=True)
-  path = small.write(folder / 'config.json', MOE, log_every=10, **changes)
-  return run_config.from_dict(json.loads(path.read_text()))
+def config(**changes):
+  return small.digits(MOE, **{
+      'steps': STEPS, 'schedule.cooldown_steps': 10, 'log_every': 10, 'eval_every': 20,
+      'checkpoint_every': 10, 'model.dropout_rate': 0.1, **changes})
+
+
+@pytest.fixture
+def four_devices(monkeypatch):
+  monkeypatch.setattr(parallel, 'make', functools.partial(parallel.make,
+                                                          devices=jax.devices()[:4]))
 
 
 @pytest.mark.parametrize('devices, steps', [(1, 1), (1, 5), (4, 3)])
 def test_batches_are_cut_again_as_they_were_joined(devices, steps):
   batches = [{'x': np.arange(8 * 3).reshape(8, 3) + 100 * n, 'y': np.arange(8) + 100 * n}
              for n in range(steps)]
-  rows = 8 // devices
-  again = split(join(batches, rows), steps, rows)
+  again = split(join_batches(batches, 8 // devices), steps, 8 // devices)
   for n in range(steps):
-    part = again[0] if steps == 1 else {name: x[n] for name, x in again.items()}
-    jax.tree.map(np.testing.assert_array_equal, part, batches[n])
+    jax.tree.map(np.testing.assert_array_equal, {k: x[n] for k, x in again.items()}, batches[n])
 
 
-def test_a_device_has_its_own_rows_of_every_step():
+def test_a_device_has_its_own_examples_of_every_step():
   batches = [{'x': np.arange(8) + 100 * n} for n in range(3)]
-  shares = join(batches, 2)['x'].reshape(4, -1)
+  shares = join_batches(batches, 2)['x'].reshape(4, -1)
   np.testing.assert_array_equal(shares[1], [2, 3, 102, 103, 202, 203])
 
 
 @pytest.mark.parametrize('way', WAYS)
-def test_a_run_is_the_same_however_its_steps_are_handed_over(way, tmp_path):
-  for steps in (1, 5):
-    run = config(tmp_path / str(steps), parallel=way, steps_per_call=steps, **WAYS[way])
-    assert loop.run(run, str(tmp_path / str(steps) / 'run')) == 0
-  one, five = (tmp_path / name / 'run' for name in ('1', '5'))
+def test_a_run_is_the_same_however_its_steps_are_called(way, tmp_path, four_devices):
+  one, five = tmp_path / '1', tmp_path / '5'
+  for path in (one, five):
+    run = config(parallel=way, steps_per_call=int(path.name), **WAYS[way])
+    assert loop.run(run, str(path)) == 0
   lines = [metrics.read_lines(path / 'metrics.jsonl') for path in (one, five)]
-  assert len(lines[0]) == len(lines[1]) and len(lines[0]) > 5
+  assert len(lines[0]) == len(lines[1]) and len(lines[0]) > 3
   for a, b in zip(*lines):
     assert a.keys() == b.keys() and a['step'] == b['step']
     for name, value in a.items():
       assert b[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (a['step'], name)
   first = [next(x['train/loss'] for x in found if 'train/loss' in x) for found in lines]
   assert first[1] == pytest.approx(first[0], rel=1e-5)
-  a, b = (orbax.Reader(path, small.STEPS) for path in (one, five))
+  a, b = (orbax.Reader(path, STEPS) for path in (one, five))
   assert a.shapes.keys() == b.shapes.keys()
-  assert b.read('step') == small.STEPS
+  assert b.read('step') == STEPS
   timed = metrics.read_lines(five / 'timing.jsonl')
-  assert sum(x['steps'] for x in timed) == small.STEPS - 5   # all but the first dispatch
+  assert sum(x['steps'] for x in timed) == STEPS - 5   # all but the first call
 
 
-def test_it_is_the_program_that_loops(tmp_path):
-  run = config(tmp_path / 'x', parallel='pmap', steps_per_call=5)
-  program = loop.Program(run, Plan.make(run, 0))
-  assert len(list(program.train_batches(10))) == (small.STEPS - 10) / 5
-  program.compile()
-  state, _ = program.step.first_state(None)
-  state, _ = program.train_step(state, program.put(next(program.train_batches(0))))
+def test_it_is_the_program_that_loops(four_devices):
+  run = config(parallel='pmap', steps_per_call=5)
+  trainer = loop.Trainer(validate(run, Plan.make(run, 0)))
+  assert len(list(trainer.train_batches(10))) == (STEPS - 10) / 5
+  state, _ = trainer.programs.first_state()
+  state, _ = trainer.train_step(state, trainer.put(next(trainer.train_batches(0))))
   assert int(state.step) == 5 and float(state.window['steps']) == 5
 
 
 @pytest.mark.parametrize('changes, whole', [
     ({}, 10), ({'schedule.cooldown_steps': 8}, 2), ({'branch_steps': (5,)}, 5)])
-def test_what_falls_due_in_the_middle_is_refused(changes, whole, tmp_path):
-  run = config(tmp_path / 'x', steps_per_call=whole, **changes)
-  assert Plan.make(run, 0).end == small.STEPS
-  run = config(tmp_path / 'y', steps_per_call=3, **changes)
+def test_what_falls_due_in_the_middle_is_refused(changes, whole):
+  run = config(steps_per_call=whole, **changes)
+  assert Plan.make(run, 0).end == STEPS
+  run = config(steps_per_call=3, **changes)
   with pytest.raises(ConfigError, match=rf'steps_per_call: got 3, .*a divisor of {whole}\b'):
     Plan.make(run, 0)
 
@@ -98,14 +103,14 @@ class On:
     ('gpu', 1, 1e12, 10), ('tpu', 1, 1e12, 10), ('cpu', 1, 1e12, 1),
     ('gpu', 1, 0.9, 1), ('gpu', 2, 0.6, 10)])
 def test_short_steps_go_together_unless_the_config_says_how_many(
-    platform, shards, small, wanted, tmp_path, monkeypatch):
-  run = config(tmp_path / 'x')
+    platform, shards, small, wanted, monkeypatch):
+  run = config()
   assert run.steps_per_call == 0
   plan = Plan.make(run, 0)
   if small < 1:   # as a part of what the step has
     small *= flops.train_step_flops(run.model, run.data.batch_size)
   monkeypatch.setattr(compiled, 'SMALL', small)
-  chosen = lambda run: compiled.steps_per_call(run, plan, On(platform, shards), {})
+  chosen = lambda run: compiled.steps_per_call(run, plan, On(platform, shards))
   assert chosen(run) == wanted
   monkeypatch.setattr(compiled, 'MOST', 9)
   assert chosen(run) == min(wanted, 5)
