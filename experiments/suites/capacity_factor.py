@@ -23,7 +23,7 @@ def get_suite(scale: str) -> Suite:
     factors = FACTORS[regime.family]
     for pair in regime.pairs(core=True):
       base = pair.upcycled()
-      arms.append(pair.arm('dense, FLOPs of C=2', pair.paying(base)))
+      arms.append(pair.arm('dense, FLOPs of C=2', pair.matched_dense(base)))
       for factor in factors:
         run = base if factor == 2.0 else pair.equal_flops(
             base, functools.partial(pair.upcycled, moe={'capacity_factor': factor}))

@@ -24,7 +24,7 @@ def get_suite(scale: str) -> Suite:
       arms += [
           pair.arm('dense parent, cooled', pair.parent),
           pair.arm('dense, equal steps', pair.dense()),
-          pair.arm('dense, equal FLOPs', pair.paying(up), reference=True),
+          pair.arm('dense, equal FLOPs', pair.matched_dense(up), reference=True),
           pair.arm('upcycled', up),
           pair.arm('MoE from scratch', pair.scratch()),
       ]

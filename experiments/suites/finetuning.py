@@ -46,7 +46,7 @@ def get_suite(scale: str) -> Suite:
       domain = f'{regime.family} on {title}'
       for pair in regime.pairs(core=True):
         up = pair.upcycled()
-        for name, parent in (('dense, equal FLOPs', pair.paying(up)), ('upcycled', up)):
+        for name, parent in (('dense, equal FLOPs', pair.matched_dense(up)), ('upcycled', up)):
           run = pair.finetuned(config, parent, STEPS.get(scale, {}).get(config, 0))
           arms.append(pair.arm(name, run, domain=domain, reference=name == 'dense, equal FLOPs'))
       claims.append(regime.claim(
@@ -61,14 +61,14 @@ def get_suite(scale: str) -> Suite:
     for pair in vision.pairs(core=True):
       up = pair.upcycled()
       for name, parent in (('dense parent, cooled', pair.parent),
-                           ('dense, equal FLOPs', pair.paying(up)), ('upcycled', up)):
+                           ('dense, equal FLOPs', pair.matched_dense(up)), ('upcycled', up)):
         arms.append(pair.arm(name, pair.frozen(config, parent), domain=domain,
                              reference=name == 'dense, equal FLOPs'))
   for pair in vision.pairs(core=True):
     up = pair.upcycled()
     arms += [pair.arm(name, run, domain=probed, reference=name == 'dense, equal FLOPs')
              for name, run in (('dense parent, cooled', pair.parent),
-                               ('dense, equal FLOPs', pair.paying(up)), ('upcycled', up))]
+                               ('dense, equal FLOPs', pair.matched_dense(up)), ('upcycled', up))]
   claims.append(vision.claim(
       'upcycled is ahead of dense in the few-shot probe', FIG3, 'gains carry over',
       'upcycled', '>', 'dense, equal FLOPs', metric=probe, domain=probed))

@@ -60,7 +60,7 @@ def _cells(pair: protocol.Pair, domain: str, experts: str) -> list[Arm]:
 def _cell(pair: protocol.Pair, domain: str, E: int, C: float, renormalize: bool, experts: str,
           series: bool = False) -> Arm:
   name = _name(E, C, renormalize, experts)
-  run = pair.surgery(moe={'num_experts': E, 'capacity_factor': C, 'renormalize': renormalize},
+  run = pair.untrained(moe={'num_experts': E, 'capacity_factor': C, 'renormalize': renormalize},
                      init={'experts': experts})
   where = {'series': name.split(', ', 1)[1], 'x': E} if series else {}
   return pair.arm(name, run, domain=domain, **where)

@@ -37,7 +37,7 @@ def get_suite(scale: str) -> Suite:
     for pair in regime.pairs():
       up = pair.upcycled()
       arms += [pair.arm('dense, equal steps', pair.dense()),
-               pair.arm('dense, equal FLOPs', pair.paying(up)),
+               pair.arm('dense, equal FLOPs', pair.matched_dense(up)),
                pair.arm('expert choice, C=2', up, reference=True)]
       for name, (encoder, decoder) in ARMS.items():
         if name == 'top-1, priority' and len(regime.stacks) == 2:

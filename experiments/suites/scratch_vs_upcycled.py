@@ -55,7 +55,7 @@ def _pair(regime: protocol.Regime, pair: protocol.Pair) -> list[Arm]:
     long = make(trunks[-1], changes={'schedule.cooldown_steps': 0,
                                      'branch_steps': tuple(trunks[:-1])})
     for percent, n, trunk in zip(budgets, steps, trunks):
-      rung = pair.rung(long, first + trunk, n - trunk)
+      rung = pair.cooldown(long, first + trunk, n - trunk)
       arms.append(pair.arm(f'{series}, {percent} %', rung, series=series, x=percent,
                            start_step=first, base_step=base))
   return arms

@@ -10,9 +10,9 @@ import json
 import pathlib
 import sys
 
-from experiments import report, results, step0
+from experiments import report, results, untrained
 from experiments import suite as suite_lib
-from experiments.step0 import Measure
+from experiments.untrained import EvaluationJob
 from experiments.suite import Suite
 from moejax.train import loop
 
@@ -32,9 +32,9 @@ def load(name: str) -> Suite:
 def run(name: str, folder: pathlib.Path) -> pathlib.Path:
   """Trains and reports a suite at smoke scale; the folder of its results."""
   suite = load(name)
-  for job in step0.jobs(suite.runs()):
-    if isinstance(job, Measure):
-      assert step0.main(job.command(folder)[2:]) == 0
+  for job in untrained.jobs(suite.runs()):
+    if isinstance(job, EvaluationJob):
+      assert untrained.main(job.command(folder)[2:]) == 0
     elif not job.finished(folder):
       assert loop.run(job.resolved(job.parent_path(folder)), str(folder / job.name)) == 0
     assert job.finished(folder), job.label

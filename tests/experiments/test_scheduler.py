@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from experiments import locks, scheduler
+from experiments import scheduler
 from experiments import suite as suite_lib
 from moejax.config import ConfigError
 from moejax.train import metrics
@@ -71,8 +71,8 @@ def test_quickstart_end_to_end_and_once_more(tmp_path):
 
 def test_a_failed_run_stops_the_suite_with_its_last_lines_and_its_command(tmp_path, one_device):
   bad = tiny.parent(**{'model.num_classes': 10})
-  with pytest.raises(scheduler.Failed) as caught:
-    scheduler.Runner({'s': [bad]}, tmp_path, 1).run()
+  with pytest.raises(scheduler.JobFailed) as caught:
+    scheduler.Scheduler({'s': [bad]}, tmp_path, 1).do_all()
   message = str(caught.value)
   assert 'parent 0: failed with exit code 1' in message
   assert '  | moejax: config.model.num_classes: got 10, allowed: at least ' in message
@@ -119,14 +119,14 @@ def test_jobs_run_suite_by_suite_the_costliest_first_and_shared_ones_once(tmp_pa
   cheap, costly = Fake('cheap', cost=1), Fake('costly', parent, cost=9)
   later, shared = Fake('later', cost=99), Fake('p', cost=2)
   reported = {}
-  scheduler.Runner({'a': [parent, cheap, costly], 'b': [later, shared], 'c': [cheap]}, tmp_path, 1,
-                report=lambda name: reported.update({name: order(tmp_path)})).run()
+  scheduler.Scheduler({'a': [parent, cheap, costly], 'b': [later, shared], 'c': [cheap]}, tmp_path, 1,
+                report=lambda name: reported.update({name: order(tmp_path)})).do_all()
   assert order(tmp_path) == ['p', 'costly', 'cheap', 'later']
   assert reported == {'a': order(tmp_path)[:3], 'c': order(tmp_path)[:3], 'b': order(tmp_path)}
 
 
 def test_a_parent_that_a_suite_does_not_name_is_done_too(tmp_path, quick):
-  scheduler.Runner({'s': [Fake('c', Fake('p', Fake('pp')))]}, tmp_path, 2).run()
+  scheduler.Scheduler({'s': [Fake('c', Fake('p', Fake('pp')))]}, tmp_path, 2).do_all()
   assert order(tmp_path) == ['pp', 'p', 'c']
 
 
@@ -134,9 +134,9 @@ def test_a_free_worker_starts_on_the_next_suite(tmp_path, quick):
   go = tmp_path / 'go'
   parent = Fake('p', until=str(go))
   last = Fake('last', until='')
-  train = scheduler.Runner({'a': [parent, Fake('c', parent)], 'b': [last]}, tmp_path, 2,
+  train = scheduler.Scheduler({'a': [parent, Fake('c', parent)], 'b': [last]}, tmp_path, 2,
                         report=lambda name: name == 'b' and go.touch())
-  train.run()
+  train.do_all()
   assert sorted(order(tmp_path)[:2]) == ['last', 'p'] and order(tmp_path)[2] == 'c'
 
 
@@ -150,7 +150,7 @@ def test_jobs_of_one_folder_are_done_one_after_the_other(tmp_path, quick):
     def command(self, folder):
       return ['-c', f'import pathlib; pathlib.Path({str(folder / "twin")!r}).touch()']
 
-  scheduler.Runner({'s': [Fake('p'), Twin('p')]}, tmp_path, 2).run()
+  scheduler.Scheduler({'s': [Fake('p'), Twin('p')]}, tmp_path, 2).do_all()
   assert order(tmp_path) == ['p'] and (tmp_path / 'twin').exists()
 
 
@@ -158,13 +158,13 @@ def test_a_failed_job_stops_the_others_unless_told_to_keep_going(tmp_path, quick
   bad = Fake('bad', cost=9, code=3)
   suites = {'a': [bad, Fake('child', bad), Fake('good')],
             'b': [Fake('grandchild', Fake('child', bad))], 'c': [Fake('other')]}
-  with pytest.raises(scheduler.Failed, match='bad: failed with exit code 1') as error:
-    scheduler.Runner(suites, tmp_path, 1).run()
+  with pytest.raises(scheduler.JobFailed, match='bad: failed with exit code 1') as error:
+    scheduler.Scheduler(suites, tmp_path, 1).do_all()
   assert '| no luck in bad' in str(error.value) and order(tmp_path) == ['bad']
 
   reported = []
-  with pytest.raises(scheduler.Failed) as error:
-    scheduler.Runner(suites, tmp_path, 1, keep_going=True, report=reported.append).run()
+  with pytest.raises(scheduler.JobFailed) as error:
+    scheduler.Scheduler(suites, tmp_path, 1, keep_going=True, report=reported.append).do_all()
   assert order(tmp_path)[1:] == ['bad', 'good', 'other'] and reported == ['c']
   assert str(error.value).splitlines() == [
       '1 failed:', f'  bad: {tmp_path / "bad" / scheduler.LOG}',
@@ -174,7 +174,7 @@ def test_a_failed_job_stops_the_others_unless_told_to_keep_going(tmp_path, quick
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_workers_save_and_end(tmp_path, quick, number):
-  train = scheduler.Runner({'s': [Fake('p', until=str(tmp_path / 'never'))]}, tmp_path, 1)
+  train = scheduler.Scheduler({'s': [Fake('p', until=str(tmp_path / 'never'))]}, tmp_path, 1)
 
   def send():
     while not order(tmp_path):
@@ -183,22 +183,22 @@ def test_a_signal_lets_the_workers_save_and_end(tmp_path, quick, number):
 
   threading.Thread(target=send).start()
   with pytest.raises(KeyboardInterrupt):
-    train.run()
+    train.do_all()
   assert [worker.process.returncode for worker in train.workers] == [-signal.SIGTERM]
 
 
 def test_a_run_that_another_process_trains_is_refused(tmp_path):
   path = tmp_path / tiny.parent().name
-  held = locks.take(path)
+  held = scheduler.try_lock(path)
   with pytest.raises(ConfigError, match='being trained by another process'):
-    scheduler.Runner({'s': [tiny.parent()]}, tmp_path, 1).run()
+    scheduler.Scheduler({'s': [tiny.parent()]}, tmp_path, 1).do_all()
   os.close(held)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ConfigError, match='--runs: cannot make'):
-    scheduler.Runner({'s': [tiny.parent()]}, tmp_path / 'file', 1).run()
+    scheduler.Scheduler({'s': [tiny.parent()]}, tmp_path / 'file', 1).do_all()
 
 
 def test_a_stopped_run_goes_on_after_its_folder_moved(tmp_path):
@@ -227,7 +227,7 @@ def test_a_run_with_a_damaged_file_is_neither_finished_nor_begun_anew(tmp_path, 
   assert not job.finished(tmp_path) and job.done(tmp_path) == tiny.STEPS
   (path / name).write_text('{"a')
   with pytest.raises(ConfigError, match=f'{job.name}.*a run whose {name} can be read'):
-    scheduler.Runner({'s': [job]}, tmp_path, 1)
+    scheduler.Scheduler({'s': [job]}, tmp_path, 1)
 
 
 @pytest.mark.parametrize('cores, jobs, shares', [
@@ -237,4 +237,4 @@ def test_a_run_with_a_damaged_file_is_neither_finished_nor_begun_anew(tmp_path, 
     ([4], 2, [[4], [4]]),
 ])
 def test_workers_share_the_cores(cores, jobs, shares):
-  assert [scheduler.share(cores, jobs, slot) for slot in range(jobs)] == shares
+  assert [scheduler.share_of_cores(cores, jobs, slot) for slot in range(jobs)] == shares

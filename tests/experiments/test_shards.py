@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from experiments import locks, main, results, scheduler
-from experiments.shards import Shard
+from experiments import main, results, scheduler
+from experiments.scheduler import Shard
 from moejax.checkpoints import orbax
 from moejax.config import ConfigError
 from moejax.train import metrics
@@ -24,7 +24,7 @@ from tests.experiments.fakes import Fake, order
 def quick(monkeypatch):
   """Looks at workers and at other machines all the time."""
   monkeypatch.setattr(scheduler, 'POLL', 0.02)
-  monkeypatch.setattr(scheduler, 'LOOK', 0.1)
+  monkeypatch.setattr(scheduler, 'REFRESH', 0.1)
 
 
 def chains(*costs):
@@ -56,27 +56,27 @@ def test_wrong_shards_are_refused(text):
 
 def test_a_shard_does_its_own_first_and_then_what_others_have_left(tmp_path, quick):
   jobs = chains(8, 1, 5, 3)
-  scheduler.Runner({'s': jobs}, tmp_path, 1, shard=Shard(2, 2)).run()
+  scheduler.Scheduler({'s': jobs}, tmp_path, 1, shard=Shard(2, 2)).do_all()
   assert order(tmp_path) == ['p2', 'p3', 'cp2', 'cp3', 'p0', 'p1', 'cp0', 'cp1']
 
 
 def test_others_have_time_to_begin_and_a_worker_keeps_its_lock(tmp_path):
   go = tmp_path / 'go'
   own, other = Fake('own', cost=2, until=str(go)), Fake('other')
-  train = scheduler.Runner({'s': [own, other]}, tmp_path, 2, shard=Shard(1, 2))
+  train = scheduler.Scheduler({'s': [own, other]}, tmp_path, 2, shard=Shard(1, 2))
   train._start_ready(train._bar())
   assert [worker.job for worker in train.workers] == [own]   # with room for another
-  assert locks.take(tmp_path / 'own') is None
+  assert scheduler.try_lock(tmp_path / 'own') is None
   go.touch()
   train.workers[0].process.wait()
-  assert locks.take(tmp_path / 'own') is not None
+  assert scheduler.try_lock(tmp_path / 'own') is not None
 
 
 def test_a_shard_waits_for_what_another_does(tmp_path, quick):
   """Locked is no error under --shard; a child waits for a parent that another finishes."""
   parent, child = Fake('p'), Fake('c', Fake('p'))
   (tmp_path / 'p').mkdir()
-  held = locks.take(tmp_path / 'p')
+  held = scheduler.try_lock(tmp_path / 'p')
 
   def finish():
     (tmp_path / 'p' / 'done').write_text('')
@@ -84,26 +84,26 @@ def test_a_shard_waits_for_what_another_does(tmp_path, quick):
 
   other = threading.Timer(0.5, finish)
   other.start()
-  train = scheduler.Runner({'s': [parent, child]}, tmp_path, 2, shard=Shard(1, 1))
-  train.run()
+  train = scheduler.Scheduler({'s': [parent, child]}, tmp_path, 2, shard=Shard(1, 1))
+  train.do_all()
   assert order(tmp_path) == ['c'] and not other.is_alive()
 
 
 def test_what_another_finished_before_the_lock_was_free_is_not_done_again(tmp_path, quick):
-  train = scheduler.Runner({'s': [Fake('late')]}, tmp_path, 1)
+  train = scheduler.Scheduler({'s': [Fake('late')]}, tmp_path, 1)
   assert list(train.pending) == ['late']
   (tmp_path / 'late').mkdir()
   (tmp_path / 'late' / 'done').write_text('')
-  train.run()
+  train.do_all()
   assert order(tmp_path) == []
 
 
 def test_a_file_system_without_flock_is_named(tmp_path, monkeypatch):
   def refuse(*_):
     raise OSError(38, 'Function not implemented')
-  monkeypatch.setattr(locks.fcntl, 'flock', refuse)
+  monkeypatch.setattr(scheduler.fcntl, 'flock', refuse)
   with pytest.raises(ConfigError, match='cannot lock .*Function not implemented.*supports flock'):
-    locks.take(tmp_path)
+    scheduler.try_lock(tmp_path)
 
 
 class Machine:

@@ -170,10 +170,10 @@ def test_a_rows_ratio_is_that_of_its_step_on_the_devices_it_was_trained_on(clock
       {}, {'devices': 'a TPU', 'ratio': 1.5})))
   arms = suite(four).arms
   for devices, ratio in (('a TPU', 1.5), (line['devices'], 4.0), ('a GPU', None)):
-    rows = [{**made_up.row(arm.name), 'key': arm.run.key, 'devices': devices} for arm in arms]
+    rows = [{**made_up.record(arm.name), 'key': arm.run.key, 'devices': devices} for arm in arms]
     found = train_step.fill(made_up.results(rows), suite(four), path)
     assert [row['time_ratio'] for row in found.rows] == [1.0, pytest.approx(ratio)]
-  rows = [{**made_up.row(arm.name, ratio=2.5), 'devices': line['devices']} for arm in arms]
+  rows = [{**made_up.record(arm.name, ratio=2.5), 'devices': line['devices']} for arm in arms]
   found = train_step.fill(made_up.results(rows), suite(four), path)   # of other runs: keys differ
   assert [row['time_ratio'] for row in found.rows] == [2.5, 2.5]
 
