@@ -15,15 +15,16 @@ from moejax.cluster.watchdog import LOST
 from moejax.config import ConfigError
 from moejax.train import config as run_config
 from moejax.train import loop
+from tests import fork_server
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def command(*args):
-  """The result of python -m moejax.main with these arguments."""
+def command(*args, new=None):
+  """The result of python -m moejax.main with these arguments; new: subprocess, or a fork."""
   env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  return subprocess.run([sys.executable, '-m', 'moejax.main', *args], cwd=ROOT, env=env,
-                        capture_output=True, text=True, timeout=300, check=False)
+  return (new or fork_server).run([sys.executable, '-m', 'moejax.main', *args], cwd=ROOT, env=env,
+                                  capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize('args, expected', [
@@ -81,7 +82,7 @@ def test_a_process_that_stays_alone_says_so_and_may_be_started_again(process, tm
 
 @pytest.mark.parametrize('asked', ['--help', '-h'])
 def test_help_says_how_to_use_it(asked):
-  result = command('--config', 'configs/pretrain/vit_glyphs.py', asked)
+  result = command('--config', 'configs/pretrain/vit_glyphs.py', asked, new=subprocess)
   assert (result.returncode, result.stderr) == (0, '')
   assert '--config=FILE[:arg] --workdir=DIR' in result.stdout
   assert '--workdir' in result.stdout and 'Directory of the run' in result.stdout

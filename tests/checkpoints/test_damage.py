@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 
@@ -17,6 +16,7 @@ from moejax import trees
 from moejax.checkpoints import damage, orbax
 from moejax.checkpoints.orbax import Reader, Writer
 from moejax.config import ConfigError
+from tests import fork_server
 from tests.checkpoints.test_orbax import assert_same
 
 
@@ -217,7 +217,7 @@ def test_an_index_of_many_nodes(tmp_path):
 def test_nothing_but_the_line_is_printed(damaged):
   """Where an array cannot be read, reads of others that are still going on say nothing."""
   workdir = damaged('array file zero')
-  done = subprocess.run([sys.executable, '-c', textwrap.dedent('''
+  done = fork_server.run([sys.executable, '-c', textwrap.dedent('''
       import sys
       import jax
       from moejax import trees

@@ -19,6 +19,7 @@ from moejax import trees
 from moejax.checkpoints import orbax
 from moejax.checkpoints.orbax import Reader, Writer
 from moejax.config import ConfigError
+from tests import fork_server
 
 
 def make_state(value: float = 0.0) -> dict:
@@ -45,8 +46,8 @@ def save(workdir, *steps, keep=10, **kwargs):
 
 
 def run_python(code: str, *args) -> subprocess.CompletedProcess:
-  return subprocess.run([sys.executable, '-c', textwrap.dedent(code), *map(str, args)],
-                        capture_output=True, text=True, timeout=120)
+  return fork_server.run([sys.executable, '-c', textwrap.dedent(code), *map(str, args)],
+                         capture_output=True, text=True, timeout=120)
 
 
 def test_round_trip(tmp_path):

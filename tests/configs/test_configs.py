@@ -5,7 +5,6 @@ import json
 import math
 import os
 import pathlib
-import subprocess
 import sys
 
 import jax
@@ -18,6 +17,7 @@ from moejax.config import ConfigError
 from moejax.moe import presets
 from moejax.train import config as run_config
 from moejax.train import loop, plan
+from tests import fork_server
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 NAMES = sorted(p.stem for room in ('pretrain', 'upcycle', 'finetune')
@@ -124,11 +124,11 @@ def train(name, workdir, *overrides, arg='runlocal'):
   """Four steps of configs/<name>.py:<arg>, from the command line, on one device."""
   env = os.environ | {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8',
                                                                    'device_count=1')}
-  done = subprocess.run(
-      [sys.executable, '-m', 'moejax.main', f'--config=configs/{name}.py:{arg}',
+  done = fork_server.run(
+      [sys.executable, '-m', 'moejax.main', f'--config=configs/{common.path(name)}.py:{arg}',
        f'--workdir={workdir}', '--compilation_cache=', '--config.steps=4',
        '--config.schedule.cooldown_steps=2', *overrides],
-      cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+      cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 

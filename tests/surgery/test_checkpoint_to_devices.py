@@ -1,8 +1,9 @@
 """End to end: an Orbax checkpoint, read leaf by leaf, upcycled straight into a device sharding."""
 
 import os
-import subprocess
 import sys
+
+from tests import fork_server
 
 SCRIPT = '''
 import sys
@@ -107,7 +108,7 @@ print('done')
 def test_checkpoint_to_sharded_devices(tmp_path):
   env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
                       'JAX_PLATFORMS': 'cpu'}
-  result = subprocess.run([sys.executable, '-c', SCRIPT, tmp_path / 'dense', tmp_path / 'moe'],
-                          capture_output=True, text=True, env=env, timeout=120)
+  result = fork_server.run([sys.executable, '-c', SCRIPT, tmp_path / 'dense', tmp_path / 'moe'],
+                           capture_output=True, text=True, env=env, timeout=120)
   assert result.returncode == 0, result.stderr
   assert result.stdout.strip() == 'done'
