@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   check(pathlib.Path('configs').is_dir(), 'working directory', str(pathlib.Path.cwd()),
         'the root of the repository, where configs/ is', 'cd there.')
+  jax.config.update('jax_platforms', 'cpu')   # the workers need the TPU, or the GPU's memory
   chosen = _with_pairs({name: suite_lib.load(name, args.scale) for name in args.suites}, args.pairs)
   jobs = {name: untrained.jobs(
       (suite if args.pairs is None else suite.only_pairs(args.pairs)).runs())
@@ -216,5 +217,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  jax.config.update('jax_platforms', 'cpu')   # the workers need the TPU, or the GPU's memory
   cli.start(main)

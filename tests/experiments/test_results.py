@@ -36,13 +36,12 @@ def test_arms_are_read_from_their_workdirs(tmp_path):
   assert (first['start_step'], first['end_step'], first['seconds']) == (20, 30, 5.0)
   assert (second['start_step'], second['end_step'], second['seconds']) == (20, 40, 10.0)
   assert (third['start_step'], third['end_step'], third['seconds']) == (0, 10, 5.0)
-  assert [(row['base_steps'], row['base_flops'], row['base_seconds']) for row in found.records] == [
-      (20, 60, 10.0)] * 3
-  assert [row['pair'] for row in found.records] == [3, 3, 0]
-  assert [row['reference'] for row in found.records] == [True, False, False]
-  assert [(row['series'], row['x']) for row in found.records] == [('', None), ('c', 2.0), ('', None)]
-  assert [row['time_ratio'] for row in found.records] == [None] * 3
-  assert [row['step0'] for row in found.records] == [None, {'step0_gap': 0.5}, None]
+  column = lambda *names: [tuple(record[name] for name in names) for record in found.records]
+  assert column('base_steps', 'base_flops', 'base_seconds') == [(20, 60, 10.0)] * 3
+  assert column('pair', 'reference') == [(3, True), (3, False), (0, False)]
+  assert column('series', 'x', 'time_ratio') == [
+      ('', None, None), ('c', 2.0, None), ('', None, None)]
+  assert column('step0') == [(None,), ({'step0_gap': 0.5},), (None,)]
   assert second['history'] == [{'step': s, 'loss': 100 - s, 'accuracy': 0.5}
                                for s in (20, 25, 30, 35, 40)]
   assert [line['step'] for line in first['history']] == [20, 25, 30]
@@ -105,8 +104,8 @@ def test_surgeries_are_arms_that_cost_no_training(tmp_path, monkeypatch):
   measured = {'start_step': 20, 'end_step': 20, 'final': {}, 'step0': {'step0_gap': 0.5}}
   monkeypatch.setattr(untrained, 'facts', lambda run, folder: measured)
   found = results.collect(Suite('s', 'mini', (Arm('d', 'cell', cell, parent, x=8),)), tmp_path)
-  row, = found.records
-  assert measured.items() <= row.items() and (row['x'], row['base_steps']) == (8, 20)
+  record, = found.records
+  assert measured.items() <= record.items() and (record['x'], record['base_steps']) == (8, 20)
   assert [run['key'] for run in found.suite['runs']] == [parent.key]
 
 
@@ -117,8 +116,8 @@ def three_pair_suite(pairs=(0, 1, 2)):
 
 
 def of_pairs(*pairs):
-  rows = [row for row in made_up.three_pairs() if row['pair'] in pairs]
-  return made_up.results(rows, *([made_up.claim()] if len(pairs) == 3 else []))
+  records = [record for record in made_up.three_pairs() if record['pair'] in pairs]
+  return made_up.results(records, *([made_up.claim()] if len(pairs) == 3 else []))
 
 
 def test_pairs_that_were_measured_apart_are_merged_into_what_measuring_all_gives():
@@ -134,19 +133,19 @@ def test_pairs_that_were_measured_apart_are_merged_into_what_measuring_all_gives
 
 def test_a_pair_that_is_measured_again_replaces_its_arms_and_costs_twice():
   again = of_pairs(1)
-  for row in again.records:
-    row['final']['test']['loss'] = 9.0
+  for record in again.records:
+    record['final']['test']['loss'] = 9.0
   for run in again.suite['runs']:
     run['seconds'] = 7.0
   merged = results.merge(three_pair_suite(), again, of_pairs(0, 1, 2))
-  assert [row['final']['test']['loss'] == 9.0 for row in merged.records] == (
+  assert [record['final']['test']['loss'] == 9.0 for record in merged.records] == (
       [False] * 2 + [True] * 2 + [False] * 2)
   assert len(merged.suite['runs']) == 8
 
 
 def test_arms_a_suite_no_longer_has_are_not_merged_and_other_suites_are_refused():
   merged = results.merge(three_pair_suite(pairs=(1, 2)), of_pairs(1), of_pairs(0, 1, 2))
-  assert [row['pair'] for row in merged.records] == [1, 1, 2, 2]
+  assert [record['pair'] for record in merged.records] == [1, 1, 2, 2]
   other = made_up.results(made_up.three_pairs(), name='t')
   with pytest.raises(ConfigError, match="--results: got 'a folder with results of suite t'"):
     results.merge(three_pair_suite(), of_pairs(1), other)
