@@ -77,7 +77,10 @@ class Regime:
 
   def claim(self, says: str, source: str, paper: str, a: str, relation: str, b: str,
             metric: str = '', domain: str = '', than: tuple[str, ...] = ()) -> Claim:
-    """A claim about arms of this domain; the parameters are the fields of Claim."""
+    """A claim about arms of this domain.
+
+    Many parameters: they are the fields of Claim, most of which every suite gives.
+    """
     return Claim(says, source, paper, domain or self.domain, a, relation, b, metric or self.metric,
                  self.margin if relation == '~' else None, than)
 

@@ -37,12 +37,10 @@ MEET = {
 # Exceptions, to be emptied.
 UPWARD = {('moejax.flops', 'moejax.moe.routing')}
 CIRCLES = {
-    ('experiments.cli', 'experiments.results', 'experiments.step0'),
     ('moejax.train.config', 'moejax.train.initialize'),
     ('moejax.train.memory', 'moejax.train.remedies'),
 }
 MANY_PARAMETERS = {
-    'experiments.protocol:Regime.claim',
     'moejax.cluster.watchdog:Watchdog.__init__',
     'moejax.evaluation.few_shot:few_shot',
     'moejax.flops:_moe_layer',

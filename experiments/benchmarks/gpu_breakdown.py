@@ -185,7 +185,7 @@ def attention_errors(operation: Attention) -> dict[str, float]:
 def per_call(call: Callable[[], Any], rounds: int = ROUNDS, least: float = SECONDS) -> list[float]:
   """Seconds of one call, [lower quartile, median, upper quartile] over rounds of several calls.
 
-  Calls of a round are dispatched one after the other and waited for together, which hides the
+  Calls of a round are enqueued one after the other and waited for together, which hides the
   host's work, as in training. A round takes `least` seconds or more.
   """
   def timed(calls):
@@ -200,7 +200,7 @@ def per_call(call: Callable[[], Any], rounds: int = ROUNDS, least: float = SECON
 
 
 def profile(step: Callable[[], Any]) -> dict[str, Any] | None:
-  """Kernels of a step, which `step` dispatches, returning something to wait for; None off a GPU.
+  """Kernels of a step, which `step` enqueues, returning something to wait for; None off a GPU.
 
   Returns:
     {'products', 'other'}: seconds in matmuls and fused attentions, and in all other kernels;

@@ -8,10 +8,10 @@ Each pair's dense model at equal extra FLOPs and its upcycled model, both cooled
 alike: T5 on a mixture of three tasks about Python code (stdlib_tasks, held-out files), scored by
 exact match of greedy outputs, and on spelling to phonemes (cmudict), by phoneme error rate; ViT on
 digits and on glyph classes the parent never saw, with a new head, and by a few-shot probe of the
-frozen features, of these classes and of digits. Loss stands beside the score of the code tasks,
-which a model of this size does not lift above always giving the commonest answer. At scale `paper`:
-SuperGLUE, and the 10-shot probe of ImageNet. Rates, dropout and lengths are the fine-tuning
-configs', chosen on validation splits.
+frozen features, of these classes and of digits. Loss is given beside the score of the code tasks,
+which a model of this size does not raise above always giving the commonest answer. At scale
+`paper`: SuperGLUE, and the 10-shot probe of ImageNet. Rates, dropout and lengths are the
+fine-tuning configs', chosen on validation splits.
 
 Refuted if the dense model scores higher on the test splits.
 """
@@ -25,7 +25,7 @@ TEXT_TASKS = {   # config -> (what the table calls it, metric, whether higher is
     't5_stdlib_tasks': ('code tasks', 'test/mean_over_tasks', '>'),
     't5_cmudict': ('pronunciation', 'test/phoneme_error_rate', '<'),
 }
-BY_LOSS = ('t5_stdlib_tasks',)   # whose loss is claimed about as well
+BY_LOSS = ('t5_stdlib_tasks',)   # there is a claim about its loss too
 VISION_TASKS = {
     'vit_digits': ('digits', 'test/accuracy', '>'),
     'vit_glyphs_new': ('new classes', 'test_seen/accuracy', '>'),

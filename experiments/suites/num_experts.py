@@ -2,7 +2,7 @@
 
 Claims (Komatsuzaki et al. 2023, B.3, Fig. 10-11; B/16, 6 MoE layers): from 2 to 128 experts more is
 better upstream, at the same cost per step; with very many the initial drop grows (see the suite
-initial_drop). Figures stand in plots only.
+initial_drop). The figures are in plots only.
 
 Refuted if a step up in the number of experts raises the final loss.
 """
