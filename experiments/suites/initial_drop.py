@@ -58,7 +58,7 @@ def _swept_arms(pair: protocol.Pair, domain: str, experts: str) -> list[Arm]:
 
 
 def _arm(pair: protocol.Pair, domain: str, E: int, C: float, renormalize: bool, experts: str,
-          series: bool = False) -> Arm:
+         series: bool = False) -> Arm:
   name = _name(E, C, renormalize, experts)
   run = pair.untrained(moe={'num_experts': E, 'capacity_factor': C, 'renormalize': renormalize},
                      init={'experts': experts})
