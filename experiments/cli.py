@@ -7,62 +7,71 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from experiments import results
+import jax
+
 from experiments import suite as suite_lib
+from moejax import main as main_lib
 from moejax.config import ConfigError, check, nearest
-from moejax.train import metrics
 
 
 class Parser(argparse.ArgumentParser):
-  """argparse that names the nearest flag of a mistyped one, and raises ConfigError."""
+  """argparse that suggests the nearest flag for a mistyped one, and raises ConfigError."""
 
   def __init__(self, prog: str, doc: str):
     super().__init__(prog=prog, description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
   def add_suite(self) -> None:
-    """--suite, --scale, --runs and --results."""
+    """Adds --suite, --scale, --runs and --results."""
     self.add_argument('--suite', metavar='NAME', help='which: ' + ', '.join(suite_lib.names()))
     self.add_argument('--scale', metavar='SCALE', default='mini',
                       help='how large; see --list (default: %(default)s)')
     self.add_argument('--runs', metavar='DIR', type=pathlib.Path, default=pathlib.Path('runs'),
-                      help='folder of the workdirs; runs found finished there are not trained '
+                      help='folder of the workdirs; runs that are finished there are not trained '
                            'again (default: %(default)s)')
     self.add_argument('--results', metavar='DIR', type=pathlib.Path,
                       help='folder of results.jsonl, table and plot (default: RUNS/SUITE, and '
                            'RUNS/SUITE-SCALE for a scale other than mini); of several suites, that '
                            'of their folders')
 
-  def parse(self, argv: list[str] | None, *, suite_required: bool = True) -> argparse.Namespace:
-    """The flags. Raises ConfigError on what they cannot be."""
+  def parse(self, argv: list[str] | None) -> argparse.Namespace:
+    """The flags. Raises ConfigError on a wrong one."""
     args, unknown = self.parse_known_args(argv)
     flags = [flag for action in self._actions for flag in action.option_strings]
     for word in unknown:
       near = nearest(word.split('=')[0], flags)
       raise ConfigError(f'command line: {word!r} is no flag of {self.prog}'
                         + (f'; did you mean {near!r}?' if near else '.') + ' --help lists them')
-    if suite_required and not getattr(args, 'list', False):
-      check(args.suite is not None, '--suite', args.suite, ', '.join(suite_lib.names()),
-            f'Usage: {self.prog} --suite=NAME')
     return args
 
   def error(self, message: str) -> NoReturn:
     raise ConfigError(f'command line: {message}. --help lists the flags')
 
 
-def results_folder(args: argparse.Namespace, suite: str = '') -> pathlib.Path:
-  """Where table and plot of a suite go; `suite` is one of those that args.suite stands for."""
-  suite = suite or args.suite
+def check_at_least(least: int, flag: str, given: int, fix: str) -> None:
+  """Raises ConfigError if a number on the command line is too small."""
+  check(given >= least, flag, given, f'{least} or more', fix)
+
+
+def results_folder(args: argparse.Namespace, suite: str) -> pathlib.Path:
+  """Where table and plot of a suite go; `suite` is one of those that args.suite names."""
   if args.results and suite == args.suite:
     return args.results
   name = suite if args.scale == 'mini' else f'{suite}-{args.scale}'
   return (args.results or args.runs) / name
 
 
-def run(main: Callable[[], int]) -> NoReturn:
+def use_compilation_cache() -> None:
+  """Keeps compiled programs where moejax.main does, unless the environment names another place."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir',
+                      os.path.expanduser(main_lib.COMPILATION_CACHE.default))
+
+
+def start(main: Callable[[], int]) -> NoReturn:
   """Ends the process with main()'s exit code; a ConfigError is one line and exit code 1.
 
-  A reader of its output that has seen enough, as `head` has, is no error.
+  A reader that closes its end of the output early, such as `head`, causes no traceback.
   """
   try:
     code = main()
@@ -73,31 +82,3 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(1)
   except ConfigError as error:
     sys.exit(f'experiments: {error}')
-
-
-def smoke_folder(name: str) -> pathlib.Path:
-  """Where a tiny scale writes by default, so that it replaces nothing that was measured."""
-  return pathlib.Path('runs') / f'smoke_{name}'
-
-
-def measure(run: Callable[[], int], page: Callable[[list[dict]], str], file: pathlib.Path,
-            written: pathlib.Path | None) -> int:
-  """Measures what is not there yet, and shows all of it; the exit code.
-
-  Args:
-    run: adds lines to `file`, one as soon as it is measured; returns how many could not be.
-    page: lines -> Markdown.
-    file: of JSON lines.
-    written: where the page goes; None: only shown.
-  """
-  try:
-    failed = run()
-  except KeyboardInterrupt:
-    print('stopped; what is measured is kept, and the same command goes on', file=sys.stderr)
-    return 130
-  if lines := metrics.read_lines(file):
-    text = page(lines)
-    print(text)
-    if written:
-      results.write_text(written, text)
-  return 1 if failed else 0

@@ -1,59 +1,59 @@
-"""What suites would train, and how long that may take, before anything is started."""
+"""What suites would train and how long that may take, before anything is started."""
 
+import collections
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from experiments import jobs as jobs_lib
-from experiments import results, results_page, scheduler
-from experiments.jobs import Job
-from experiments.shards import Shard
+from experiments import results as results_lib
+from experiments import results_page, scheduler
+from experiments.scheduler import Job, Shard
 from moejax.train import metrics
 from moejax.train.workdir import Workdir
 
 HEADER = ('', 'jobs', 'finished', 'steps', 'FLOPs', 'FLOPs left', 'core-hours left')
 
 
-def table(groups: Mapping[str, Sequence[Job]], folder: pathlib.Path, slots: int,
+def table(suites: Mapping[str, Sequence[Job]], folder: pathlib.Path, max_workers: int,
           shard: Shard | None = None) -> str:
-  """A line per suite; of all together, shared jobs once; and of this shard's own.
+  """A line per suite; of all together, shared jobs once; and of this shard's own jobs.
 
   Core-hours are those of train steps, without compilation and evaluation: a worker keeps its share
-  of the cores busy. They are known for jobs of config files of which `folder` has a finished run,
-  or else the committed results have one, on another machine.
+  of the cores busy. They are known for the config files of which `folder` has a finished run or,
+  measured on another machine, the committed results have one.
 
   Args:
-    groups: {suite: its jobs}.
+    suites: {suite: its jobs}.
     folder: of the jobs' folders.
-    slots: workers at a time.
+    max_workers: workers at a time.
     shard: this machine's.
   """
-  jobs, keys = jobs_lib.merge(groups)
-  measured, elsewhere = seconds_per_flop(folder), committed(results_page.FOLDER)
+  jobs, keys = scheduler.merge(suites)
   finished = {key: job.finished(folder) for key, job in jobs.items()}
-  share = len(scheduler.share(scheduler.cores(), slots, 0))
-  seconds = {name: value / share for name, value in elsewhere.items()} | measured
+  worker_cores = len(scheduler.share_of_cores(scheduler.cores(), max_workers, 0))
+  measured, committed = measured_seconds(folder), committed_seconds(results_page.FOLDER)
+  core_seconds = committed | {name: value * worker_cores for name, value in measured.items()}
 
-  def line(name: str, chosen: Iterable[str]) -> list[str]:
+  def row(name: str, chosen: Iterable[str]) -> list[str]:
     chosen = [jobs[key] for key in jobs if key in set(chosen)]
     ahead = [job for job in chosen if not finished[job.key]]
     left = {job.key: job.cost * (1 - job.done(folder) / job.work) for job in ahead}
-    known = [job for job in ahead if family(job.name) in seconds]
-    hours = sum(left[job.key] * seconds[family(job.name)] for job in known) * share / 3600
+    known = [job for job in ahead if family(job.name) in core_seconds]
+    hours = sum(left[job.key] * core_seconds[family(job.name)] for job in known) / 3600
     return [name, f'{len(chosen)}', f'{len(chosen) - len(ahead)}',
             f'{sum(job.work for job in chosen):,}', f'{sum(job.cost for job in chosen):.2e}',
             f'{sum(left.values()):.2e}', _hours(hours, len(known), len(ahead))]
 
-  lines = [list(HEADER), *(line(name, keys[name]) for name in groups)]
-  if len(groups) > 1:
-    lines.append(line('all, shared jobs once', jobs))
+  rows = [list(HEADER), *(row(name, keys[name]) for name in suites)]
+  if len(suites) > 1:
+    rows.append(row('all, shared jobs once', jobs))
   if shard:
-    lines.append(line(f'shard {shard}', shard.own(list(jobs.values()))))
-  widths = [max(map(len, column)) for column in zip(*lines)]
+    rows.append(row(f'shard {shard}', shard.own(jobs.values())))
+  widths = [max(map(len, column)) for column in zip(*rows)]
   out = ['  '.join([row[0].ljust(widths[0]),
-                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in lines]
+                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in rows]
   ahead = {family(job.name) for key, job in jobs.items() if not finished[key]}
-  if names := sorted((ahead & set(elsewhere)) - set(measured)):
+  if names := sorted((ahead & set(committed)) - set(measured)):
     out.append(f'Times of {", ".join(names)}: of the committed results, on another machine.')
   return '\n'.join(out)
 
@@ -65,36 +65,39 @@ def _hours(hours: float, known: int, ahead: int) -> str:
 
 
 def family(name: str) -> str:
-  """What jobs that take about the same time per FLOP have in common: the config file."""
+  """The config file in a workdir's name: jobs of one file take about equal time per FLOP."""
   return name.rsplit('-', 2)[0]
 
 
-def committed(folder: pathlib.Path) -> dict[str, float]:
+def _per_flop(measured: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+  """{family: seconds per FLOP} of (family, seconds, FLOPs)."""
+  seconds, flops = collections.Counter(), collections.Counter()
+  for name, took, spent in measured:
+    seconds[name] += took
+    flops[name] += spent
+  return {name: seconds[name] / flops[name] for name in seconds if flops[name]}
+
+
+def committed_seconds(folder: pathlib.Path) -> dict[str, float]:
   """{family: seconds of one core per FLOP}, over all arms in a folder of suites' results."""
-  seconds: dict[str, float] = {}
-  spent: dict[str, float] = {}
-  for file in sorted(folder.glob(f'*/{results.FILE}')):
-    for row in results.read(file.parent).rows:
-      config = re.search(r'--config=configs/(?:\w+/)?(\w+)\.py', row['command'])
-      if config and row['devices'] == '1 x cpu':
-        steps = row['end_step'] - row['start_step']
-        seconds[config[1]] = seconds.get(config[1], 0) + row['seconds']
-        spent[config[1]] = spent.get(config[1], 0) + steps * row['flops_per_step']
-  return {name: seconds[name] / spent[name] for name in seconds if spent[name]}
+  def measured():
+    for file in sorted(folder.glob(f'*/{results_lib.FILE}')):
+      for record in results_lib.read(file.parent).records:
+        config = re.search(r'--config=configs/(?:\w+/)?(\w+)\.py', record['command'])
+        if config and record['devices'] == '1 x cpu':
+          flops = results_lib.extra_steps(record) * record['flops_per_step']
+          yield config[1], record['seconds'], flops
+  return _per_flop(measured())
 
 
-def seconds_per_flop(folder: pathlib.Path) -> dict[str, float]:
+def measured_seconds(folder: pathlib.Path) -> dict[str, float]:
   """{family: seconds of train steps per FLOP}, over all finished runs in a folder."""
-  seconds: dict[str, float] = {}
-  spent: dict[str, float] = {}
-  for file in sorted(folder.glob('*/run.json')):
-    workdir = Workdir(file.parent)
-    status = workdir.path / 'status.json'
-    if not status.exists() or workdir.read(status.name)['phase'] != 'finished':
-      continue
-    per_step = workdir.read('run.json')['train_flops_per_step']
-    for line in metrics.read_lines(workdir.path / 'timing.jsonl'):
-      name = family(workdir.path.name)
-      seconds[name] = seconds.get(name, 0) + line['seconds']
-      spent[name] = spent.get(name, 0) + line['steps'] * per_step
-  return {name: seconds[name] / spent[name] for name in seconds}
+  def measured():
+    for file in sorted(folder.glob('*/run.json')):
+      workdir = Workdir(file.parent)
+      status = workdir.path / 'status.json'
+      if status.exists() and workdir.read(status.name)['phase'] == 'finished':
+        per_step = workdir.read('run.json')['train_flops_per_step']
+        for line in metrics.read_lines(workdir.path / 'timing.jsonl'):
+          yield family(workdir.path.name), line['seconds'], line['steps'] * per_step
+  return _per_flop(measured())

@@ -1,11 +1,11 @@
 """How every suite trains: the sizes of each scale, and the runs of one (dense parent, seed) pair.
 
-One protocol for all suites, as the paper has (Komatsuzaki et al. 2023): a dense model is pretrained
-on a reciprocal-square-root rate; from its trunk, the checkpoint before any cooldown, branch
-continuations that go on with the parent's step, rate and data; each of them ends with a cooldown
-over the same fraction of its own steps. A pair is a dense parent and a seed: all arms of a pair
-start from the same trunk and see the same batches, so their differences are paired. Pairs differ
-in everything random: initial weights, order of the data, routers' initial weights, noise.
+One protocol for all suites, the paper's (Komatsuzaki et al. 2023): a dense model is pretrained on a
+reciprocal-square-root rate; from its trunk, the checkpoint before any cooldown, branch
+continuations that go on with the parent's step, rate and data; each ends with a cooldown over the
+same fraction of its own steps. A pair is a dense parent and a seed: all arms of a pair start from
+one trunk and see equal batches, so their differences are paired. Pairs differ in everything random:
+initial weights, order of the data, routers' initial weights, noise.
 """
 
 import dataclasses
@@ -15,32 +15,32 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from configs.paper import EXPERT_AXIS
-from experiments.step0 import Surgery
 from experiments.suite import SCALES, Arm, Claim, Run
+from experiments.untrained import UntrainedRun
 from moejax.config import check_choice
 
 COOLDOWN = 0.4   # of a continuation's steps
-MARGIN = 0.005   # nats; smaller differences count as none
+MARGIN = 0.005   # nats; a smaller difference counts as no difference
 
 
 @dataclasses.dataclass(frozen=True)
 class Regime:
-  """How one domain is run at one scale.
+  """Sizes of the runs of one domain at one scale.
 
   Attributes:
-    domain: what tables call it; its first word is `family`.
-    config: the dense config file; the one that upcycles it ends in _upcycled.
+    domain: its name in tables; the first word is `family`.
+    config: the dense config file; the name of the one that upcycles it ends in _upcycled.
     trunk: steps of dense pretraining.
     extra: steps of a continuation.
-    evaluations: of a continuation, its start not counted.
+    evaluations: number in a continuation, without the one at its start.
     core, other: number of pairs of the core suites and a few more, and of the others.
-    stacks: the config's groups of MoE settings; the first is the encoder's or the ViT's.
-    metric: what claims are about unless they say otherwise.
-    margin: what counts as no difference in it, see MARGIN.
-    early: steps of pretraining after which the suites about its amount branch too.
+    stacks: config keys of the MoE settings; the first is the encoder's or the ViT's.
+    metric: of claims that name no other.
+    margin: the difference in it that counts as none, see MARGIN.
+    early: further steps of pretraining where the suites about its amount branch.
     changes: of every run: config keys -> values.
     arg: of the config files.
-    experts: E, where a suite does not vary it.
+    experts: E, unless a suite varies it.
     depth: blocks of a stack.
     expert_axis: config.mesh.expert of the upcycled config, or 1.
   """
@@ -77,7 +77,10 @@ class Regime:
 
   def claim(self, says: str, source: str, paper: str, a: str, relation: str, b: str,
             metric: str = '', domain: str = '', than: tuple[str, ...] = ()) -> Claim:
-    """A claim about arms of this domain."""
+    """A claim about arms of this domain.
+
+    Many parameters: they are the fields of Claim, most of which every suite gives.
+    """
     return Claim(says, source, paper, domain or self.domain, a, relation, b, metric or self.metric,
                  self.margin if relation == '~' else None, than)
 
@@ -87,7 +90,8 @@ ENCODER_DECODER, VIT = ('model.encoder_moe', 'model.decoder_moe'), ('model.moe',
 MINI = {'parallel': 'pmap', 'log_every': 100}   # of every run but the paper's
 
 
-def _text(scale: str) -> Regime:
+def text(scale: str) -> Regime:
+  """The regime of T5 at a scale. Raises ConfigError on an unknown one."""
   changes = {**MINI, 'data.eval_batch_size': 32, 'data.eval_examples': 1024}
   regime = Regime('T5 on stdlib_text', 't5_stdlib', 24_000, 6_000, 2, 5, 3, ENCODER_DECODER,
                   'test/loss', MARGIN, (4_000, 12_000), changes)
@@ -95,7 +99,8 @@ def _text(scale: str) -> Regime:
                  extra=200_000)
 
 
-def _vision(scale: str) -> Regime:
+def vision(scale: str) -> Regime:
+  """The regime of ViT at a scale. Raises ConfigError on an unknown one."""
   changes = {**MINI, 'data.eval_repeats': 2, 'eval_splits': ('test_seen', 'test'),
              'probe.source': 'glyphs', 'probe.skip_classes': 4096, 'probe.drop_rare': True,
              'probe.shots': (1, 5)}   # of the classes that pretraining leaves out
@@ -106,7 +111,8 @@ def _vision(scale: str) -> Regime:
 
 
 def _scaled(regime: Regime, scale: str, *, trunk: int, extra: int, **paper) -> Regime:
-  """The mini regime at another scale; trunk, extra and `paper` are fields of the real one."""
+  """The mini regime at another scale; trunk, extra and `paper` are fields at scale 'paper'."""
+  check_choice('--scale', scale, SCALES)
   if scale == 'smoke':   # a few steps, only to show that everything runs
     return dataclasses.replace(
         regime, trunk=16, extra=2, evaluations=1, early=(10, 12), core=1, other=1, arg='runlocal',
@@ -122,27 +128,16 @@ def _scaled(regime: Regime, scale: str, *, trunk: int, extra: int, **paper) -> R
   return regime
 
 
-def text(scale: str) -> Regime:
-  """T5 at a scale."""
-  check_choice('--scale', scale, SCALES)
-  return _text(scale)
-
-
-def vision(scale: str) -> Regime:
-  """ViT at a scale."""
-  check_choice('--scale', scale, SCALES)
-  return _vision(scale)
-
-
 class Pair:
-  """The runs of one dense parent and one seed. Steps default to the regime's."""
+  """The runs of one dense parent and one seed; 0 steps are the regime's."""
 
   def __init__(self, regime: Regime, number: int):
     self.regime, self.number = regime, number
 
   @functools.cached_property
   def parent(self) -> Run:
-    """Dense pretraining to the trunk, then a cooldown as long as an equal-steps continuation's."""
+    """Dense pretraining to the trunk, then a cooldown as long as that of an equal-steps
+    continuation."""
     regime = self.regime
     cooldown = round(COOLDOWN * regime.extra)
     every = 2 * regime.extra
@@ -151,33 +146,33 @@ class Pair:
         'checkpoint_every': every})
 
   def dense(self, steps: int = 0, **how) -> Run:
-    """The dense model trained on. `how`: see `branch`."""
+    """The dense model, trained on. `how`: see `branch`."""
     return self.branch('dense', self.regime.config, steps, {'init.mode': 'continue'}, **how)
 
   def upcycled(self, steps: int = 0, *, init: Mapping[str, Any] | None = None, **how) -> Run:
-    """The parent's MLPs made experts, trained on.
+    """The parent upcycled, and trained on.
 
     Args:
       steps: of the continuation; 0: the regime's.
       init: changes to config.init, as {'experts': 'random'}.
-      how: moe, encoder, decoder: see `moe_changes`; and `branch`'s.
+      how: moe, encoder, decoder: see `moe_changes`; start, changes: see `branch`.
     """
     how, moe = self._moe(how)
     changes = {'init.mode': 'upcycle', **{f'init.{k}': v for k, v in (init or {}).items()}, **moe}
     return self.branch('upcycled', f'{self.regime.config}_upcycled', steps, changes, **how)
 
   def scratch(self, steps: int = 0, **how) -> Run:
-    """The same sparse model from nothing."""
+    """The sparse model of `upcycled`, trained from scratch."""
     how, moe = self._moe(how)
     return self.branch('MoE from scratch', f'{self.regime.config}_upcycled', steps,
                        {'init.mode': 'scratch', **moe}, parent=None, **how)
 
-  def paying(self, run: Run, **how) -> Run:
-    """The dense model trained on for as many steps as the FLOPs of `run` pay for."""
+  def matched_dense(self, run: Run, **how) -> Run:
+    """The dense model, trained on for as many steps as cost the FLOPs of `run`."""
     return self.equal_flops(run, lambda steps: self.dense(steps, **how))
 
   def tiled(self, like: Run, tiling: str) -> Run:
-    """The parent made twice as deep, trained on for as many steps as the FLOPs of `like` pay for.
+    """The parent made twice as deep, trained on for as many steps as cost the FLOPs of `like`.
 
     tiling: 'stack' (A B A B) or 'layer' (A A B B).
     """
@@ -188,11 +183,11 @@ class Pair:
         'depth tiled', self.regime.config, steps, changes))
 
   def equal_flops(self, like: Run, make: Callable[[int], Run]) -> Run:
-    """make(steps), with as many steps as the FLOPs of `like` pay for."""
+    """make(steps), with as many steps as cost the FLOPs of `like`."""
     total = like.settings.steps * like.step_flops
     return make(round(total / make(like.settings.steps).step_flops))
 
-  def rung(self, run: Run, step: int, steps: int) -> Run:
+  def cooldown(self, run: Run, step: int, steps: int) -> Run:
     """The cooldown of `run` from its global step `step` on, over `steps` steps."""
     kept = {key: value for key, value in run.changes.items()
             if not key.startswith(('init.', 'branch_steps'))}
@@ -202,9 +197,9 @@ class Pair:
                                changes=changes)
 
   def finetuned(self, config: str, parent: Run, steps: int = 0) -> Run:
-    """The end of `parent` (after its cooldown) fine-tuned as config file `config` says.
+    """The end of `parent` (after its cooldown), fine-tuned by config file `config`.
 
-    steps: 0: the config's own; else the cooldown is a fifth of them and evaluation comes last.
+    steps: 0: the config's own; else a fifth of them is the cooldown, and evaluation comes last.
     """
     sparse = parent.config.endswith('_upcycled')
     model = {key: value for key, value in parent.changes.items()
@@ -218,17 +213,17 @@ class Pair:
                parent, ','.join(words))
 
   def frozen(self, config: str, parent: Run) -> Run:
-    """The end of `parent` as config file `config` probes it: a fine-tuning of one step, in which
-    only the new head is trained."""
+    """The end of `parent`, probed by config file `config`: fine-tuned for one step, in which only
+    the new head is trained."""
     run = self.finetuned(config, parent, 1)
     return dataclasses.replace(run, label=f'{run.label}, frozen', changes={
         **run.changes, 'log_every': 1, 'optimizer.freeze': 'all_but_head',
         'schedule.warmup_steps': 0})
 
-  def surgery(self, *, init: Mapping[str, Any] | None = None, **how) -> Surgery:
-    """What `upcycled` starts from, measured and not trained."""
+  def untrained(self, *, init: Mapping[str, Any] | None = None, **how) -> UntrainedRun:
+    """The first state of `upcycled`, evaluated and never trained."""
     run = self.upcycled(init=init, **how)
-    return Surgery(run.label, run.config, run.changes, run.parent, run.arg)
+    return UntrainedRun(run.label, run.config, run.changes, run.parent, run.arg)
 
   def branch(self, label: str, config: str, steps: int, own: Mapping[str, Any], *,
              parent: Run | None | str = 'trunk', start: int = 0,
@@ -236,13 +231,13 @@ class Pair:
     """A continuation with its own cooldown.
 
     Args:
-      label: for people.
+      label: its name in messages.
       config: config file.
       steps: 0: the regime's.
-      own: what makes it what it is, as changes to the config.
+      own: changes to the config that distinguish it.
       parent: the run it starts from; 'trunk': the pair's dense parent; None: from scratch.
       start: step of the parent to branch from; 0: its trunk.
-      changes: further changes, which win.
+      changes: further changes, which override the others.
     """
     steps = steps or self.regime.extra
     every = self.regime.every
@@ -258,7 +253,7 @@ class Pair:
     return Arm(domain or self.regime.domain, name, run, self.parent, self.number, **fields)
 
   def _moe(self, how: dict) -> tuple[dict, dict]:
-    """The MoE settings taken out of `how`, as config changes."""
+    """(`how` without MoE settings, these as config changes)."""
     rest = {k: v for k, v in how.items() if k not in ('moe', 'encoder', 'decoder')}
     return rest, moe_changes(self.regime, **{k: v for k, v in how.items() if k not in rest})
 
@@ -277,13 +272,13 @@ def moe_changes(regime: Regime, moe: Mapping[str, Any] | None = None,
                 decoder: Mapping[str, Any] | None = None) -> dict[str, Any]:
   """Changes to MoEConfigs as config changes.
 
+  Where the config spreads experts over devices, mesh.expert is reduced to divide their numbers.
+
   Args:
-    regime: whose stacks.
+    regime: has the stacks.
     moe: of all stacks; capacity_factor is that of evaluation too.
     encoder: of T5's encoder, or of the ViT.
-    decoder: of T5's decoder; a ViT has none and ignores them.
-
-  Where the config spreads experts over devices, these are as few as all numbers of experts need.
+    decoder: of T5's decoder; ignored for a ViT.
   """
   stacks = dict(zip(('encoder', 'decoder'), regime.stacks))
   changes = {}

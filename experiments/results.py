@@ -1,12 +1,13 @@
-"""From the workdirs of a suite's finished runs to results.jsonl, and back.
+"""From the workdirs of a suite's finished runs to results.jsonl, and what is computed from it.
 
-Everything a report says comes from this file. It has one JSON object a line, told apart by 'kind':
+Every report is made from this file alone. It has one JSON object a line, of a 'kind' each:
 
-  suite   first, once: its name, scale, title, command, metrics and plot, how many pairs there are
-          to be, how many lines of the other kinds follow, and the runs it trained, their parents
-          too, each {'key', 'devices', 'seconds' of its train steps, 'cpu_seconds' of its processes}
+  suite   first, once: its name, scale, title, command, metrics and plot; the planned number of
+          pairs; how many lines of the other kinds follow; and the runs it trained with their
+          parents, each {'key', 'devices', 'seconds' of its train steps, 'cpu_seconds' of its
+          processes}
   claim   one per claim: the fields of suite.Claim
-  arm     one per arm and pair, see `_record`
+  arm     one per arm and pair, a `Record`: see `_record`
 
 Nothing in it depends on when it is made, so making it again leaves the file as it is.
 """
@@ -16,10 +17,11 @@ import json
 import os
 import pathlib
 import shlex
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from experiments import step0
 from experiments import suite as suite_lib
+from experiments import untrained
 from experiments.suite import Arm, Claim, Run, Suite
 from moejax.config import ConfigError, fail
 from moejax.train import config as run_config
@@ -27,34 +29,29 @@ from moejax.train import metrics
 from moejax.train.workdir import Workdir
 
 FILE = 'results.jsonl'
+Record = dict[str, Any]   # one arm of one pair: a line of kind 'arm'
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-  """What a suite measured; the parts are the kinds of lines."""
+  """The content of results.jsonl, by kind of line."""
   suite: dict[str, Any]
   claims: tuple[Claim, ...]
-  rows: list[dict[str, Any]]
+  records: list[Record]
 
 
 def collect(suite: Suite, folder: pathlib.Path) -> Results:
-  """What the finished runs in `folder` measured.
-
-  Args:
-    suite: whose runs are all finished.
-    folder: of the workdirs.
-  """
+  """Results of a suite whose runs are all finished, with their workdirs in `folder`."""
   known = suite.name in suite_lib.names()
   about = {
       'suite': suite.name, 'scale': suite.scale,
       'title': suite_lib.module(suite.name).__doc__.splitlines()[0] if known else suite.name,
       'suite_command': suite.command(), 'metrics': list(suite.metrics), 'plot': suite.plot,
-      'x_label': suite.x_label, 'pairs': _pairs(suite),
+      'x_label': suite.x_label, 'pairs': _planned_pairs(suite),
       'runs': [_spent(run, folder) for run in suite.runs()
-               if not isinstance(run, step0.Surgery)],
+               if not isinstance(run, untrained.UntrainedRun)],
   }
-  return Results(about, suite.claims,
-                 [_record(arm, folder) for arm in suite.arms])
+  return Results(about, suite.claims, [_record(arm, folder) for arm in suite.arms])
 
 
 def merge(suite: Suite, new: Results, old: Results) -> Results:
@@ -62,8 +59,8 @@ def merge(suite: Suite, new: Results, old: Results) -> Results:
 
   Args:
     suite: with all pairs and claims.
-    new: collected of some of its pairs.
-    old: what is in results.jsonl so far; its arms of the new pairs are replaced.
+    new: of some of its pairs.
+    old: the present content of results.jsonl; `new` replaces its arms of the pairs that it has.
 
   Raises:
     ConfigError: `old` is of another suite or scale.
@@ -72,27 +69,33 @@ def merge(suite: Suite, new: Results, old: Results) -> Results:
     if old.suite[key] != new.suite[key]:
       fail('--results', f'a folder with results of {key} {old.suite[key]}',
            f'one of {key} {new.suite[key]}, or an empty one', 'Choose another.')
-  fresh = {row['pair'] for row in new.rows}
-  kept = [row for row in old.rows if row['pair'] not in fresh]
-  rows = {(row['domain'], row['arm'], row['pair']): row for row in [*kept, *new.rows]}
-  places = [(arm.domain, arm.name, arm.pair) for arm in suite.arms]
+  new_pairs = {record['pair'] for record in new.records}
+  kept = [record for record in old.records if record['pair'] not in new_pairs]
+  records = {(r['domain'], r['arm'], r['pair']): r for r in [*kept, *new.records]}
+  identities = [(arm.domain, arm.name, arm.pair) for arm in suite.arms]
   runs = {(run['key'], run['seconds']): run for run in [*old.suite['runs'], *new.suite['runs']]}
-  return Results({**new.suite, 'pairs': _pairs(suite), 'runs': list(runs.values())}, suite.claims,
-                 [rows[place] for place in places if place in rows])
+  about = {**new.suite, 'pairs': _planned_pairs(suite), 'runs': list(runs.values())}
+  return Results(about, suite.claims,
+                 [records[identity] for identity in identities if identity in records])
 
 
-def _pairs(suite: Suite) -> int:
-  """How many (dense parent, seed) pairs there are to be."""
+def _planned_pairs(suite: Suite) -> int:
+  """Number of (dense parent, seed) pairs that the suite has when all are trained."""
   return len({arm.pair for arm in suite.arms})
 
 
-def write(found: Results, directory: pathlib.Path) -> None:
+def write(results: Results, directory: pathlib.Path) -> None:
   """Writes results.jsonl. Raises ConfigError if it cannot."""
-  counts = {'claims': len(found.claims), 'arms': len(found.rows)}
-  lines = [{'kind': 'suite', **found.suite, **counts},
-           *({'kind': 'claim', **dataclasses.asdict(claim)} for claim in found.claims),
-           *({'kind': 'arm', **row} for row in found.rows)]
-  write_text(directory / FILE, ''.join(json.dumps(line) + '\n' for line in lines))
+  counts = {'claims': len(results.claims), 'arms': len(results.records)}
+  write_lines(directory / FILE, [
+      {'kind': 'suite', **results.suite, **counts},
+      *({'kind': 'claim', **dataclasses.asdict(claim)} for claim in results.claims),
+      *({'kind': 'arm', **record} for record in results.records)])
+
+
+def write_lines(path: pathlib.Path, lines: Iterable[dict[str, Any]]) -> None:
+  """Writes a file of one JSON object a line, whole or not at all. Raises ConfigError."""
+  write_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -108,7 +111,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def read(directory: pathlib.Path) -> Results:
-  """What results.jsonl holds. Raises ConfigError if there is none, or if it is not whole."""
+  """The content of results.jsonl. Raises ConfigError if there is none, or if it is not whole."""
   path = directory / FILE
   kinds: dict[str, list[dict[str, Any]]] = {'suite': [], 'claim': [], 'arm': []}
   for line in metrics.read_lines(path):
@@ -129,19 +132,19 @@ def read(directory: pathlib.Path) -> Results:
   return Results(about, tuple(claims), kinds['arm'])
 
 
-def _record(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
+def _record(arm: Arm, folder: pathlib.Path) -> Record:
   """One arm of one pair.
 
   Its extra steps are those after the trunk of its base, or all of them if it started from nothing:
-  `start_step` is where they begin. `history` has an evaluation per entry, from there on.
+  `start_step` is where they begin, and where `history`, an evaluation per entry, begins.
   `base_steps` of its base are 100 % of dense pretraining. `time_ratio` is the run's step time over
-  the base's, None until it is measured: see `timing.fill`.
+  the base's; None until benchmarks.train_step.fill knows it.
   """
   run, base = arm.run, Workdir(folder / arm.base.name)
   base_facts = base.read('run.json')
   base_steps = base_facts['trunk_step'] if arm.base_step is None else arm.base_step
-  measured = (step0.collect(run, folder) if isinstance(run, step0.Surgery) else
-              _trained(arm, folder))
+  facts = (untrained.facts(run, folder) if isinstance(run, untrained.UntrainedRun) else
+           _facts(arm, folder))
   return {
       'domain': arm.domain, 'arm': arm.name, 'pair': arm.pair, 'reference': arm.reference,
       'series': arm.series, 'x': arm.x,
@@ -151,12 +154,12 @@ def _record(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
       'base_steps': base_steps, 'base_flops': base_steps * base_facts['train_flops_per_step'],
       'base_seconds': _seconds(base.path, 0, base_steps),
       'time_ratio': None,
-      **measured,
+      **facts,
   }
 
 
-def _trained(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
-  """The part of `_record` that a run's own workdir says."""
+def _facts(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
+  """The part of `_record` that the run's own workdir holds."""
   run, workdir = arm.run, Workdir(folder / arm.run.name)
   facts = workdir.read('run.json')
   start = facts['trunk_step'] if run.key == arm.base.key else facts['first_step']
@@ -171,7 +174,7 @@ def _trained(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
       'start_step': start, 'end_step': facts['end_step'],
       'flops_per_step': facts['train_flops_per_step'],
       'seconds': _lineage_seconds(run, folder, start),
-      'step0': _step0(_first(run, folder, start)),
+      'step0': _step0(_first_extra_run(run, folder, start)),
       'history': [{'step': line['step'], 'loss': line['validation/loss'],
                    'accuracy': line['validation/accuracy']}
                   for line in lines if 'validation/loss' in line],
@@ -180,7 +183,7 @@ def _trained(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _spent(run: Run, folder: pathlib.Path) -> dict[str, Any]:
-  """What training a run took: all of its steps, those before the trunk too."""
+  """Time that training a run took: all of its steps, those before the trunk too."""
   workdir = Workdir(folder / run.name)
   facts = workdir.read('run.json')
   return {'key': run.key, 'devices': facts['devices'],
@@ -189,7 +192,7 @@ def _spent(run: Run, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _lineage_seconds(run: Run, folder: pathlib.Path, start: int) -> float:
-  """Seconds of the steps after `start`: a run's own and, before them, those of its parents."""
+  """Seconds of the steps after `start`: the run's own, and those of its parents before them."""
   seconds, until = 0.0, None
   while run is not None:
     facts = Workdir(folder / run.name).read('run.json')
@@ -207,15 +210,15 @@ def _seconds(path: pathlib.Path, after: int, until: int) -> float:
                    if after < line['step'] <= until), 3)
 
 
-def _first(run: Run, folder: pathlib.Path, start: int) -> Workdir:
-  """Of the run, or that parent of it, which began the extra steps."""
+def _first_extra_run(run: Run, folder: pathlib.Path, start: int) -> Workdir:
+  """The workdir of the run, or of its ancestor, that took the first step after `start`."""
   while run.parent and Workdir(folder / run.name).read('run.json')['first_step'] > start:
     run = run.parent
   return Workdir(folder / run.name)
 
 
 def _step0(workdir: Workdir) -> dict[str, float] | None:
-  """What surgery measured before the first step: step0_gap among it; None without a parent."""
+  """Measurements after surgery, 'step0_gap' among them; None without a parent."""
   if not (workdir.path / 'receipt.json').exists():
     return None
   return workdir.read('receipt.json', fix='Delete the whole run and train it again.')['measured']
@@ -231,3 +234,112 @@ def _final(lines: list[dict]) -> dict[str, dict[str, float]]:
         if metric:
           final.setdefault(split, {})[metric] = value
   return final
+
+
+def metric(record: Record, path: str) -> float | None:
+  """'split/name' of the last evaluation, 'step0/name' of the first; None if not measured."""
+  split, _, name = path.partition('/')
+  values = record['step0'] if split == 'step0' else record['final'].get(split)
+  return (values or {}).get(name)
+
+
+def metric_paths(record: Record) -> list[str]:
+  """Every path of a record that `metric` takes."""
+  splits = {**record['final'], 'step0': record['step0'] or {}}
+  return [f'{split}/{name}' for split, values in splits.items() for name in values]
+
+
+def extra_steps(record: Record) -> int:
+  """Steps after the trunk, or all of them if the arm began from nothing."""
+  return record['end_step'] - record['start_step']
+
+
+def extra_flops(record: Record, steps: int | None = None) -> float:
+  """FLOPs of the extra steps (or of that many), in % of the dense pretraining."""
+  steps = extra_steps(record) if steps is None else steps
+  return 100 * steps * record['flops_per_step'] / record['base_flops']
+
+
+def extra_time(record: Record) -> float | None:
+  """Time of the extra steps in % of the dense pretraining's; None if step times are not known."""
+  if record['time_ratio'] is None:
+    return None
+  return 100 * extra_steps(record) * record['time_ratio'] / record['base_steps']
+
+
+@dataclasses.dataclass(frozen=True)
+class TableArm:
+  """The arms of one name in a domain, of all pairs: a line of the table.
+
+  Attributes:
+    domain, name: of these arms.
+    records: {pair: record}, in the order of the pairs.
+    delta: {metric: {pair: metric - metric of the reference}}, over the pairs that both have; empty
+      for the reference itself and in a domain without one.
+  """
+  domain: str
+  name: str
+  records: dict[int, Record]
+  delta: dict[str, dict[int, float]] = dataclasses.field(default_factory=dict)
+
+  @property
+  def first(self) -> Record:
+    """The record of one pair, for what all pairs have in common."""
+    return next(iter(self.records.values()))
+
+  def values(self, path: str) -> dict[int, float]:
+    """{pair: metric}, over the pairs that measured it."""
+    values = {pair: metric(record, path) for pair, record in self.records.items()}
+    return {pair: value for pair, value in values.items() if value is not None}
+
+
+def by_domain(records: Sequence[Record], paths: Sequence[str]) -> dict[str, list[TableArm]]:
+  """{domain: its arms}, in the order of the records.
+
+  Args:
+    records: of one suite.
+    paths: metrics that are given relative to the reference too.
+
+  Raises:
+    ConfigError: the records of a domain were measured on different data.
+  """
+  domains: dict[str, dict[str, dict[int, Record]]] = {}
+  for record in records:
+    arms = domains.setdefault(record['domain'], {})
+    arms.setdefault(record['arm'], {})[record['pair']] = record
+  return {domain: _table_arms(domain, arms, paths) for domain, arms in domains.items()}
+
+
+def _table_arms(domain: str, records: dict[str, dict[int, Record]], paths: Sequence[str]
+                ) -> list[TableArm]:
+  data = {record['fingerprint'] for by_pair in records.values() for record in by_pair.values()}
+  if len(data) > 1:
+    raise ConfigError(f'{domain}: results of different data cannot stand in one table '
+                      f'(fingerprints {", ".join(sorted(f[:12] for f in data))}). Was Python or '
+                      'matplotlib changed in between? Train again with --runs=NEWDIR.')
+  arms = [TableArm(domain, name, dict(sorted(by_pair.items())))
+          for name, by_pair in records.items()]
+  reference = next((arm for arm in arms if arm.first['reference']), None)
+  if reference is None:
+    return arms
+  return [arm if arm is reference else
+          dataclasses.replace(arm, delta={path: _differences(arm, reference, path)
+                                          for path in paths})
+          for arm in arms]
+
+
+def _differences(a: TableArm, b: TableArm, path: str) -> dict[int, float]:
+  """{pair: metric of a - metric of b}, over the pairs that both have."""
+  left, right = a.values(path), b.values(path)
+  return {pair: left[pair] - right[pair] for pair in left if pair in right}
+
+
+def measured_paths(arms: Sequence[TableArm], paths: Sequence[str], claims: Iterable[Claim] = ()
+                   ) -> list[str]:
+  """Those of the metrics that any arm of the domain measured; plots show the first.
+
+  Metrics that the suite makes a claim about in this domain come before the others.
+  """
+  claimed = [claim.metric for claim in claims if claim.domain == arms[0].domain]
+  return [path for path in dict.fromkeys([*claimed, *paths])
+          if path in paths and any(arm.values(path) for arm in arms)]

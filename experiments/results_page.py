@@ -4,25 +4,29 @@ import math
 import pathlib
 import textwrap
 
-from experiments import results, suites, tables, verdict
+from experiments import results as results_lib
+from experiments import suites as suites_lib
+from experiments import tables, verdict
 from experiments.results import Results
+from experiments.verdict import Verdict
 from moejax.config import check
 
 FOLDER = pathlib.Path('experiments') / 'results'
-FILE, NOTES = 'README.md', 'NOTES.md'   # NOTES.md is written by hand and taken in as it is
+FILE, NOTES = 'README.md', 'NOTES.md'   # NOTES.md is written by hand and copied into the page
 
 
 def find(folder: pathlib.Path) -> dict[pathlib.Path, Results]:
   """{directory: its results} of every results.jsonl one level below folder.
 
-  In the order of suites.ORDER; the others after them, by name. Raises ConfigError if there is none.
+  In the order of suites.ORDER, others after them by name. Raises ConfigError if there is none.
   """
-  place = lambda path: (*(name != path.name for name in suites.ORDER), path.name)
-  directories = sorted((path.parent for path in folder.glob(f'*/{results.FILE}')), key=place)
-  check(bool(directories), '--results', str(folder), f'a folder of folders with {results.FILE}',
+  place = lambda path: (*(name != path.name for name in suites_lib.ORDER), path.name)
+  directories = sorted((path.parent for path in folder.glob(f'*/{results_lib.FILE}')), key=place)
+  check(bool(directories), '--results', str(folder),
+        f'a folder of folders with {results_lib.FILE}',
         'Train a suite first: python -m experiments.main --suite=NAME --results='
         f'{folder}/NAME')
-  return {directory: results.read(directory) for directory in directories}
+  return {directory: results_lib.read(directory) for directory in directories}
 
 
 def to_markdown(suites: dict[str, Results], notes: str = '') -> str:
@@ -30,61 +34,60 @@ def to_markdown(suites: dict[str, Results], notes: str = '') -> str:
 
   Args:
     suites: {name of the folder beside the page: its results}.
-    notes: what stands under 'Where we disagree, and why'.
+    notes: text under 'Where we disagree, and why'.
   """
-  decided = {name: verdict.of(found) for name, found in suites.items()}
+  verdicts = {name: verdict.decide_all(results) for name, results in suites.items()}
   out = ['# Results', '',
          'Made by `python -m experiments.report` from the `results.jsonl` of each suite.', '',
-         *_verdicts(suites, decided), '', *_facts(list(suites.values())), '']
-  if any(v.held_out for verdicts in decided.values() for v in verdicts):
+         *_summary(suites, verdicts), '', *_facts(list(suites.values())), '']
+  if any(v.held_out for of_suite in verdicts.values() for v in of_suite):
     out += [*textwrap.wrap(tables.HELD_OUT_LEGEND, 100, break_on_hyphens=False), '']
-  for name, found in suites.items():
-    out += [*_section(name, found, decided[name]), '']
+  for name, results in suites.items():
+    out += [*_section(name, results, verdicts[name]), '']
   if notes:
     out += ['## Where we disagree, and why', '', notes.strip(), '']
-  out += ['## How a verdict comes about', '', *_rule(sum(map(bool, decided.values())))]
+  out += ['## How a verdict comes about', '', *_rule(sum(map(bool, verdicts.values())))]
   return '\n'.join(out) + '\n'
 
 
-def _verdicts(suites: dict[str, Results],
-              decided: dict[str, list[verdict.Verdict]]) -> list[str]:
-  """Number of claims with each outcome, per suite and in all."""
-  def counts(verdicts: list[verdict.Verdict]) -> list[str]:
+def _summary(suites: dict[str, Results], verdicts: dict[str, list[Verdict]]) -> list[str]:
+  """Table of the number of claims with each outcome, per suite and in all."""
+  def counts(verdicts: list[Verdict]) -> list[str]:
     return [str(len(verdicts)),
             *(str(sum(v.outcome == outcome for v in verdicts)) for outcome in verdict.OUTCOMES)]
 
-  cells = []
-  for name, found in suites.items():
-    title = _title(found)
+  rows = []
+  for name, results in suites.items():
+    title = _title(results)
     anchor = title.replace(',', '').replace(' ', '-')   # as GitHub makes it of the heading
-    cells.append([f'[{title}](#{anchor})', _pairs(found), *counts(decided[name])])
-  every = [v for verdicts in decided.values() for v in verdicts]
+    rows.append([f'[{title}](#{anchor})', _pairs(results), *counts(verdicts[name])])
+  every = [v for of_suite in verdicts.values() for v in of_suite]
   return tables.table(['suite', 'pairs', 'claims', *verdict.OUTCOMES],
-                      [*cells, [f'{len(suites)} suites', '', *counts(every)]])
+                      [*rows, [f'{len(suites)} suites', '', *counts(every)]])
 
 
-def _pairs(found: Results) -> str:
-  """How many pairs are trained: '5', or '2 of 5' as long as some are not."""
-  have = len({row['pair'] for row in found.rows})
-  wanted = found.suite.get('pairs', have)
-  return f'{have}' if have >= wanted else f'{have} of {wanted}'
+def _pairs(results: Results) -> str:
+  """How many pairs are trained: '5', or '2 of 5' as long as some are missing."""
+  have = len({record['pair'] for record in results.records})
+  planned = results.suite.get('pairs', have)
+  return f'{have}' if have >= planned else f'{have} of {planned}'
 
 
-def _title(found: Results) -> str:
-  return f'{found.suite["suite"]}, scale {found.suite["scale"]}'
+def _title(results: Results) -> str:
+  return f'{results.suite["suite"]}, scale {results.suite["scale"]}'
 
 
 def _facts(suites: list[Results]) -> list[str]:
-  """What was spent, on which data and with which versions."""
-  rows = [row for found in suites for row in found.rows]
+  """Time spent, data, and versions."""
+  records = [record for results in suites for record in results.records]
   # A run that suites share was trained once; one that was trained again has another time.
-  runs = {(run['key'], run['seconds']): run for found in suites for run in found.suite['runs']}
+  runs = {(run['key'], run['seconds']): run for results in suites for run in results.suite['runs']}
   spent: dict[str, list[float]] = {}
   for run in runs.values():
     spent.setdefault(run['devices'], []).append(run['seconds'])
   data: dict[str, set[str]] = {}
-  for row in rows:
-    data.setdefault(row['config']['data']['source'], set()).add(row['fingerprint'][:16])
+  for record in records:
+    data.setdefault(record['config']['data']['source'], set()).add(record['fingerprint'][:16])
   cpu = [run['cpu_seconds'] for run in runs.values() if run.get('cpu_seconds')]
   return [
       *([f'- CPU time of the processes of {len(cpu)} of the {len(runs)} runs (the others did not '
@@ -95,25 +98,26 @@ def _facts(suites: list[Results]) -> list[str]:
         'too' for devices, seconds in sorted(spent.items())),
       *(f'- Data {source}: fingerprint {", ".join(sorted(prints))}'
         for source, prints in sorted(data.items())),
-      f'- Versions: {tables.versions(rows)}']
+      f'- Versions: {tables.versions(records)}']
 
 
-def _section(name: str, found: Results, verdicts: list[verdict.Verdict]) -> list[str]:
-  about = found.suite
-  out = [f'## {_title(found)}', '', about['title'], '',
+def _section(name: str, results: Results, verdicts: list[Verdict]) -> list[str]:
+  about = results.suite
+  out = [f'## {_title(results)}', '', about['title'], '',
          f'`{about["suite_command"]}` · [table]({name}/{about["suite"]}.md) · '
          f'[CSV]({name}/{about["suite"]}.csv)', '']
   plot = ['', f'![{about["title"]}]({name}/{about["suite"]}.png)']
   if not verdicts:
     return [*out, 'It makes no claim.', *plot]
-  rows = [([v.claim.domain, tables.says(v), v.claim.source, v.claim.paper], v) for v in verdicts]
-  if ' of ' in _pairs(found):
-    out += [f'{_pairs(found)} pairs are trained so far; verdicts wait for the others.', '']
+  rows = [([v.claim.domain, tables.claim_text(v.claim), v.claim.source, v.claim.paper], v)
+          for v in verdicts]
+  if ' of ' in _pairs(results):
+    out += [f'{_pairs(results)} pairs are trained so far; verdicts wait for the others.', '']
   return [*out, *tables.verdict_table(['domain', 'claim', 'source', 'paper'], rows), *plot]
 
 
 def _rule(suites: int) -> list[str]:
-  """What experiments/verdict.py says, which was written before the runs."""
+  """The rule of experiments/verdict.py, which was written before the runs."""
   return [*verdict.__doc__.split('\n\n', 1)[1].strip().splitlines(), '',
           f'Here {suites} suites make claims: expect a wrong verdict, by chance, in '
           f'{verdict.LEVEL * suites:.2g} of them at the most.']
@@ -122,7 +126,7 @@ def _rule(suites: int) -> list[str]:
 def write(folder: pathlib.Path, suites: dict[pathlib.Path, Results]) -> str:
   """Writes README.md into folder; returns it."""
   notes = folder / NOTES
-  markdown = to_markdown({directory.name: found for directory, found in suites.items()},
+  markdown = to_markdown({directory.name: results for directory, results in suites.items()},
                          notes.read_text(encoding='utf-8') if notes.exists() else '')
-  results.write_text(folder / FILE, markdown)
+  results_lib.write_text(folder / FILE, markdown)
   return markdown

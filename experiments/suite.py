@@ -1,9 +1,9 @@
-"""What a suite is: runs, which of them start from which, the arms it compares and what it claims.
+"""Suites: runs and their parents, the arms that a suite compares, and the claims it tests.
 
-A run is a config file with changes, exactly what `python -m moejax.main` takes, so every line of a
-table can be trained alone. Its workdir is named by a key (a hash of the resolved config, in which
-the parent stands by its own key and not by its path) and by the fingerprint of its data. Suites
-that ask for the same run share it, and nothing is trained twice.
+A run is a config file with changes, exactly what `python -m moejax.main` takes, so every arm of a
+table can be trained alone. Its workdir is named by a key (a hash of the resolved config, with the
+parent's key in place of its path) and by the fingerprint of its data. Suites that have a run in
+common share its workdir, and nothing is trained twice.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Run:
   """One training run.
 
   Attributes:
-    label: what people call it while it runs; not part of the key.
+    label: its name in progress bars and messages; not part of the key.
     config: name of a file below configs/, such as 't5_stdlib' or 'paper/t5_base'.
     changes: dotted config keys -> values, what --config.KEY=VALUE would set.
     parent: the run it starts from, if config.init.mode is not 'scratch'.
@@ -63,10 +63,10 @@ class Run:
 
   @functools.cached_property
   def key(self) -> str:
-    """Two runs of one key are the same run on whatever data there is.
+    """Hash of the settings that differ from the defaults: it identifies the run, data aside.
 
-    Only what differs from the defaults counts, so a new setting changes no key. (A changed default
-    does not either; `finished` compares every setting, so no result is taken for another.)
+    A new setting changes no key. A changed default does not either, so `finished` compares every
+    setting, lest a result be taken for that of another run.
     """
     changed = json.dumps(settings.changes(self.settings), sort_keys=True)
     return hashlib.sha256(changed.encode()).hexdigest()[:KEY_LENGTH]
@@ -86,7 +86,7 @@ class Run:
 
   @property
   def work(self) -> int:
-    """Its train steps."""
+    """Number of its train steps."""
     return self.settings.steps
 
   @property
@@ -95,7 +95,7 @@ class Run:
     return self.work * self.step_flops
 
   def parent_path(self, folder: pathlib.Path) -> str:
-    """config.init.parent when the workdirs stand in `folder`."""
+    """config.init.parent, if the workdirs are in `folder`; '' without a parent."""
     return str(folder / self.parent.name) if self.parent else ''
 
   def command(self, folder: pathlib.Path) -> list[str]:
@@ -111,19 +111,19 @@ class Run:
     workdir = Workdir(folder / self.name)
     if not workdir.whole:
       return False
-    there = workdir.read('config.json')
-    there['init']['parent'] = self.settings.init.parent   # its path may have changed, not its key
+    config = workdir.read('config.json')
+    config['init']['parent'] = self.settings.init.parent   # its path may have changed, not its key
     saved = orbax.finished_steps(workdir.path / orbax.SUBDIR)
-    return (settings.from_dict(there) == self.settings
+    return (settings.from_dict(config) == self.settings
             and workdir.read('status.json')['phase'] == 'finished'
             and workdir.read('run.json')['end_step'] in saved)
 
   def done(self, folder: pathlib.Path) -> int:
-    """Steps taken so far, as its files in `folder` say."""
+    """Number of steps taken so far, according to its files in `folder`."""
     workdir = Workdir(folder / self.name)
     try:
       first, status = workdir.read('run.json')['first_step'], workdir.read('status.json')['step']
-    except ConfigError:   # not there yet
+    except ConfigError:   # not written yet
       return 0
     timed = metrics.read_lines(workdir.path / 'timing.jsonl')
     return max(status, timed[-1]['step'] if timed else 0) - first
@@ -136,33 +136,33 @@ def _fingerprint(config: data.DataConfig) -> str:
 
 def _change(config: ConfigDict, key: str, value: Any) -> None:
   """Sets a dotted key that exists. Raises ConfigError if it does not."""
-  node, (*groups, name) = config, key.split('.')
-  for group in groups:
-    if group not in node:
-      raise unknown_key(f'config.{key}', node)
-    node = node[group]
-  if name not in node:
-    raise unknown_key(f'config.{key}', node)
-  node[name] = value
+  *path, last = key.split('.')
+  for name in path:
+    if name not in config:
+      raise unknown_key(f'config.{key}', config)
+    config = config[name]
+  if last not in config:
+    raise unknown_key(f'config.{key}', config)
+  config[last] = value
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """One treatment of one pair; a line of the table is the arms of a name over all pairs.
+  """One treatment in one pair. A line of the table shows the arms of one name, of all pairs.
 
   Attributes:
-    domain: the part of the table it stands in; arms are compared within it.
-    name: what the line says.
-    run: what was trained.
+    domain: its part of the table; arms are compared within a domain.
+    name: of its line in the table.
+    run: what is trained.
     base: the dense run from whose trunk the domain's arms branch; extra FLOPs are a percentage of
-      its pretraining up to there. Where run is base, the line is its own cooldown.
+      its pretraining up to there. If run is base, the arm is the cooldown of base.
     pair: number of the (dense parent, seed) pair; differences are taken within a pair.
-    reference: the others' metrics are also given relative to this arm's.
-    series: the curve of the plot it belongs to; '' is one of its own.
-    x: where it stands on a sweep's axis, such as the number of experts.
-    start_step: where its extra steps begin, if that is not the first step of its run: a run that
-      goes on from another continuation counts that one's too.
-    base_step: the step of base that counts as 100 % of pretraining, if that is not its trunk.
+    reference: whether the metrics of the others are also given relative to this arm's.
+    series: the curve of the plot it belongs to; '': a curve of its own.
+    x: its place on a sweep's axis, such as the number of experts.
+    start_step: where its extra steps begin, if not at the first step of its run: a run that starts
+      from another continuation counts the steps of that one too.
+    base_step: the step of base that counts as 100 % of pretraining, if not its trunk.
   """
   domain: str
   name: str
@@ -181,7 +181,7 @@ RELATIONS = ('<', '>', '~')
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """What a source says about two arms, written down before any of them was trained.
+  """A statement of a source about two arms, written down before any of them was trained.
 
   The verdict is about the mean over pairs of (metric of arm `a` - metric of arm `b`), or, with
   `than`, of how much that is above (metric of arm than[0] - metric of arm than[1]).
@@ -195,7 +195,7 @@ class Claim:
     relation: '<' or '>': the difference has that sign; '~': it is within +- margin.
     metric: 'split/name' of the results, as 'test/loss' or 'step0/step0_gap'.
     margin: of '~', in units of the metric.
-    than: names of two arms whose difference is taken off, as where a gap is to grow.
+    than: names of two arms whose difference is subtracted, as where a gap is to grow.
   """
   says: str
   source: str
@@ -217,12 +217,12 @@ class Claim:
 
   @property
   def terms(self) -> dict[str, int]:
-    """{arm: +1 or -1}, what the difference is the sum of."""
+    """{arm: +1 or -1}: the difference is the sum of these arms' metrics with these signs."""
     return {self.a: 1, self.b: -1, **dict(zip(self.than, (-1, 1)))}
 
   @property
   def difference(self) -> str:
-    """'a − b'."""
+    """'a − b', or '(a − b) − (than[0] − than[1])'."""
     text = f'{self.a} − {self.b}'
     return f'({text}) − ({" − ".join(self.than)})' if self.than else text
 
@@ -232,14 +232,14 @@ PLOTS = ('curves', 'points', 'sweep')
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-  """Arms in the order of the table, and the claims it decides.
+  """Arms in the order of the table, and the claims about them.
 
   Attributes:
     name, scale: as on the command line.
     arms: those of one name and domain differ in their pair.
-    claims: over these arms.
-    metrics: what the table reports, 'split/name'; the first that a domain has is what Δ and the
-      plot are about.
+    claims: about these arms.
+    metrics: 'split/name' of what the table reports; Δ and the plot are about the first of these
+      that a domain has.
     plot: 'points': the first metric of each arm, all pairs; 'curves': validation loss over extra
       FLOPs, and these points below if there are several pairs; 'sweep': the first metric over
       the arms' x, a line per series.
@@ -262,27 +262,27 @@ class Suite:
         if (claim.domain, name) not in names:
           raise ConfigError(f'suite {self.name}: claim {claim.says!r} names the arm {name!r}, '
                             f'which {claim.domain!r} does not have')
-    places = [(arm.domain, arm.name, arm.pair) for arm in self.arms]
-    for place in places:
-      config_lib.check(places.count(place) == 1, 'suite.arms', place, 'each arm once per pair',
-                       'Give them different names.')
+    identities = [(arm.domain, arm.name, arm.pair) for arm in self.arms]
+    for identity in identities:
+      config_lib.check(identities.count(identity) == 1, 'suite.arms', identity,
+                       'each arm once per pair', 'Give them different names.')
 
   def runs(self) -> list[Run]:
     """Every run once, parents before children."""
-    found: dict[str, Run] = {}
+    by_key: dict[str, Run] = {}
 
     def add(run: Run) -> None:
       if run.parent:
         add(run.parent)
-      found.setdefault(run.key, run)
+      by_key.setdefault(run.key, run)
 
     for arm in self.arms:
       add(arm.base)
       add(arm.run)
-    return list(found.values())
+    return list(by_key.values())
 
-  def of_pairs(self, pairs: Collection[int]) -> 'Suite':
-    """Its arms of some pairs; without claims, since they may be about arms that are left out."""
+  def only_pairs(self, pairs: Collection[int]) -> 'Suite':
+    """Its arms of some pairs; without claims, since these may name arms that are left out."""
     arms = tuple(arm for arm in self.arms if arm.pair in pairs)
     return dataclasses.replace(self, arms=arms, claims=())
 
@@ -292,23 +292,23 @@ class Suite:
 
 
 def names() -> list[str]:
-  """The suites there are."""
+  """Names of all suites, sorted."""
   return sorted(m.name for m in pkgutil.iter_modules(suites.__path__))
 
 
 def module(name: str):
-  """The file of a suite. Raises ConfigError, with the nearest name, if there is none."""
+  """The module of a suite. Raises ConfigError, with the nearest name, if there is none."""
   check_choice('--suite', name, names())
   return importlib.import_module(f'experiments.suites.{name}')
 
 
 def scales(name: str) -> tuple[str, ...]:
-  """The scales a suite has: all, unless its file says otherwise."""
+  """The scales of a suite: its module's SCALES, or all."""
   return getattr(module(name), 'SCALES', SCALES)
 
 
 def load(name: str, scale: str) -> Suite:
-  """A suite at a scale. Raises ConfigError on unknown names and on runs that cannot work."""
+  """A suite at a scale. Raises ConfigError on an unknown name or scale and on an invalid run."""
   file = module(name)
   check_choice('--scale', scale, scales(name))
   suite = file.get_suite(scale)

@@ -36,8 +36,7 @@ from collections.abc import Mapping, Sequence
 
 from scipy import special
 
-from experiments import lines
-from experiments.lines import Row
+from experiments.results import Record, Results, metric, metric_paths
 from experiments.suite import Claim
 from moejax.config import check_choice
 
@@ -50,7 +49,7 @@ ROUNDING = 1e-12   # relative; differences that vary by less than this do not va
 class Estimate:
   """Mean of n values, their standard deviation, half the width of the mean's 95 % t-interval.
 
-  `sd` and `half` are NaN for a single value, and all are if there is none.
+  `sd` and `half` are NaN for a single value; all are NaN without a value.
   """
   n: int
   mean: float
@@ -63,7 +62,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-  """Estimate of the mean of values that are independent draws."""
+  """Estimate of the mean of values that are independent draws; NaN if any is not finite."""
   n = len(values)
   if not n or not all(map(math.isfinite, values)):
     return Estimate(n, math.nan, math.nan, math.nan)
@@ -84,44 +83,38 @@ def holm(p_values: Sequence[float]) -> list[float]:
   return adjusted
 
 
-def p_value(found: Estimate, margin: float | None = None) -> float:
+def p_value(differences: Estimate, margin: float | None = None) -> float:
   """p of a claim without a margin ('<', '>') or with one ('~'); see the top of this file.
 
   Args:
-    found: of at least 2 differences that are not all the same.
+    differences: estimate of at least 2 that are not all equal.
     margin: of the claim.
   """
-  def below(mean: float) -> float:
-    """p of the one-sided t-test that has `the mean is below this` as its alternative."""
-    return float(special.stdtr(found.n - 1, (found.mean - mean) * math.sqrt(found.n) / found.sd))
-
-  def above(mean: float) -> float:
-    return float(special.stdtr(found.n - 1, (mean - found.mean) * math.sqrt(found.n) / found.sd))
-
-  def other(mean: float) -> float:
-    """p of the two-sided t-test."""
-    return 2 * min(below(mean), above(mean))
-
+  n, mean, sd = differences.n, differences.mean, differences.sd
+  # One-sided t-tests whose alternative is: the mean is below (above) `value`.
+  below = lambda value: float(special.stdtr(n - 1, (mean - value) * math.sqrt(n) / sd))
+  above = lambda value: float(special.stdtr(n - 1, (value - mean) * math.sqrt(n) / sd))
+  two_sided = lambda value: 2 * min(below(value), above(value))
   if margin is None:
-    return other(0.0)
-  if abs(found.mean) <= margin:
+    return two_sided(0.0)
+  if abs(mean) <= margin:
     return max(above(-margin), below(margin))
-  return other(math.copysign(margin, found.mean))
+  return two_sided(math.copysign(margin, mean))
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What the rule says of a claim.
+  """The outcome of the rule for a claim.
 
   Attributes:
     claim: the claim.
     estimate: of the paired differences, a - b.
     p: of its own test; None if it cannot be tested.
-    adjusted: by Holm within the suite.
+    adjusted: p by Holm within the suite.
     outcome: one of OUTCOMES.
-    notes: why it cannot be tested, and pairs that some of its arms have not.
-    held_out: where the claim is about `test_seen` and `test` was measured too, the same of `test`;
-      the verdict does not depend on it.
+    notes: why it cannot be tested, and pairs that lack some of its arms.
+    held_out: the estimate for `test`, if the claim is about `test_seen` and `test` was measured
+      too; the verdict does not depend on it.
   """
   claim: Claim
   estimate: Estimate
@@ -132,41 +125,43 @@ class Verdict:
   held_out: Estimate | None = None
 
 
-def decide(claims: Sequence[Claim], rows: Sequence[Row], planned: int = 0) -> list[Verdict]:
+def decide(claims: Sequence[Claim], records: Sequence[Record], planned: int = 0) -> list[Verdict]:
   """The verdict on each claim of a suite.
 
   Args:
     claims: all of the suite's, since they are one family.
-    rows: all of its arms.
-    planned: pairs that it is to have.
+    records: all of its arms.
+    planned: pairs that the suite has when all are trained.
 
   Raises:
-    ConfigError: a claim's metric is none that an arm of it measured.
+    ConfigError: an arm of a claim has no such metric.
   """
-  tested = [_test(claim, rows) for claim in claims]
+  tested = [_test(claim, records) for claim in claims]
   adjusted = holm([1.0 if p is None else p for _, p, _ in tested])
-  return [Verdict(claim, found, p, q,
-                  UNDECIDED if found.n < planned else _outcome(claim, found.mean, p, q), notes,
-                  _held_out(claim, rows))
-          for claim, (found, p, notes), q in zip(claims, tested, adjusted)]
+  return [Verdict(claim, differences, p, q,
+                  _outcome(claim, differences, planned, p, q), notes, _held_out(claim, records))
+          for claim, (differences, p, notes), q in zip(claims, tested, adjusted)]
 
 
-def of(results) -> list[Verdict]:
-  """`decide` on the claims of a results.Results."""
-  return decide(results.claims, results.rows, results.suite.get('pairs', 0))
+def decide_all(results: Results) -> list[Verdict]:
+  """The verdict on each claim of a suite's results."""
+  return decide(results.claims, results.records, results.suite.get('pairs', 0))
 
 
-def _outcome(claim: Claim, mean: float, p: float | None, adjusted: float) -> str:
-  if p is None or adjusted >= LEVEL:
+def _outcome(claim: Claim, differences: Estimate, planned: int, p: float | None,
+             adjusted: float) -> str:
+  mean = differences.mean
+  if p is None or adjusted >= LEVEL or differences.n < planned:
     return UNDECIDED
   if claim.relation == '~':
     return REPRODUCED if abs(mean) <= claim.margin else NOT_REPRODUCED
   return REPRODUCED if (mean < 0) == (claim.relation == '<') else NOT_REPRODUCED
 
 
-def _test(claim: Claim, rows: Sequence[Row]) -> tuple[Estimate, float | None, tuple[str, ...]]:
+def _test(claim: Claim, records: Sequence[Record]
+          ) -> tuple[Estimate, float | None, tuple[str, ...]]:
   """Estimate, p (None with the reason among the notes) and notes."""
-  arms = {name: _values(claim, name, rows) for name in claim.terms}
+  arms = {name: _values(claim, name, records) for name in claim.terms}
   pairs = sorted(set.intersection(*map(set, arms.values())))
   differences = _differences(claim, arms, pairs)
   notes = [f'pair {pair} has no {name}' for pair in sorted(set().union(*arms.values()))
@@ -181,32 +176,33 @@ def _test(claim: Claim, rows: Sequence[Row]) -> tuple[Estimate, float | None, tu
     return estimate(differences), 0.0, tuple(notes)
   if not obstacles and max(differences) - min(differences) <= ROUNDING * scale:
     obstacles = [f'the {len(pairs)} differences are all {differences[0]:+.4g}, without spread']
-  found = estimate(differences)
-  return found, None if obstacles else p_value(found, claim.margin), (*obstacles, *notes)
+  summary = estimate(differences)
+  return summary, None if obstacles else p_value(summary, claim.margin), (*obstacles, *notes)
 
 
-def _held_out(claim: Claim, rows: Sequence[Row]) -> Estimate | None:
-  """See Verdict."""
+def _held_out(claim: Claim, records: Sequence[Record]) -> Estimate | None:
+  """The estimate for `test` of a claim about `test_seen`; None if an arm did not measure it."""
   split, _, name = claim.metric.partition('/')
-  there = [row for row in rows if row['domain'] == claim.domain and row['arm'] in claim.terms]
-  if split != 'test_seen' or any(lines.metric(row, f'test/{name}') is None for row in there):
+  if split != 'test_seen' or any(
+      metric(record, f'test/{name}') is None for record in records
+      if record['domain'] == claim.domain and record['arm'] in claim.terms):
     return None
   claim = dataclasses.replace(claim, metric=f'test/{name}')
-  arms = {name: _values(claim, name, rows) for name in claim.terms}
+  arms = {name: _values(claim, name, records) for name in claim.terms}
   return estimate(_differences(claim, arms, sorted(set.intersection(*map(set, arms.values())))))
 
 
 def _differences(claim: Claim, arms: Mapping[str, Mapping[int, float]], pairs: Sequence[int]
                  ) -> list[float]:
-  """Of each pair. arms: {name: {pair: metric}}."""
+  """The claim's difference in each of the pairs. arms: {name: {pair: metric}}."""
   return [sum(sign * arms[name][pair] for name, sign in claim.terms.items()) for pair in pairs]
 
 
-def _values(claim: Claim, name: str, rows: Sequence[Row]) -> dict[int, float]:
+def _values(claim: Claim, name: str, records: Sequence[Record]) -> dict[int, float]:
   """{pair: metric} of an arm. Raises ConfigError if it was not measured."""
-  found = {}
-  for row in rows:
-    if (row['domain'], row['arm']) == (claim.domain, name):
-      check_choice(f'claim.metric ({name})', claim.metric, lines.metrics(row))
-      found[row['pair']] = lines.metric(row, claim.metric)
-  return found
+  values = {}
+  for record in records:
+    if (record['domain'], record['arm']) == (claim.domain, name):
+      check_choice(f'claim.metric ({name})', claim.metric, metric_paths(record))
+      values[record['pair']] = metric(record, claim.metric)
+  return values

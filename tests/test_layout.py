@@ -1,8 +1,4 @@
-"""The house is as the design draws it: imports run one way, and files and functions stay small.
-
-Where the tree does not satisfy a rule yet, an exception is listed here. An exception that is no
-longer needed fails its test: delete it.
-"""
+"""The house is as the design draws it: imports run one way, and files and functions stay small."""
 
 import pytest
 
@@ -35,15 +31,6 @@ MEET = {
     'moejax.train.validate': {'data'},
 }
 
-# Exceptions, to be emptied.
-UPWARD = set()
-CIRCLES = {
-    ('experiments.cli', 'experiments.results', 'experiments.step0'),
-}
-MANY_PARAMETERS = {
-    'experiments.protocol:Regime.claim',
-}
-FRAGMENTS: set[str] = set()
 
 
 def room(name: str) -> str:
@@ -66,7 +53,7 @@ def may_import(name: str, other: str) -> bool:
 def test_imports_run_one_way(file):
   upward = {(file.name, other) for other in house.imports(file, MOEJAX)
             if not may_import(file.name, other)}
-  assert upward == {pair for pair in UPWARD if pair[0] == file.name}
+  assert not upward
 
 
 def test_a_wrong_import_is_seen():
@@ -89,7 +76,7 @@ def test_packages_are_not_imported_back():
 
 
 def test_no_circle_between_files():
-  assert set(house.circles(CODE)) == CIRCLES
+  assert not house.circles(CODE)
   three = [File(f'{name}.py', f'import {other}') for name, other in ('ab', 'bc', 'ca', 'da')]
   assert house.circles({file.name: file for file in three}) == [('a', 'b', 'c')]
 
@@ -105,7 +92,7 @@ def test_files_and_functions_are_small_and_explained(file):
 def test_many_parameters_have_a_reason():
   """More than 7 need a line 'Many parameters: WHY' in the docstring, or one value for several."""
   many = set().union(*map(house.many_parameters, CODE.values()))
-  assert many == MANY_PARAMETERS
+  assert not many
   eight = 'def f(self, a, b, c, d, *, e, f, g, h):\n  """Does.\n\n  {}\n  """'
   assert house.many_parameters(File('x.py', eight.format('No word.'))) == {'x:f'}
   assert not house.many_parameters(File('x.py', eight.format('Many parameters: they differ.')))
@@ -113,7 +100,7 @@ def test_many_parameters_have_a_reason():
 
 def test_no_fragments():
   """A file under 60 lines with one importer is part of that importer."""
-  assert house.fragments(CODE) == FRAGMENTS
+  assert not house.fragments(CODE)
 
 
 def test_nothing_asks_for_the_family_outside_models():

@@ -1,1 +1,1 @@
-"""Times measured side by side, one benchmark per file."""
+"""One benchmark per file: python -m experiments.benchmarks lists them."""

@@ -6,47 +6,47 @@
       compile for a TPU v5e; no TPU needed, but jax[tpu]
 
 N rows of uneven loads go through E matrices (D, F), forward, and forward with the gradients of rows
-and matrices. Each round runs all ways in turn on the same work; a ratio is a way's time over that
-of the floor in the same round: the batched matmul (E, N/E, D) @ (E, D, F), which is what a dispatch
-with a capacity of exactly N/E would run. Each of the two commands writes its own section of the
-results file.
+and matrices. Each round runs all ways in turn on equal work; a ratio is a way's time over that of
+the floor in that round: the batched matmul (E, N/E, D) @ (E, D, F), which a dispatch with a
+capacity of exactly N/E would run. Each of the two commands writes its own section of the results
+file.
 """
 
-import argparse
 import os
 import pathlib
 import re
 import statistics
-import sys
-import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+from experiments import cli, results
+from experiments.benchmarks import common
 from moejax.moe import grouped_matmul
 
 COMMAND = 'python -m experiments.benchmarks.grouped_matmul'
-RESULTS = pathlib.Path(__file__).parent.parent / 'results/grouped.md'
-# N rows, D, F, E. The first is the size of the miniature suites.
+RESULTS = common.RESULTS / 'grouped.md'
+# (N, D, F, E). The first is the size of the miniature suites.
 SHAPES = ((1000, 32, 128, 8), (4096, 512, 2048, 8), (4096, 256, 1024, 32))
 GPU_SHAPES = ((100352, 768, 3072, 8), (100352, 768, 3072, 32))   # ViT-B/16, 256 images, top-2
 TPU_SHAPES = ((4096, 512, 2048, 8), (4096, 512, 2048, 32))
 PASSES = ('forward', 'forward and backward')
 
 
-def forward(matmul):
+def forward(matmul: Callable) -> Callable:
   """(x, w, cotangent) -> y."""
   return lambda x, w, cotangent: matmul(x, w)
 
 
-def backward(matmul):
+def backward(matmul: Callable) -> Callable:
   """(x, w, cotangent) -> y and both gradients."""
-  def run(x, w, cotangent):
+  def both(x, w, cotangent):
     y, pull = jax.vjp(matmul, x, w)
     return y, pull(cotangent)
-  return run
+  return both
 
 
 def rows_of(N: int, E: int, rng) -> grouped_matmul.RowLayout:
@@ -60,8 +60,8 @@ def workload() -> tuple[tuple, str]:
   return (GPU_SHAPES, 'bfloat16') if jax.default_backend() == 'gpu' else (SHAPES, 'float32')
 
 
-def ways(N: int, D: int, F: int, E: int) -> dict:
-  """{name: (matmul, x, w, cotangent)}, all on the same number of rows but for padding."""
+def ways(N: int, D: int, F: int, E: int) -> dict[str, tuple]:
+  """{name: (matmul, x, w, cotangent)}, all on equally many rows but for padding."""
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), workload()[1])
   rows, w, n = rows_of(N, E, rng), draw(E, D, F), -(-N // E)
@@ -70,45 +70,38 @@ def ways(N: int, D: int, F: int, E: int) -> dict:
   return {
     'floor': (jnp.matmul, draw(E, n, D), w, draw(E, n, F)),
     'grouped': (rows.gmm, x, w, cotangent),
-    # On N rows without padding, which it does not need.
+    # On N rows: it needs no padding.
     'ragged_dot': (lambda x, w: jax.lax.ragged_dot(x, w, rows.sizes), x[:N], w, cotangent[:N]),
   }
 
 
-def ratios(shape: tuple, rounds: int, tick=lambda: None) -> dict[tuple[str, str], list[float]]:
-  """{(way, pass): time over the floor's, one number a round}, after a round to warm up."""
-  runs = {(name, which): (jax.jit(make(matmul)), operands)
-          for name, (matmul, *operands) in ways(*shape).items()
-          for which, make in zip(PASSES, (forward, backward))}
-  found = {key: [] for key in runs if key[0] != 'floor'}
-  for i in range(rounds + 1):
-    took = {}
-    for key, (run, operands) in runs.items():
-      started = time.perf_counter()
-      jax.block_until_ready(run(*operands))
-      took[key] = time.perf_counter() - started
-    if i:
-      for name, which in found:
-        found[name, which].append(took[name, which] / took['floor', which])
-    tick()
-  return found
+def ratios(shape: tuple, rounds: int, tick: Callable[[Any], Any] = lambda key: None
+           ) -> dict[tuple[str, str], list[float]]:
+  """{(way, pass): time over the floor's, one number a round}."""
+  def work(program: Callable, operands: list) -> Callable[[], Any]:
+    return lambda: jax.block_until_ready(program(*operands))
+  works = {(name, which): work(jax.jit(make(matmul)), operands)
+           for name, (matmul, *operands) in ways(*shape).items()
+           for which, make in zip(PASSES, (forward, backward))}
+  took = common.in_turns(works, rounds, tick)
+  return {(name, which): common.ratios(took[name, which], took['floor', which])
+          for name, which in works if name != 'floor'}
 
 
 def timed(rounds: int) -> str:
   """The section of a timing run on this machine's backend."""
-  lines = ['| N | D | F | E | rows / N | pass | grouped / floor | ragged_dot / floor |',
-           '|---:|---:|---:|---:|---:|---|---:|---:|']
+  headers = ['N', 'D', 'F', 'E', 'rows / N', 'pass', 'grouped / floor', 'ragged_dot / floor']
   cell = lambda r: f'{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})'
-  shapes, dtype = workload()
-  with tqdm(total=len(shapes) * (rounds + 1), unit='round') as bar:
+  (shapes, dtype), table = workload(), []
+  with common.progress(total=len(shapes) * 6 * (rounds + 1), unit='way') as bar:
     for shape in shapes:
-      N, D, F, E = shape
-      found = ratios(shape, rounds, lambda: bar.update(1))
-      more = len(rows_of(N, E, np.random.default_rng(0)).order) / N
-      lines += [f'| {N} | {D} | {F} | {E} | {more:.2f} | {which} | '
-                f'{cell(found["grouped", which])} | {cell(found["ragged_dot", which])} |'
+      N, _, _, E = shape
+      measured = ratios(shape, rounds, lambda key: bar.update())
+      padded = len(rows_of(N, E, np.random.default_rng(0)).order) / N
+      table += [[*shape, f'{padded:.2f}', which,
+                 *(cell(measured[way, which]) for way in ('grouped', 'ragged_dot'))]
                 for which in PASSES]
-  return '\n'.join(lines) + (
+  return '\n'.join(common.table(headers, table, left=(5,))) + (
     f'\n\nMedian (least to greatest) of {rounds} rounds, {dtype}, {jax.devices()[0].device_kind}, '
     f'jax {jax.__version__}, {os.cpu_count()} cores with a load average of '
     f'{os.getloadavg()[0]:.0f} at the end. 1.00 is the batched matmul of equal loads, which would '
@@ -116,12 +109,19 @@ def timed(rounds: int) -> str:
     'buffer; the matmuls visit only the blocks in use.')
 
 
-def compiled_flops(run, shapes, sharding) -> tuple[float, float, int]:
-  """FLOPs and bytes of temporaries XLA:TPU reports for run, and its custom kernels."""
-  program = jax.jit(run, in_shardings=sharding, out_shardings=sharding).trace(*shapes).lower(
+def compiled_facts(program: Callable, shapes: list, sharding) -> tuple[float, int, int]:
+  """FLOPs, custom kernels, and bytes of temporaries that XLA:TPU reports for a program."""
+  compiled = jax.jit(program, in_shardings=sharding, out_shardings=sharding).trace(*shapes).lower(
     lowering_platforms=('tpu',)).compile()
-  kernels = len(re.findall(r'custom_call_target="tpu_custom_call"', program.as_text()))
-  return (program.cost_analysis()['flops'], program.memory_analysis().temp_size_in_bytes, kernels)
+  kernels = len(re.findall(r'custom_call_target="tpu_custom_call"', compiled.as_text()))
+  return (compiled.cost_analysis()['flops'], kernels,
+          compiled.memory_analysis().temp_size_in_bytes)
+
+
+PRODUCTS = {   # name -> (matmul, x, w, cotangent) -> product, all of 2 N D F FLOPs
+    'forward': lambda matmul, x, w, c: matmul(x, w),
+    'gradient of rows': lambda matmul, x, w, c: jax.vjp(lambda x: matmul(x, w), x)[1](c),
+    'gradient of matrices': lambda matmul, x, w, c: jax.vjp(lambda w: matmul(x, w), w)[1](c)}
 
 
 def for_tpu() -> str:
@@ -130,28 +130,25 @@ def for_tpu() -> str:
   topology = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')
   sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
   array = jax.ShapeDtypeStruct
-  lines = ['| N | D | F | E | what | FLOPs / dense, grouped | kernels | temporaries, MB '
-           '| FLOPs / dense, ragged_dot | kernels | temporaries, MB |',
-           '|---:|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|']
-  for N, D, F, E in tqdm(TPU_SHAPES, unit='shape'):
+  headers = ['N', 'D', 'F', 'E', 'what', *(
+      header for way in ('grouped', 'ragged_dot')
+      for header in (f'FLOPs / dense, {way}', 'kernels', 'temporaries, MB'))]
+  table = []
+  for N, D, F, E in common.progress(TPU_SHAPES, unit='shape'):
     rows = jax.eval_shape(lambda e, E=E: grouped_matmul.sort_by_expert(e, e >= 0, E),
                           array((N,), jnp.int32))
-    parts = {'forward': lambda matmul, x, w, c: matmul(x, w),
-             'gradient of rows': lambda matmul, x, w, c: jax.vjp(
-               lambda x: matmul(x, w), x)[1](c),
-             'gradient of matrices': lambda matmul, x, w, c: jax.vjp(
-               lambda w: matmul(x, w), w)[1](c)}
-    for name, part in parts.items():
+    for name, product in PRODUCTS.items():
       cells = []
-      for P, by, make in ((len(rows.order), rows, lambda rows: rows.gmm),
-                          (N, array((E,), jnp.int32),
-                           lambda sizes: lambda x, w: jax.lax.ragged_dot(x, w, sizes))):
-        run = lambda by, x, w, c, make=make, part=part: part(make(by), x, w, c)
-        shapes = [by] + [array(s, jnp.bfloat16) for s in ((P, D), (E, D, F), (P, F))]
-        flops, bytes_, kernels = compiled_flops(run, shapes, sharding)
-        cells.append(f'{flops / (2 * N * D * F):.3f} | {kernels} | {bytes_ / 1e6:.1f}')
-      lines.append(f'| {N} | {D} | {F} | {E} | {name} | {" | ".join(cells)} |')
-  return '\n'.join(lines) + (
+      for P, groups, matmul in (
+          (len(rows.order), rows, lambda rows: rows.gmm),
+          (N, array((E,), jnp.int32), lambda sizes: lambda x, w: jax.lax.ragged_dot(x, w, sizes))):
+        program = lambda groups, x, w, c, matmul=matmul, product=product: product(
+            matmul(groups), x, w, c)
+        shapes = [groups] + [array(s, jnp.bfloat16) for s in ((P, D), (E, D, F), (P, F))]
+        flops, kernels, size = compiled_facts(program, shapes, sharding)
+        cells += [f'{flops / (2 * N * D * F):.3f}', kernels, f'{size / 1e6:.1f}']
+      table.append([N, D, F, E, name, *cells])
+  return '\n'.join(common.table(headers, table, left=(4,))) + (
     '\n\nCompiled ahead of time for one chip of v5e:2x2 with libtpu (pip install "jax[tpu]", '
     f'JAX_PLATFORMS=cpu), bfloat16, jax {jax.__version__}; nothing was run, so '
     'these are no times. Dense is 2 N D F. A kernel counts as what it declares, all rows of its '
@@ -166,30 +163,30 @@ def for_tpu() -> str:
 
 def write_section(path: pathlib.Path, title: str, text: str) -> None:
   """Puts text under the heading `title` in a Markdown file, in place of what stood there."""
-  parts = re.split(r'^## (.*)\n', path.read_text() if path.exists() else '', flags=re.MULTILINE)
-  sections = dict(zip(parts[1::2], parts[2::2])) | {title: f'\n{text}\n\n'}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  head = '# Grouped matmul\n\n'
-  path.write_text(head + ''.join(f'## {t}\n\n{body.strip()}\n\n' for t, body in sections.items())
-                  .rstrip() + '\n')
+  old = path.read_text() if path.exists() else ''
+  _, *pieces = re.split(r'^## (.*)\n', old, flags=re.MULTILINE)
+  sections = dict(zip(pieces[::2], pieces[1::2])) | {title: text}
+  results.write_text(path, '# Grouped matmul\n\n' + ''.join(
+      f'## {title}\n\n{body.strip()}\n\n' for title, body in sections.items()).rstrip() + '\n')
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  """Measures or compiles; returns the exit code. Raises ConfigError on a wrong flag."""
+  parser = cli.Parser(COMMAND, __doc__)
   parser.add_argument('--rounds', type=int, default=9, help='timing rounds (%(default)s)')
   parser.add_argument('--tpu', action='store_true', help='compile for a TPU instead of timing')
   parser.add_argument('--results', type=pathlib.Path, default=RESULTS, metavar='FILE',
                       help='Markdown file to update (%(default)s)')
-  args = parser.parse_args(argv)
+  args = parser.parse(argv)
+  cli.check_at_least(1, '--rounds', args.rounds, 'More are more certain.')
   title, text = (('TPU, compiled and not run', for_tpu()) if args.tpu
                  else (f'Timed on {jax.default_backend()}', timed(args.rounds)))
-  command = f'{COMMAND} {"--tpu" if args.tpu else f"--rounds={args.rounds}"}'
-  text += f'\n\nMade by `{command}`.'
+  flag = '--tpu' if args.tpu else f'--rounds={args.rounds}'
+  text += f'\n\nMade by `{COMMAND} {flag}`.'
   print(text)
   write_section(args.results, title, text)
   return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  cli.start(main)

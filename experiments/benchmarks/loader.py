@@ -3,81 +3,76 @@
   python -m experiments.benchmarks.loader [--rounds=15]
 
 For each config, rounds of one and the other in turn: as many train steps on one batch that is
-already in memory, then the same number of batches from the loader with nothing else running. The
-ratio is batches per second over steps per second; below 1 the loader would be the bottleneck. In
-training both share the cores, so it should be well above 1.
+already in memory, then that many batches from the loader while nothing else runs. The ratio is
+batches per second over steps per second; below 1 the loader would be the bottleneck. In training
+both share the cores, so it should be well above 1.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import statistics
 import sys
-import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from configs.pretrain import t5_stdlib, vit_glyphs
+from experiments import cli, results
+from experiments.benchmarks import common
 from moejax import data
 from moejax.train import config as run_config
-from moejax.train import loop
-from moejax.train.plan import Plan
-from moejax.train.validate import validate
 
+COMMAND = 'python -m experiments.benchmarks.loader'
 CONFIGS = {'configs/pretrain/vit_glyphs.py': vit_glyphs, 'configs/pretrain/t5_stdlib.py': t5_stdlib}
 STEPS = 40   # a round
 
 
-def ratios(config: run_config.RunConfig, rounds: int, tick=lambda: None) -> list[float]:
-  """Loader rate over step rate, one number a round, after a round of each to warm up."""
-  config = dataclasses.replace(config, steps_per_call=1)
-  trainer = loop.Trainer(validate(config, Plan.make(config, 0)))
-  trainer.compile()
-  state, _ = trainer.programs.first_state()
+def ratios(config: run_config.RunConfig, rounds: int,
+           tick: Callable[[Any], Any] = lambda key: None) -> list[float]:
+  """Loader rate over step rate, one number a round."""
+  trainer, state = common.trainer(dataclasses.replace(config, steps_per_call=1))
   batch = trainer.devices.put(trainer.dataset.train_batch(0))
-  found = []
-  for _ in range(rounds + 1):
-    started = time.perf_counter()
+
+  def train() -> None:
+    nonlocal state
     for _ in range(STEPS):
       state, marker = trainer.train_step(state, batch)
     jax.block_until_ready(marker)
-    step_rate = STEPS / (time.perf_counter() - started)
-    found.append(data.throughput(trainer.dataset, STEPS, threads=True) / step_rate)
-    tick()
-  return found[1:]
+
+  took = common.in_turns({
+      'step': train, 'loader': lambda: data.throughput(trainer.dataset, STEPS, threads=True)},
+      rounds, tick)
+  return common.ratios(took['step'], took['loader'])
 
 
-def table(rows: dict[str, list[float]]) -> str:
+def page(measured: dict[str, list[float]]) -> str:
   """Markdown of {config: ratios}: median, least and greatest."""
-  lines = ['| config | loader / train step, median | least | greatest | rounds |',
-           '|---|---:|---:|---:|---:|']
-  lines += [f'| `{name}` | {statistics.median(found):.1f} | {min(found):.1f} | {max(found):.1f} '
-            f'| {len(found)} |' for name, found in rows.items()]
-  return '\n'.join(lines) + '\n'
+  headers = ['config', 'loader / train step, median', 'least', 'greatest', 'rounds']
+  rows = [[f'`{name}`', *(f'{x:.1f}' for x in (statistics.median(r), min(r), max(r))), len(r)]
+          for name, r in measured.items()]
+  return '\n'.join(common.table(headers, rows)) + '\n'
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog='python -m experiments.benchmarks.loader',
-                                   description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  """Measures; returns the exit code. Raises ConfigError on a wrong flag."""
+  parser = cli.Parser(COMMAND, __doc__)
   parser.add_argument('--rounds', type=int, default=15, help='rounds per config (%(default)s)')
   parser.add_argument('--results', type=pathlib.Path, metavar='FILE',
                       help='also write the table there')
-  args = parser.parse_args(argv)
-  rows = {}
-  with tqdm(total=len(CONFIGS) * (args.rounds + 1), unit='round') as bar:
-    for name, module in CONFIGS.items():
-      run = run_config.resolve(module.get_config())
-      rows[name] = ratios(run, args.rounds, lambda: bar.update(1))
-  text = table(rows)
+  args = parser.parse(argv)
+  cli.check_at_least(1, '--rounds', args.rounds, 'More are more certain.')
+  with common.progress(total=len(CONFIGS) * 2 * (args.rounds + 1), unit='round') as bar:
+    measured = {name: ratios(run_config.resolve(module.get_config()), args.rounds,
+                             lambda key: bar.update())
+                for name, module in CONFIGS.items()}
+  text = page(measured)
   print(text)
   if args.results:
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(f'{text}\nMade by `python -m experiments.benchmarks.loader '
-                            f'{" ".join(argv or sys.argv[1:])}`.\n')
+    flags = ' '.join(sys.argv[1:] if argv is None else argv)
+    results.write_text(args.results, f'{text}\nMade by `{COMMAND} {flags}`.\n')
   return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  cli.start(main)

@@ -1,21 +1,27 @@
-"""What does an MoE layer cost beyond the matmuls of its experts?
+"""Ways of doing the work of an MoE layer: our layers, what they are compared with, transformers'.
 
-Every way goes through float32 tokens of width 512 with E experts of 2,048 ReLU units, at C = 2:
-experts' buffers hold two slots per token, and top-2 has two choices. Forward, and forward with the
-gradients of tokens and all weights. One routing group holds all tokens. Two things to compare with:
+Every way takes float32 tokens of width 512 through E experts of 2,048 ReLU units, at C = 2: there
+are two slots per token in the experts' buffers, and top-2 has two choices. Forward, and forward
+with the gradients of tokens and all weights. One routing group holds all tokens. Two of the ways
+are compared with the others:
 
-  floor  the experts alone on 2 x tokens rows that stand sorted in (E, rows / E, D): two batched
-         matmuls and the activation between them, and their gradients, by the code that the layer
-         runs (moe.experts.Experts.apply). No routing, nothing moved.
-  dense  one MLP of the same size on the same 2 x tokens rows: equal FLOPs, one set of weights.
+  floor  the experts alone on 2 x tokens rows that are sorted already, (E, rows / E, D): two batched
+         matmuls and the activation between them, and their gradients, by the code of the layer
+         (moe.experts.Experts.apply). No routing, nothing moved.
+  dense  one MLP of an expert's size on as many rows: equal FLOPs, one set of weights.
 
-Layers compute telemetry, losses and the gradient of the balance loss as they do in training.
+Layers compute telemetry, losses and the gradient of the balance loss as in training.
 
-Dimensions: E experts, D model, F ffn, N rows of an expert.
+Of transformers, on torch, as their models build them by default, on CPU in float32, without jitter
+and dropout: Mixtral (top-2, no capacity, gated: three matrices where the others have two, so 1.5
+times the FLOPs) and Switch (top-1 with capacity, so half the rows).
+
+Dimensions: E experts, D model, F ffn.
 """
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.benchmarks.turns import Run
 from moejax import nn
 from moejax.moe.config import MoEConfig
 from moejax.moe.experts import Experts
@@ -37,10 +42,13 @@ ROUTERS = {'expert choice': {'router': 'expert_choice'},
            'top-2': {'router': 'top_k', 'k': CAPACITY, 'balance_weight': 0.01}}
 LIGHT = ('expert choice, gather', 'top-2, gather', 'top-2, grouped')
 ALL = tuple(f'{router}, {how}' for router in ROUTERS for how in ('gather', 'einsum', 'grouped'))
+TORCH = ('Mixtral (transformers)', 'Switch (transformers)')
+NO_TORCH = ("left out: Mixtral and Switch of transformers; pip install -e '.[parity]' installs "
+            'them, into a venv of their own if this one is to stay small')
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Size:
   """The size of the work."""
   experts: int
   tokens: int
@@ -54,67 +62,67 @@ class Cell:
 
   @property
   def flops(self) -> float:
-    """Of the floor's forward pass."""
+    """FLOPs of the floor's forward pass."""
     return 4.0 * self.rows * self.d_model * self.d_ff
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-  """One way of doing the work of a cell.
+  """One way of doing work of some size.
 
   Attributes:
-    name: 'floor', 'dense MLP', 'ROUTER, DISPATCH', or of another library.
+    name: 'floor', 'dense MLP', 'ROUTER, DISPATCH', or of TORCH.
     flops: those of its experts' matmuls over the floor's.
-    runs: {pass: run}.
+    calls: {pass: does it once and waits for it}.
     temporary: {pass: bytes XLA takes beside inputs and outputs}; empty if not known.
   """
   name: str
   flops: float
-  runs: dict[str, Run]
+  calls: dict[str, Callable[[], Any]]
   temporary: dict[str, int]
 
 
-def ways(cell: Cell, names: tuple[str, ...]) -> Iterator[Way]:
+def ways(size: Size, names: tuple[str, ...]) -> Iterator[Way]:
   """The floor, the dense MLP and the layers of these names (of `ALL`), compiled."""
-  E, D, F = cell.experts, cell.d_model, cell.d_ff
+  E, D, F = size.experts, size.d_model, size.d_ff
   draw = functools.partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
   make = lambda *shape: jnp.asarray(draw(shape))
   weights = {'wi': make(E, D, F) / D ** 0.5, 'wo': make(E, F, D) / F ** 0.5}
-  experts = nnx.eval_shape(lambda: _experts(cell))
+  experts = nnx.eval_shape(lambda: _experts(size))
   alone = lambda given, fixed: (experts.apply(*given), ())
-  rows, cotangent = make(E, cell.rows // E, D), make(E, cell.rows // E, D)
+  rows, cotangent = make(E, size.rows // E, D), make(E, size.rows // E, D)
   yield compiled(FLOOR, alone, (weights, rows), (), cotangent)
 
-  flat = lambda a: a.reshape(cell.rows, D)
+  flat = lambda a: a.reshape(size.rows, D)
   first = jax.tree.map(lambda w: w[0], weights)
   yield compiled(DENSE, alone, (first, flat(rows)), (), flat(cotangent))
 
-  x, mask = make(1, cell.tokens, D), jnp.ones((1, cell.tokens), bool)
+  x, mask = make(1, size.tokens, D), jnp.ones((1, size.tokens), bool)
   params = {'router': {'kernel': 0.02 * make(D, E)}, 'experts': weights}
   for name in names:
-    yield compiled(name, layer(cell, name), (params, x), mask, (make(1, cell.tokens, D), 1.0))
+    yield compiled(name, layer(size, name), (params, x), mask, (make(1, size.tokens, D), 1.0))
 
 
-def layer(cell: Cell, name: str) -> Callable:
+def layer(size: Size, name: str) -> Callable:
   """((params, x), mask) -> ((y, sum of the losses), telemetry), of the layer of that name."""
   router, how = name.split(', ')
-  config = MoEConfig(num_experts=cell.experts, capacity_factor=float(CAPACITY), dispatch=how,
+  config = MoEConfig(num_experts=size.experts, capacity_factor=float(CAPACITY), dispatch=how,
                      **ROUTERS[router])
   graphdef, _, rest = nnx.split(nnx.eval_shape(lambda: MoELayer(
-      config, cell.experts, _experts(cell), None, cell.d_model, rngs=nnx.Rngs(0))), nnx.Param, ...)
+      config, size.experts, _experts(size), None, size.d_model, rngs=nnx.Rngs(0))), nnx.Param, ...)
 
-  def run(given, mask):
+  def apply(given, mask):
     params, x = given
     y, aux = nnx.merge(graphdef, params, rest)(x, mask, train=True)
     losses = sum(value for name, value in aux.items() if name.endswith('_loss'))
-    return (y, losses / cell.tokens), aux
-  return run
+    return (y, losses / size.tokens), aux
+  return apply
 
 
-def _experts(cell: Cell) -> Experts:
-  spec = nn.MLPSpec(cell.d_model, cell.d_ff, gated=False, activation='relu', bias=False,
+def _experts(size: Size) -> Experts:
+  spec = nn.MLPSpec(size.d_model, size.d_ff, gated=False, activation='relu', bias=False,
                     init=nn.fan_in_normal())
-  return Experts(spec, cell.experts, rngs=nnx.Rngs(0))
+  return Experts(spec, size.experts, rngs=nnx.Rngs(0))
 
 
 def compiled(name: str, function: Callable, given: Any, fixed: Any, cotangent: Any) -> Way:
@@ -123,11 +131,62 @@ def compiled(name: str, function: Callable, given: Any, fixed: Any, cotangent: A
     out, pull, rest = jax.vjp(lambda given: function(given, fixed), given, has_aux=True)
     return out, rest, pull(cotangent)
   cotangent = jax.tree.map(jnp.float32, cotangent)
-  runs, temporary = {}, {}
+  calls, temporary = {}, {}
   for which, program, operands in ((PASSES[0], function, (given, fixed)),
                                    (PASSES[1], backward, (given, fixed, cotangent))):
     program = jax.jit(program).lower(*operands).compile()
-    runs[which] = lambda program=program, operands=operands: jax.block_until_ready(
+    calls[which] = lambda program=program, operands=operands: jax.block_until_ready(
         program(*operands))
     temporary[which] = program.memory_analysis().temp_size_in_bytes
-  return Way(name, 1.0, runs, temporary)
+  return Way(name, 1.0, calls, temporary)
+
+
+def torch_installed() -> bool:
+  """Whether torch and transformers are installed."""
+  return all(importlib.util.find_spec(name) for name in ('torch', 'transformers'))
+
+
+def torch_ways(size: Size, threads: int) -> Iterator[Way]:
+  """Both layers of transformers, on as many threads as XLA has."""
+  import torch
+  torch.set_num_threads(threads)
+  torch.manual_seed(0)
+  x = torch.randn(1, size.tokens, size.d_model, requires_grad=True)
+  cotangent = torch.randn(1, size.tokens, size.d_model)
+  for name, make in zip(TORCH, (_mixtral, _switch)):
+    block, flops = make(size, x)
+
+    def forward(block=block):
+      with torch.no_grad():
+        return block(x)
+
+    def backward(block=block):
+      block(x).backward(cotangent)
+      block.zero_grad(set_to_none=True)   # XLA's gradients are new arrays each time, too
+      x.grad = None
+    yield Way(name, flops, dict(zip(PASSES, (forward, backward))), {})
+
+
+def _mixtral(size: Size, x: Any):
+  """(block, FLOPs / floor). The block is of a whole, small model, which chooses how its experts are
+  multiplied."""
+  from transformers import MixtralConfig, MixtralModel
+  config = MixtralConfig(
+      vocab_size=8, hidden_size=size.d_model, intermediate_size=size.d_ff, num_hidden_layers=1,
+      num_attention_heads=1, num_key_value_heads=1, num_local_experts=size.experts,
+      num_experts_per_tok=CAPACITY)
+  return MixtralModel(config).layers[0].mlp, 1.5
+
+
+def _switch(size: Size, x: Any):
+  """(block, FLOPs / floor): only tokens within the capacity are computed."""
+  import torch
+  from transformers import SwitchTransformersConfig
+  from transformers.models.switch_transformers import modeling_switch_transformers as modeling
+  config = SwitchTransformersConfig(
+      d_model=size.d_model, d_ff=size.d_ff, num_experts=size.experts, dropout_rate=0.0,
+      expert_capacity=size.rows // size.experts, router_jitter_noise=0.0)
+  block = modeling.SwitchTransformersSparseMLP(config)
+  with torch.no_grad():
+    placed = block.router(x)[0].sum().item()
+  return block, placed / size.rows

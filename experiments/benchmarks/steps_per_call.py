@@ -1,180 +1,152 @@
-"""Does the host keep up? Step times of small models by how many steps a dispatch has.
+"""Does the host keep up? Step times of small models by how many steps one call has.
 
   python -m experiments.benchmarks.steps_per_call     the mini models, dense and upcycled
     --models=vit     those with that in their names
     --scale=smoke    tiny ones, to see that it works; into runs/smoke_steps_per_call
     --show           the table of what is measured, and no more
 
-Of each model the train steps with 1, 5, 25 and 50 steps per dispatch (config.steps_per_call)
-take turns, round by round, all with what the train loop does on the host: batches are put together,
-sent and handed over, and at most two dispatches are in flight. Batches are made beforehand.
+For each model, train steps with 1, 5, 25 and 50 steps per call (config.steps_per_call) take turns,
+round by round, all with the train loop's work on the host: batches are joined, sent and handed
+over, and at most two calls are in flight. Batches are made beforehand.
 """
 
 import collections
 import dataclasses
-import json
-import pathlib
-import statistics
-import sys
 import textwrap
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from configs.pretrain import t5_stdlib, vit_glyphs
 from configs.upcycle import t5_stdlib_upcycled, vit_glyphs_upcycled
-from experiments import cli, results
+from experiments import cli
+from experiments.benchmarks import common
+from experiments.benchmarks.common import Line
 from moejax.config import fail
 from moejax.train import config as run_config
-from moejax.train import loop, metrics, workdir
-from moejax.train.plan import Plan
+from moejax.train import workdir
 from moejax.train.run_log import AHEAD
 from moejax.train.step import join_batches
-from moejax.train.validate import validate
 
-FOLDER = pathlib.Path(__file__).parent.parent / 'results/gpu'
+COMMAND = 'python -m experiments.benchmarks.steps_per_call'
+FOLDER = common.RESULTS / 'gpu'
 FILE, PAGE = 'steps_per_call.jsonl', 'steps_per_call.md'
 MODELS = {'t5_stdlib': t5_stdlib, 't5_stdlib_upcycled': t5_stdlib_upcycled,
           'vit_glyphs': vit_glyphs, 'vit_glyphs_upcycled': vit_glyphs_upcycled}
-STEPS = (1, 5, 25, 50)      # per dispatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """A round is `least` steps of each, or more to end with a dispatch; `per`: per dispatch."""
-  per: tuple[int, ...]
+  """steps: numbers per call. A round is `least` steps of each, rounded up to whole calls."""
+  steps: tuple[int, ...]
   rounds: int
   least: int
   runlocal: bool = False
 
 
-SCALES = {'mini': Scale(STEPS, 11, 200), 'smoke': Scale((1, 2), 2, 2, runlocal=True)}
+SCALES = {'mini': Scale((1, 5, 25, 50), 11, 200), 'smoke': Scale((1, 2), 2, 2, runlocal=True)}
 
 
-def config(name: str, per: int, scale: Scale) -> run_config.RunConfig:
-  """The run of a config file, from fresh weights, with its batch on every device."""
+def config(name: str, steps: int, scale: Scale) -> run_config.RunConfig:
+  """The run of a config file, `steps` per call, from fresh weights; every device has its batch."""
   found = MODELS[name].get_config('runlocal' if scale.runlocal else None)
   found.init.update(mode='scratch', parent='', optimizer='reset')
   found.schedule.cooldown_steps = 0
-  found.steps_per_call = per
+  found.steps_per_call = steps
   found.data.batch_size *= jax.device_count()
   found.data.eval_batch_size *= jax.device_count()
   found.steps = found.log_every = found.eval_every = found.checkpoint_every = 100
   return run_config.resolve(found)
 
 
-def prepare(run: run_config.RunConfig, least: int) -> Callable[[], float]:
-  """Compiles; what is returned takes at least so many steps, and says how long one took, in s."""
-  trainer = loop.Trainer(validate(run, Plan.make(run, 0)))
-  trainer.compile()
-  state, _ = trainer.programs.first_state()
-  per = run.steps_per_call
-  batches = [trainer.dataset.train_batch(step) for step in range(per)]
-  dispatches = -(-least // per)
+def prepare(run: run_config.RunConfig, calls: int) -> Callable[[], None]:
+  """Compiles a run's train step; what it returns makes so many calls as the train loop does."""
+  trainer, state = common.trainer(run)
+  batches = [trainer.dataset.train_batch(step) for step in range(run.steps_per_call)]
 
-  def advance() -> float:
+  def advance() -> None:
     nonlocal state
-    flying = collections.deque()
-    started = time.perf_counter()
-    for _ in range(dispatches):
+    in_flight = collections.deque()
+    for _ in range(calls):
       batch = join_batches(batches, trainer.programs.examples_per_device)
       state, marker = trainer.train_step(state, trainer.put(batch))
-      flying.append(marker)
-      if len(flying) > AHEAD:
-        jax.block_until_ready(flying.popleft())
+      in_flight.append(marker)
+      if len(in_flight) > AHEAD:
+        jax.block_until_ready(in_flight.popleft())
     jax.block_until_ready(state)
-    return (time.perf_counter() - started) / (dispatches * per)
   return advance
 
 
-def measure(name: str, scale: Scale, tick: Callable[[], Any] = lambda: None) -> dict[str, Any]:
-  """A line of FILE, but for its command: seconds of a step by steps per dispatch, [lower quartile,
-  median, upper quartile], and their ratios to one step per dispatch, likewise."""
-  advances = {per: prepare(config(name, per, scale), scale.least) for per in scale.per}
-  for advance in advances.values():
-    advance()
-    tick()
-  took = {per: [] for per in advances}
-  for n in range(scale.rounds):
-    order = list(advances)
-    for per in order[n % len(order):] + order[:n % len(order)]:
-      took[per].append(advances[per]())
-      tick()
-  quartiles = lambda values: statistics.quantiles(values, n=4, method='inclusive')
-  ratios = {per: [a / b for a, b in zip(times, took[1])] for per, times in took.items()}
-  device = jax.local_devices()[0]
-  return {'model': name, 'rounds': scale.rounds, 'device': f'{device.platform}: '
-          f'{device.device_kind}', 'versions': workdir.versions(),
-          'seconds': {str(per): quartiles(times) for per, times in took.items()},
-          'ratios': {str(per): quartiles(values) for per, values in ratios.items()}}
+def measure(name: str, scale: Scale, tick: Callable[[Any], Any] = lambda steps: None) -> Line:
+  """A line of FILE without its command: quartiles of the seconds of a step, and of their ratios to
+  one step per call, by steps per call."""
+  calls = {steps: -(-scale.least // steps) for steps in scale.steps}
+  works = {steps: prepare(config(name, steps, scale), calls[steps]) for steps in scale.steps}
+  took = {steps: [seconds / (calls[steps] * steps) for seconds in rounds]
+          for steps, rounds in common.in_turns(works, scale.rounds, tick).items()}
+  return {'model': name, 'rounds': scale.rounds, 'device': common.device_name(),
+          'versions': workdir.versions(),
+          'seconds': {str(steps): common.quartiles(times) for steps, times in took.items()},
+          'ratios': {str(steps): common.quartiles(common.ratios(times, took[1]))
+                     for steps, times in took.items()}}
 
 
-def run(names: list[str], scale_name: str, folder: pathlib.Path) -> int:
-  """Measures all, in place of what was there from such a device; returns 0 failures."""
+def measure_all(names: list[str], scale_name: str, output: common.Measurements) -> int:
+  """Measures models, in place of their lines from such a device; returns 0 failures."""
   scale = SCALES[scale_name]
-  total = len(names) * len(scale.per) * (scale.rounds + 1)
-  with tqdm(total=total, unit='round', dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+  with common.progress(total=len(names) * len(scale.steps) * (scale.rounds + 1), unit='round'
+                       ) as bar:
     for name in names:
       bar.set_postfix_str(name)
-      line = {**measure(name, scale, bar.update),
-              'command': f'python -m experiments.benchmarks.steps_per_call --scale={scale_name}'}
-      kept = [x for x in metrics.read_lines(folder / FILE)
-              if any(x[k] != line[k] for k in ('model', 'device', 'command'))]
-      results.write_text(folder / FILE, ''.join(json.dumps(x) + '\n' for x in [*kept, line]))
+      line = measure(name, scale, lambda steps: bar.update())
+      output.add([{**line, 'command': f'{COMMAND} --scale={scale_name}'}])
   return 0
 
 
-LEGEND = ('Milliseconds of a train step, median of the rounds, by how many steps a dispatch has; '
-          'in brackets the ratio to one step per dispatch, median and quartiles over rounds that '
+LEGEND = ('Milliseconds of a train step, median of the rounds, by how many steps a call has; '
+          'in brackets the ratio to one step per call, median and quartiles over rounds that '
           'took turns.')
 
 
-def page(lines: list[dict[str, Any]]) -> str:
+def page(lines: list[Line]) -> str:
   """Markdown, a table per device."""
-  out, order = ['# Steps per dispatch', ''], {name: i for i, name in enumerate(MODELS)}
-  for device in sorted({x['device'] for x in lines}):
-    rows = [x for x in lines if x['device'] == device]
-    per = sorted({p for x in rows for p in x['seconds']}, key=int)
-    out += [f'## {device}', '', '| model | ' + ' | '.join(per) + ' |', '|---|' + '---:|' * len(per),
-            *(_row(x, per) for x in sorted(
-                rows, key=lambda x: order.get(x['model'], len(order)))), '',
-            f'JAX {", ".join(sorted({x["versions"]["jax"] for x in rows}))}; '
-            + ', '.join(f'`{c}`' for c in sorted({x['command'] for x in rows})) + '.', '']
+  out, order = ['# Steps per call', ''], {name: i for i, name in enumerate(MODELS)}
+  for device in sorted({line['device'] for line in lines}):
+    own = sorted((line for line in lines if line['device'] == device),
+                 key=lambda line: order.get(line['model'], len(order)))
+    steps = sorted({n for line in own for n in line['seconds']}, key=int)
+    out += [f'## {device}', '', *common.table(['model', *steps], (
+        [line['model'], *(_cell(line, n) for n in steps)] for line in own)), '',
+            common.made_by(own), '']
   return '\n'.join(out + textwrap.wrap(LEGEND, 100)) + '\n'
 
 
-def _row(x: dict[str, Any], per: list[str]) -> str:
-  def cell(p):
-    if p not in x['seconds']:
-      return '–'
-    low, middle, high = x['ratios'][p]
-    ratio = '' if p == '1' else f' ({middle:.2f}, {low:.2f} to {high:.2f})'
-    return f'{1e3 * x["seconds"][p][1]:.2f}{ratio}'
-  return '| ' + ' | '.join([x['model'], *map(cell, per)]) + ' |'
+def _cell(line: Line, steps: str) -> str:
+  if steps not in line['seconds']:
+    return '–'
+  low, median, high = line['ratios'][steps]
+  ratio = '' if steps == '1' else f' ({median:.2f}, {low:.2f} to {high:.2f})'
+  return f'{1e3 * line["seconds"][steps][1]:.2f}{ratio}'
 
 
 def main(argv: list[str] | None = None) -> int:
   """Measures, or shows; returns the exit code. Raises ConfigError on a wrong flag."""
-  parser = cli.Parser('python -m experiments.benchmarks.steps_per_call', __doc__)
+  parser = cli.Parser(COMMAND, __doc__)
   parser.add_argument('--models', metavar='TEXT', default='',
                       help=f'those with this in their names, of {", ".join(MODELS)}')
   parser.add_argument('--scale', choices=tuple(SCALES), default='mini',
                       help='how large (default: %(default)s)')
-  parser.add_argument('--show', action='store_true', help='print what is measured, and no more')
-  parser.add_argument('--results', metavar='DIR', type=pathlib.Path,
-                      help=f'folder of {FILE} and {PAGE} (default: {FOLDER}; of --scale=smoke '
-                      f'{cli.smoke_folder("steps_per_call")})')
-  args = parser.parse(argv, suite_required=False)
+  common.add_measurement_flags(parser, FOLDER, 'steps_per_call')
+  args = parser.parse(argv)
   names = [name for name in MODELS if args.models in name]
   if not names:
     fail('--models', args.models, ', '.join(MODELS), 'It is a part of a name.')
-  folder = args.results or (FOLDER if args.scale == 'mini' else cli.smoke_folder('steps_per_call'))
-  return cli.measure(lambda: 0 if args.show else run(names, args.scale, folder), page,
-                     folder / FILE, None if args.show else folder / PAGE)
+  folder = args.results or (FOLDER if args.scale == 'mini'
+                            else common.smoke_folder('steps_per_call'))
+  output = common.Measurements(folder / FILE, ('model', 'device', 'command'), page, folder / PAGE)
+  return output.finish(lambda: measure_all(names, args.scale, output), args.show)
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.start(main)

@@ -20,7 +20,7 @@ ARMS = {'none': {}, 'loss 0.02': {'balance_weight': 0.02}, 'loss 0.2': {'balance
 def get_suite(scale: str) -> Suite:
   regime, arms = protocol.text(scale), []
   for pair in regime.pairs():
-    arms.append(pair.arm('dense, equal FLOPs', pair.paying(pair.upcycled())))
+    arms.append(pair.arm('dense, equal FLOPs', pair.matched_dense(pair.upcycled())))
     for name, balance in ARMS.items():
       moe = {'router': 'top_k', 'k': 2, 'balance_weight': 0.0, **balance}
       arms.append(pair.arm(name, pair.upcycled(moe=moe), reference=name == 'loss 0.02'))

@@ -1,7 +1,7 @@
 """How many tokens should an expert take?
 
 Claim (Komatsuzaki et al. 2023, B.2, Fig. 9; B/16 and T5 Base): in vision C=1 and C=5 do worse than
-2 to 3 (per compute); in language C=2 is clearly best per compute. Figures stand in plots only.
+2 to 3 (per compute); in language C=2 is clearly best per compute. Its figures are in plots only.
 
 Per compute: every arm spends the FLOPs of C=2, so C=1 takes more steps and C=3 and 5 fewer.
 
@@ -23,7 +23,7 @@ def get_suite(scale: str) -> Suite:
     factors = FACTORS[regime.family]
     for pair in regime.pairs(core=True):
       base = pair.upcycled()
-      arms.append(pair.arm('dense, FLOPs of C=2', pair.paying(base)))
+      arms.append(pair.arm('dense, FLOPs of C=2', pair.matched_dense(base)))
       for factor in factors:
         run = base if factor == 2.0 else pair.equal_flops(
             base, functools.partial(pair.upcycled, moe={'capacity_factor': factor}))

@@ -19,7 +19,7 @@ def get_suite(scale: str) -> Suite:
   for regime in (protocol.text(scale), protocol.vision(scale)):
     for pair in regime.pairs():
       up = pair.upcycled()
-      arms.append(pair.arm('dense, equal FLOPs', pair.paying(up)))
+      arms.append(pair.arm('dense, equal FLOPs', pair.matched_dense(up)))
       for name, renormalize in (('normalised', True), ('raw', False)):
         moe = {'renormalize': renormalize}
         run = pair.upcycled(moe=moe)

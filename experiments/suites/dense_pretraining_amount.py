@@ -25,7 +25,8 @@ def get_suite(scale: str) -> Suite:
       for start in starts:
         how = {} if start == regime.trunk else {'start': start}
         up = pair.upcycled(**how)
-        for series, run in (('dense, equal FLOPs', pair.paying(up, **how)), ('upcycled', up)):
+        runs = {'dense, equal FLOPs': pair.matched_dense(up, **how), 'upcycled': up}
+        for series, run in runs.items():
           arms.append(pair.arm(f'{series}, from {start:,}', run, series=series, x=start,
                                start_step=start, base_step=regime.trunk,
                                reference=start == regime.trunk and series.startswith('dense')))

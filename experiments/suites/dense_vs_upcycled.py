@@ -2,7 +2,7 @@
 
 Claim (Komatsuzaki et al. 2023, section 4.1, Fig. 2): for a little extra compute the two are equal;
 with more, upcycling pulls ahead of training the dense model on, in vision and in language. The
-figures stand in plots only; second-hand, ViT-B/16 gains 1 % of ImageNet 10-shot by 58 % extra dense
+figures are in plots only; second-hand, ViT-B/16 gains 1 % of ImageNet 10-shot by 58 % extra dense
 training or by 13 % of upcycled. This is the gate of all other suites: an equal-cost comparison, at
 one budget; `extra_budget` has another.
 
@@ -24,7 +24,7 @@ def get_suite(scale: str) -> Suite:
       arms += [
           pair.arm('dense parent, cooled', pair.parent),
           pair.arm('dense, equal steps', pair.dense()),
-          pair.arm('dense, equal FLOPs', pair.paying(up), reference=True),
+          pair.arm('dense, equal FLOPs', pair.matched_dense(up), reference=True),
           pair.arm('upcycled', up),
           pair.arm('MoE from scratch', pair.scratch()),
       ]

@@ -22,7 +22,7 @@ def get_suite(scale: str) -> Suite:
       up = pair.upcycled()
       arms += [
           pair.arm('dense parent, cooled', pair.parent),
-          pair.arm('dense, equal FLOPs', pair.paying(up), reference=True),
+          pair.arm('dense, equal FLOPs', pair.matched_dense(up), reference=True),
           pair.arm('upcycled', up),
           *(pair.arm(f'depth tiled, {tiling}', pair.tiled(up, tiling))
             for tiling in TILINGS[regime.family]),

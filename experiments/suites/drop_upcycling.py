@@ -18,7 +18,7 @@ def get_suite(scale: str) -> Suite:
   regime, arms = protocol.text(scale), []
   for pair in regime.pairs():
     up = pair.upcycled()
-    arms += [pair.arm('dense, equal FLOPs', pair.paying(up)),
+    arms += [pair.arm('dense, equal FLOPs', pair.matched_dense(up)),
              pair.arm('copies (r=0)', up, reference=True)]
     arms += [pair.arm(f'r={r:g}', pair.upcycled(
         init={'experts': 'drop', 'reinit_fraction': r})) for r in (0.5, 1.0)]

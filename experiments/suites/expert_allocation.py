@@ -22,7 +22,7 @@ def get_suite(scale: str) -> Suite:
   even, deep, last, shallow = ARMS
   for pair in regime.pairs():
     arms.append(pair.arm(f'dense, FLOPs of {regime.depth // 2} sparse blocks',
-                         pair.paying(pair.upcycled())))
+                         pair.matched_dense(pair.upcycled())))
     for name, counts in ARMS.items():
       moe = {'layers': 'last_4', 'experts_per_layer': counts}
       arms.append(pair.arm(name, pair.upcycled(moe=moe), reference=name == even))

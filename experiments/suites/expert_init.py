@@ -26,7 +26,7 @@ def get_suite(scale: str) -> Suite:
   for regime in (text, vision):
     for pair in regime.pairs(core=True):
       up = pair.upcycled()
-      arms += [pair.arm('dense, equal FLOPs', pair.paying(up)),
+      arms += [pair.arm('dense, equal FLOPs', pair.matched_dense(up)),
                pair.arm('copies', up, reference=True)]
       arms += [pair.arm(name, pair.upcycled(init=init(regime.experts)))
                for name, init in STARTS.items() if name == 'random' or len(regime.stacks) == 1]

@@ -30,7 +30,7 @@ def get_suite(scale: str) -> Suite:
       for factor in FACTORS:
         steps = factor * regime.extra
         up = pair.upcycled(steps)
-        for series, run in (('dense, equal FLOPs', pair.paying(up)), ('upcycled', up)):
+        for series, run in (('dense, equal FLOPs', pair.matched_dense(up)), ('upcycled', up)):
           arms.append(pair.arm(f'{series}, {percent[factor]}', run, series=series,
                                x=100 * steps / regime.trunk,
                                reference=factor == 1 and series.startswith('dense')))

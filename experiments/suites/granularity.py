@@ -23,7 +23,7 @@ def get_suite(scale: str) -> Suite:
   regime, arms = protocol.text(scale), []
   for pair in regime.pairs():
     up = pair.upcycled()
-    arms += [pair.arm('dense, equal FLOPs', pair.paying(up)), pair.arm('expert choice', up)]
+    arms += [pair.arm('dense, equal FLOPs', pair.matched_dense(up)), pair.arm('expert choice', up)]
     for G in (1, 2, 4):
       moe = {**TOP, 'granularity': G, 'num_experts': 8 * G, 'k': 2 * G, 'capacity_factor': 2.0 * G}
       run = pair.upcycled(moe=moe, init={'scaling': 'all'})

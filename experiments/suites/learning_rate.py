@@ -26,7 +26,7 @@ def get_suite(scale: str) -> Suite:
       for start in starts:
         changes = {} if start == 'continue' else {'schedule.start': start}
         up = pair.upcycled(changes=changes)
-        arms += [pair.arm(f'dense, equal FLOPs, {start}', pair.paying(up, changes=changes)),
+        arms += [pair.arm(f'dense, equal FLOPs, {start}', pair.matched_dense(up, changes=changes)),
                  pair.arm(f'upcycled, {start}', up, reference=start == 'continue')]
     claims += [regime.claim(
         f'upcycled beats dense at equal extra FLOPs, rate: {start}',

@@ -26,7 +26,7 @@ def get_suite(scale: str) -> Suite:
       for way in WAYS:
         how = {'changes': {'parallel': way}}
         up = pair.upcycled(**how)
-        arms += [pair.arm(f'dense, equal FLOPs, {way}', pair.paying(up, **how),
+        arms += [pair.arm(f'dense, equal FLOPs, {way}', pair.matched_dense(up, **how),
                           reference=way == WAYS[0]),
                  pair.arm(f'upcycled, {way}', up)]
     claims += [

@@ -26,7 +26,7 @@ def get_suite(scale: str) -> Suite:
   for pair in regime.pairs():
     up = pair.upcycled()
     arms += [pair.arm('dense, equal steps', pair.dense()),
-             pair.arm(f'dense, FLOPs of {last}', pair.paying(up)),
+             pair.arm(f'dense, FLOPs of {last}', pair.matched_dense(up)),
              pair.arm(last, up, reference=True)]
     arms += [pair.arm(name, pair.upcycled(moe={'layers': which}))
              for name, which in layers.items()]

@@ -2,7 +2,7 @@
 
 Claims (Komatsuzaki et al. 2023, B.3, Fig. 10-11; B/16, 6 MoE layers): from 2 to 128 experts more is
 better upstream, at the same cost per step; with very many the initial drop grows (see the suite
-initial_drop). Figures stand in plots only.
+initial_drop). The figures are in plots only.
 
 Refuted if a step up in the number of experts raises the final loss.
 """
@@ -21,7 +21,7 @@ def get_suite(scale: str) -> Suite:
     for pair in regime.pairs(core=True):
       up = pair.upcycled()
       arms += [pair.arm('dense, equal steps', pair.dense()),
-               pair.arm(f'dense, FLOPs of E={regime.experts}', pair.paying(up))]
+               pair.arm(f'dense, FLOPs of E={regime.experts}', pair.matched_dense(up))]
       arms += [pair.arm(f'E={n}', pair.upcycled(moe={'num_experts': n}), series='upcycled', x=n,
                         reference=n == regime.experts) for n in counts]
     claims += [regime.claim(f'{more} experts beat {fewer}', B3, 'more is better, 2 to 128',

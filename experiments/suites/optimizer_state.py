@@ -19,7 +19,7 @@ def get_suite(scale: str) -> Suite:
   for regime in (protocol.text(scale), protocol.vision(scale)):
     for pair in regime.pairs():
       up = pair.upcycled()
-      arms.append(pair.arm('dense, equal FLOPs', pair.paying(up)))
+      arms.append(pair.arm('dense, equal FLOPs', pair.matched_dense(up)))
       for name in ('carry', 'reset'):
         run = pair.upcycled(init={'optimizer': name})
         arms.append(pair.arm(name, run, reference=run.key == up.key))

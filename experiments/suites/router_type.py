@@ -6,7 +6,7 @@ choice with batch priority. So all beat dense, two experts beat one, and at equa
 and top-k are equal. Language: expert choice beats top-2 (with priority) and Switch's top-1.
 
 C = k makes the cost of expert choice and token choice equal, per step and per FLOP alike; top-1
-stands beside C=1, top-2 beside C=2. In text the encoder's router changes and the decoder's stays
+is compared with C=1, top-2 with C=2. In text the encoder's router changes and the decoder's stays
 top-2 (expert choice is not causal), except for top-1, which is Switch in both stacks as in the
 paper; so expert choice with C=1 in the encoder takes a few FLOPs more than it. The dense model at
 equal FLOPs has those of expert choice with C=2; arms with one expert take less, as the table says.
@@ -37,7 +37,7 @@ def get_suite(scale: str) -> Suite:
     for pair in regime.pairs():
       up = pair.upcycled()
       arms += [pair.arm('dense, equal steps', pair.dense()),
-               pair.arm('dense, equal FLOPs', pair.paying(up)),
+               pair.arm('dense, equal FLOPs', pair.matched_dense(up)),
                pair.arm('expert choice, C=2', up, reference=True)]
       for name, (encoder, decoder) in ARMS.items():
         if name == 'top-1, priority' and len(regime.stacks) == 2:
@@ -65,7 +65,7 @@ def get_suite(scale: str) -> Suite:
 
 
 def _one(regime: protocol.Regime) -> str:
-  """What the arm ONE is called, of which a decoder keeps its two experts per token."""
+  """The name of arm ONE; where there is a decoder, that keeps two experts per token."""
   return f'{ONE} in the encoder' if len(regime.stacks) == 2 else ONE
 
 

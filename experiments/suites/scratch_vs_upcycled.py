@@ -7,9 +7,9 @@ sunk cost: per added epoch upcycling wins (52.80 after 7 more, from scratch 51.2
 
 A ladder of budgets, in % of a short dense parent's steps (a sixth of the others' pretraining, so
 that budgets past 100 % are affordable): one uncooled run each for upcycled, scratch and dense, from
-which every budget branches with a cooldown of its own. Sunk cost counted, scratch at 120 % stands
-against upcycled at 20 %: the same steps in all, as the paper's epochs are, and more FLOPs (the
-table has both).
+which every budget branches with a cooldown of its own. Sunk cost counted, scratch at 120 % is
+compared with upcycled at 20 %: equally many steps in all, as the paper's epochs are, and more FLOPs
+(the table has both).
 
 Refuted if scratch is ahead at 60 %, or upcycled still is at 180 %.
 """
@@ -44,7 +44,7 @@ def get_suite(scale: str) -> Suite:
 
 
 def _pair(regime: protocol.Regime, pair: protocol.Pair) -> list[Arm]:
-  """The rungs of one pair."""
+  """The arms of one pair: a cooldown per series and budget."""
   base, arms = regime.early[0], []
   for series, make, first, budgets in (
       ('upcycled', functools.partial(pair.upcycled, start=base), base, BUDGETS),
@@ -55,7 +55,7 @@ def _pair(regime: protocol.Regime, pair: protocol.Pair) -> list[Arm]:
     long = make(trunks[-1], changes={'schedule.cooldown_steps': 0,
                                      'branch_steps': tuple(trunks[:-1])})
     for percent, n, trunk in zip(budgets, steps, trunks):
-      rung = pair.rung(long, first + trunk, n - trunk)
+      rung = pair.cooldown(long, first + trunk, n - trunk)
       arms.append(pair.arm(f'{series}, {percent} %', rung, series=series, x=percent,
                            start_step=first, base_step=base))
   return arms

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from experiments import main
-from experiments.shards import Shard
+from experiments.scheduler import Shard
 
 LAUNCH = pathlib.Path(main.__file__).parent / 'launch'
 RUN, SLICE = LAUNCH / 'slurm_run.sh', LAUNCH / 'tpu_slice.sh'

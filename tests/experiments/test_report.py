@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from experiments import lines, plots, report, results, results_page, tables
+from experiments import plots, report, results, results_page, tables
 from moejax.config import ConfigError
 from tests.experiments import made_up
 
@@ -70,7 +70,7 @@ def test_a_diverged_arm_is_said_in_the_table():
 
 
 def test_the_score_of_the_commonest_answer_stands_below_the_table():
-  rows = [made_up.row('a', pair=pair, exact_match=0.5, accuracy=0.75) for pair in (0, 1)]
+  rows = [made_up.record('a', pair=pair, exact_match=0.5, accuracy=0.75) for pair in (0, 1)]
   for row in rows:
     row['final']['test']['commonest/exact_match'] = 0.125
   text = tables.to_markdown(made_up.results(rows, metrics=('test/exact_match', 'test/accuracy')))
@@ -97,7 +97,7 @@ def test_a_held_out_family_stands_beside_the_verdicts_where_it_was_measured():
 
 
 def test_extra_steps_of_a_fine_tuning_are_called_its_own():
-  tuned = made_up.row('tuned', start=1200, end=1300)
+  tuned = made_up.record('tuned', start=1200, end=1300)
   assert tables.TUNED in (text := ' '.join(tables.to_markdown(made_up.results([tuned])).split()))
   assert tables.TUNED not in text.replace(tables.TUNED, '', 1)
   assert tables.TUNED not in ' '.join(tables.to_markdown(
@@ -112,10 +112,10 @@ def test_the_page_has_the_suites_in_the_order_they_are_run(tmp_path):
 
 
 def test_metrics_that_a_domain_lacks_are_left_out_and_delta_is_of_the_first_it_has():
-  rows = [made_up.row('a', reference=True, exact_match=0.5),
-          made_up.row('b', exact_match=0.75),
-          made_up.row('a', domain='e', reference=True, accuracy=0.125),
-          made_up.row('b', domain='e', accuracy=0.5)]
+  rows = [made_up.record('a', reference=True, exact_match=0.5),
+          made_up.record('b', exact_match=0.75),
+          made_up.record('a', domain='e', reference=True, accuracy=0.125),
+          made_up.record('b', domain='e', accuracy=0.5)]
   text = tables.to_markdown(made_up.results(rows, metrics=('test/exact_match', 'test/accuracy')))
   first, second = text.split('**e**')
   assert cells(first, 'arm')[:3] == ['arm', 'test exact match', 'Δ']
@@ -150,22 +150,22 @@ def test_the_csv_has_every_arm_and_pair_unrounded():
 
 
 def test_curves_start_at_zero_extra_flops_and_have_the_steps_of_all_pairs():
-  domain, = lines.by_domain(made_up.three_pairs(), []).values()
+  domain, = results.by_domain(made_up.three_pairs(), []).values()
   still = dict.fromkeys(range(3), 0.0)
   assert plots.curve(domain[0], still) == [(0, [4.0, 5.0, 6.0]), (30, [1.0, 2.0, 3.0])]
   assert plots.curve(domain[1], still) == [
       (0, [5.0] * 3), (15, [4.0] * 3), (30, [0.5, 1.0, 1.5])]
   assert plots.curve(domain[0], {0: -1.0, 1: 0.0, 2: 1.0}) == [(0, [5.0] * 3), (30, [2.0] * 3)]
-  del domain[1].rows[2]['history'][1]
+  del domain[1].records[2]['history'][1]
   assert [at for at, _ in plots.curve(domain[1], still)] == [0, 30]
-  scratch = lines.by_domain(made_up.one_pair(), [])['d'][2]
+  scratch = results.by_domain(made_up.one_pair(), [])['d'][2]
   assert plots.curve(scratch, still) == [(0, [9.0]), (15, [6.0]), (30, [4.0])]
 
 
 def test_pairs_are_aligned_at_a_reference_that_all_of_them_have():
   def offsets(rows):
-    domain, = lines.by_domain(rows, []).values()
-    return lines.offsets(domain, 'validation/loss')
+    domain, = results.by_domain(rows, []).values()
+    return plots.offsets(domain, 'validation/loss')
   assert offsets(made_up.three_pairs()) == {0: -1.0, 1: 0.0, 2: 1.0}   # ends of 1, 2, 3
   still = dict.fromkeys(range(3), 0.0)
   for broken in ('missing', 'infinite', 'none'):
@@ -185,34 +185,34 @@ def test_what_is_claimed_comes_first_in_its_domain_alone():
   metrics = ['validation/loss', 'test/loss', 'test/nowhere']
   claims = [made_up.claim(metric='test/loss'), made_up.claim(metric='test/accuracy')]
   for domain, wanted in (('d', ['test/loss', 'validation/loss']), ('e', metrics[:2])):
-    group, = lines.by_domain(made_up.three_pairs(domain), []).values()
-    assert lines.shown(group, metrics, claims) == wanted
+    group, = results.by_domain(made_up.three_pairs(domain), []).values()
+    assert results.measured_paths(group, metrics, claims) == wanted
 
 
 @pytest.mark.parametrize('x', [None, 8])
 def test_a_sweep_shows_every_arm_that_it_is_about(x):
   rows = made_up.three_pairs()
-  group, = lines.by_domain(rows + [made_up.row(
+  group, = results.by_domain(rows + [made_up.record(
       'scratch', start=0, losses={1300: 40.0}, pair=pair, x=x) for pair in range(3)], []).values()
   ends = {line.name: [40.0 if line.name == 'scratch' else 1.0] for line in group}
-  assert (lines.span(group, ends, ends)[1] > 40) == (x is not None)
+  assert (plots.span(group, ends, ends)[1] > 40) == (x is not None)
 
 
 def test_what_is_drawn_of_aligned_pairs_spreads_as_the_differences_do():
-  domain, = lines.by_domain(made_up.three_pairs(), ['validation/loss']).values()
+  domain, = results.by_domain(made_up.three_pairs(), ['validation/loss']).values()
   drawn = plots._aligned(domain, 'validation/loss')
   assert drawn == {'dense': [2.0] * 3, 'sparse': [1.5, 1.0, 0.5]}   # Δ -0.5, -1, -1.5
-  assert plots._aligned_label(domain, 'validation/loss') == 'validation loss (nats), pairs aligned'
-  domain, = lines.by_domain(made_up.one_pair(), []).values()
-  assert plots._aligned_label(domain, 'validation/loss') == 'validation loss (nats)'
+  assert plots.axis_label(domain, 'validation/loss') == 'validation loss (nats), pairs aligned'
+  domain, = results.by_domain(made_up.one_pair(), []).values()
+  assert plots.axis_label(domain, 'validation/loss') == 'validation loss (nats)'
 
 
 def test_an_axis_shows_whole_branches_and_ends_that_do_not_flatten_them():
-  group = lines.by_domain(made_up.one_pair(), [])['d']
+  group = results.by_domain(made_up.one_pair(), [])['d']
   def span(scratch, dense=(2.0, 1.5), interval=()):
     drawn = {'dense': [*dense], 'sparse': [2.25, 1.25], 'scratch': [9.0, scratch]}
     ends = {name: values[-1:] for name, values in drawn.items()}
-    return lines.span(group, drawn, ends | {'scratch': [*interval, scratch]})
+    return plots.span(group, drawn, ends | {'scratch': [*interval, scratch]})
 
   # The branches span 1.25 to 2.25; an end up to one span away is shown too, and 4.0 is not.
   assert span(4.0) == pytest.approx((1.25 - 0.06, 2.25 + 0.06))
@@ -223,22 +223,22 @@ def test_an_axis_shows_whole_branches_and_ends_that_do_not_flatten_them():
   assert span(-9.0) == span(math.inf) == pytest.approx((1.25 - 0.06, 2.25 + 0.06))
   assert span(4.0, dense=(2.0, math.nan)) == pytest.approx((1.25 - 0.06, 2.25 + 0.06))
   nothing = {line.name: [math.nan] for line in group}
-  assert lines.span(group, nothing, nothing) == (-0.1, 0.1)
+  assert plots.span(group, nothing, nothing) == (-0.1, 0.1)
 
 
 def test_an_arm_that_a_claim_is_about_is_shown_further_away():
-  group = lines.by_domain(made_up.one_pair(), [])['d']
+  group = results.by_domain(made_up.one_pair(), [])['d']
   ends = {'dense': [1.5], 'sparse': [1.25], 'scratch': [2.4]}   # 0.9 above, 3.6 times the span
-  assert lines.span(group, ends, ends) == pytest.approx((1.235, 1.515))
-  low, high = lines.span(group, ends, ends, {'scratch'})
+  assert plots.span(group, ends, ends) == pytest.approx((1.235, 1.515))
+  low, high = plots.span(group, ends, ends, {'scratch'})
   assert low < 1.25 and 2.4 < high < 2.5
   ends['scratch'] = [2.6]
-  assert lines.span(group, ends, ends, {'scratch'}) == pytest.approx((1.235, 1.515))
+  assert plots.span(group, ends, ends, {'scratch'}) == pytest.approx((1.235, 1.515))
 
 
 def test_a_start_that_would_flatten_the_curves_is_told_in_words(tmp_path, monkeypatch):
   shown = {}
-  monkeypatch.setattr(plots, '_say', lambda panel, notes: shown.update(
+  monkeypatch.setattr(plots, '_write_notes', lambda panel, notes: shown.update(
       notes=notes, high=panel.get_ylim()[1] if panel.lines else None))
   rows = made_up.one_pair()[:2]   # dense from 2.0 to 1.5, sparse from 2.25 to 1.25
   plots.plot(made_up.results(rows), tmp_path / 'a.png')
@@ -249,7 +249,7 @@ def test_a_start_that_would_flatten_the_curves_is_told_in_words(tmp_path, monkey
 
 
 def test_data_that_differ_in_a_domain_are_refused_and_may_differ_between_domains():
-  mixed = [made_up.row('dense'), made_up.row('other', fingerprint='0' * 64)]
+  mixed = [made_up.record('dense'), made_up.record('other', fingerprint='0' * 64)]
   with pytest.raises(ConfigError, match='different data'):
     tables.to_markdown(made_up.results(mixed))
   mixed[1]['domain'] = 'another'
@@ -259,7 +259,7 @@ def test_data_that_differ_in_a_domain_are_refused_and_may_differ_between_domains
 def two_domains(plot):
   """Both domains, one of them with an arm that diverged and one that started from nothing."""
   rows = made_up.three_pairs() + made_up.three_pairs('e', 'e' * 64)
-  rows += [made_up.row('scratch', start=0, end=200, losses={0: 99.0, 200: 50.0}, pair=pair)
+  rows += [made_up.record('scratch', start=0, end=200, losses={0: 99.0, 200: 50.0}, pair=pair)
            for pair in range(3)]
   rows[-4]['final']['validation']['loss'] = rows[-4]['history'][-1]['loss'] = math.nan
   return made_up.results(rows, made_up.claim(), made_up.claim('~', 0.5, domain='e'), plot=plot,
@@ -295,7 +295,7 @@ def test_a_plot_draws_the_numbers_and_says_what_is_outside(plot, tmp_path, monke
 def test_a_sweep_over_other_numbers_has_an_even_axis(tmp_path, monkeypatch):
   drawn = []
   monkeypatch.setattr(plots.Figure, 'savefig', lambda figure, *_, **__: drawn.append(figure))
-  rows = [made_up.row(f'C={x}', series='upcycled', x=x) for x in (1.0, 1.5, 2.0)]
+  rows = [made_up.record(f'C={x}', series='upcycled', x=x) for x in (1.0, 1.5, 2.0)]
   plots.plot(made_up.results(rows, plot='sweep'), tmp_path / 'p.png')
   panel, = drawn[0].axes
   assert panel.get_xscale() == 'linear'
@@ -303,8 +303,8 @@ def test_a_sweep_over_other_numbers_has_an_even_axis(tmp_path, monkeypatch):
 
 
 def test_no_two_of_many_arms_look_alike():
-  rows = [made_up.row(f'arm {i}') for i in range(40)]
-  styles = plots._styles(lines.by_domain(rows, []), 'curves').values()
+  rows = [made_up.record(f'arm {i}') for i in range(40)]
+  styles = plots._styles(results.by_domain(rows, []), 'curves').values()
   assert len({(s['color'], s['marker'], str(s['linestyle'])) for s in styles}) == 40
 
 

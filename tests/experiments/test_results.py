@@ -5,48 +5,18 @@ import math
 
 import pytest
 
-from experiments import results, step0
+from experiments import results, untrained
 from experiments import suite as suite_lib
-from experiments.suite import Arm, Claim, Run, Suite
+from experiments.suite import Arm, Claim, Suite
 from moejax.config import ConfigError
 from tests.experiments import made_up
+from tests.experiments.made_up import child, dense, trained
 
 
 @pytest.fixture(autouse=True)
 def no_data(monkeypatch):
   """Names of workdirs without reading data."""
   monkeypatch.setattr(suite_lib, '_fingerprint', lambda config: 'f' * 64)
-
-
-def dense(**changes):
-  return Run('dense', 'vit_glyphs', changes, arg='runlocal')
-
-
-def child(parent, label='child', **changes):
-  return Run(label, 'vit_glyphs', {'init.mode': 'continue', **changes}, parent, arg='runlocal')
-
-
-def trained(folder, run, first, trunk, end, gap=None):
-  """The workdir of a run: an evaluation every 5 steps, a loss of 100 - step, 0.5 s a step."""
-  path = folder / run.name
-  path.mkdir()
-  facts = {'data_fingerprint': 'f' * 64, 'versions': made_up.VERSIONS, 'devices': '1 x cpu',
-           'parameters': 7, 'parameters_active_per_token': 5, 'train_flops_per_step': 3,
-           'first_step': first, 'trunk_step': trunk, 'end_step': end}
-  (path / 'run.json').write_text(json.dumps(facts))
-  cpu = {} if first else {'cpu_seconds': end + 0.5}   # as if the others were of an older version
-  (path / 'status.json').write_text(json.dumps({'phase': 'finished', **cpu}))
-  if gap is not None:
-    (path / 'receipt.json').write_text(json.dumps({'measured': {'step0_gap': gap}}))
-  evaluated, timed = [], []
-  for step in range(first, end + 1, 5):
-    evaluated.append({'step': step, 'train/loss': 7.0})
-    evaluated.append({'step': step, 'validation/loss': 100 - step, 'validation/accuracy': 0.5,
-                      'validation/moe/02/dropped': 0.125})
-    timed += [{'step': step, 'steps': 5, 'seconds': 2.5}] if step > first else []
-  evaluated.append({'step': end, 'test/loss': 200 - end, 'test/exact_match': 0.25})
-  for name, lines in (('metrics.jsonl', evaluated), ('timing.jsonl', timed)):
-    (path / name).write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
 def test_arms_are_read_from_their_workdirs(tmp_path):
@@ -61,18 +31,17 @@ def test_arms_are_read_from_their_workdirs(tmp_path):
                               Arm('d', 'scratch', scratch, parent)), (claim,), plot='sweep',
                 x_label='size')
   found = results.collect(suite, tmp_path)
-  first, second, third = found.rows
+  first, second, third = found.records
   # The parent's own line is its cooldown, 20 to 30; the child's steps are 20 to 40.
   assert (first['start_step'], first['end_step'], first['seconds']) == (20, 30, 5.0)
   assert (second['start_step'], second['end_step'], second['seconds']) == (20, 40, 10.0)
   assert (third['start_step'], third['end_step'], third['seconds']) == (0, 10, 5.0)
-  assert [(row['base_steps'], row['base_flops'], row['base_seconds']) for row in found.rows] == [
-      (20, 60, 10.0)] * 3
-  assert [row['pair'] for row in found.rows] == [3, 3, 0]
-  assert [row['reference'] for row in found.rows] == [True, False, False]
-  assert [(row['series'], row['x']) for row in found.rows] == [('', None), ('c', 2.0), ('', None)]
-  assert [row['time_ratio'] for row in found.rows] == [None] * 3
-  assert [row['step0'] for row in found.rows] == [None, {'step0_gap': 0.5}, None]
+  column = lambda *names: [tuple(record[name] for name in names) for record in found.records]
+  assert column('base_steps', 'base_flops', 'base_seconds') == [(20, 60, 10.0)] * 3
+  assert column('pair', 'reference') == [(3, True), (3, False), (0, False)]
+  assert column('series', 'x', 'time_ratio') == [
+      ('', None, None), ('c', 2.0, None), ('', None, None)]
+  assert column('step0') == [(None,), ({'step0_gap': 0.5},), (None,)]
   assert second['history'] == [{'step': s, 'loss': 100 - s, 'accuracy': 0.5}
                                for s in (20, 25, 30, 35, 40)]
   assert [line['step'] for line in first['history']] == [20, 25, 30]
@@ -116,7 +85,7 @@ def test_a_rung_counts_the_steps_of_the_continuation_it_cools(tmp_path):
       Arm('d', 'rung', rung, parent, start_step=15, base_step=10),
       Arm('d', 'later', rung, parent, start_step=30), Arm('d', 'alone', rung, parent),
       Arm('d', 'whole', rung, parent, start_step=20)))
-  rung, later, alone, whole = results.collect(suite, tmp_path).rows
+  rung, later, alone, whole = results.collect(suite, tmp_path).records
   # 5 steps of the parent, 20 of the continuation up to 40 and not its 10 beyond, 10 of its own.
   assert (rung['start_step'], rung['seconds']) == (15, 17.5)
   assert (later['start_step'], later['seconds']) == (30, 10.0)
@@ -130,13 +99,13 @@ def test_a_rung_counts_the_steps_of_the_continuation_it_cools(tmp_path):
 
 def test_surgeries_are_arms_that_cost_no_training(tmp_path, monkeypatch):
   parent = dense()
-  cell = step0.Surgery('cell', 'vit_glyphs', {'init.mode': 'continue'}, parent, 'runlocal')
+  cell = untrained.UntrainedRun('cell', 'vit_glyphs', {'init.mode': 'continue'}, parent, 'runlocal')
   trained(tmp_path, parent, 0, 20, 30)
   measured = {'start_step': 20, 'end_step': 20, 'final': {}, 'step0': {'step0_gap': 0.5}}
-  monkeypatch.setattr(step0, 'collect', lambda run, folder: measured)
+  monkeypatch.setattr(untrained, 'facts', lambda run, folder: measured)
   found = results.collect(Suite('s', 'mini', (Arm('d', 'cell', cell, parent, x=8),)), tmp_path)
-  row, = found.rows
-  assert measured.items() <= row.items() and (row['x'], row['base_steps']) == (8, 20)
+  record, = found.records
+  assert measured.items() <= record.items() and (record['x'], record['base_steps']) == (8, 20)
   assert [run['key'] for run in found.suite['runs']] == [parent.key]
 
 
@@ -147,36 +116,36 @@ def three_pair_suite(pairs=(0, 1, 2)):
 
 
 def of_pairs(*pairs):
-  rows = [row for row in made_up.three_pairs() if row['pair'] in pairs]
-  return made_up.results(rows, *([made_up.claim()] if len(pairs) == 3 else []))
+  records = [record for record in made_up.three_pairs() if record['pair'] in pairs]
+  return made_up.results(records, *([made_up.claim()] if len(pairs) == 3 else []))
 
 
 def test_pairs_that_were_measured_apart_are_merged_into_what_measuring_all_gives():
   suite, whole = three_pair_suite(), of_pairs(0, 1, 2)
   merged = results.merge(suite, of_pairs(1), results.merge(suite, of_pairs(2, 0), of_pairs(2, 0)))
-  assert merged.rows == whole.rows and merged.claims == whole.claims
+  assert merged.records == whole.records and merged.claims == whole.claims
   assert results.merge(suite, of_pairs(1), of_pairs(1)).suite['pairs'] == 3
   by_key = lambda found: sorted(found.suite['runs'], key=lambda run: run['key'])
   assert by_key(merged) == by_key(whole)
   once_more = results.merge(suite, of_pairs(1), whole)
-  assert (once_more.rows, once_more.suite) == (whole.rows, whole.suite | {'pairs': 3})
+  assert (once_more.records, once_more.suite) == (whole.records, whole.suite | {'pairs': 3})
 
 
 def test_a_pair_that_is_measured_again_replaces_its_arms_and_costs_twice():
   again = of_pairs(1)
-  for row in again.rows:
-    row['final']['test']['loss'] = 9.0
+  for record in again.records:
+    record['final']['test']['loss'] = 9.0
   for run in again.suite['runs']:
     run['seconds'] = 7.0
   merged = results.merge(three_pair_suite(), again, of_pairs(0, 1, 2))
-  assert [row['final']['test']['loss'] == 9.0 for row in merged.rows] == (
+  assert [record['final']['test']['loss'] == 9.0 for record in merged.records] == (
       [False] * 2 + [True] * 2 + [False] * 2)
   assert len(merged.suite['runs']) == 8
 
 
 def test_arms_a_suite_no_longer_has_are_not_merged_and_other_suites_are_refused():
   merged = results.merge(three_pair_suite(pairs=(1, 2)), of_pairs(1), of_pairs(0, 1, 2))
-  assert [row['pair'] for row in merged.rows] == [1, 1, 2, 2]
+  assert [record['pair'] for record in merged.records] == [1, 1, 2, 2]
   other = made_up.results(made_up.three_pairs(), name='t')
   with pytest.raises(ConfigError, match="--results: got 'a folder with results of suite t'"):
     results.merge(three_pair_suite(), of_pairs(1), other)
@@ -184,7 +153,7 @@ def test_arms_a_suite_no_longer_has_are_not_merged_and_other_suites_are_refused(
 
 def test_what_is_written_is_read_back_and_written_the_same(tmp_path):
   found = made_up.results(made_up.three_pairs(), made_up.claim(), made_up.claim('~', 0.1))
-  found.rows[0]['final']['test']['loss'] = math.inf
+  found.records[0]['final']['test']['loss'] = math.inf
   results.write(found, tmp_path)
   again = results.read(tmp_path)
   assert again == found and isinstance(again.claims[1], Claim)

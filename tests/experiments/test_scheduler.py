@@ -1,94 +1,44 @@
-"""Suites trained for real: end to end, a second time, a run that fails, Ctrl-C and resume."""
+"""What runs when, alone and as one of several machines; a suite trained for real and stopped."""
 
-import csv
 import json
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import threading
 import time
 
 import pytest
 
-from experiments import locks, scheduler
+from experiments import main, results, scheduler
 from experiments import suite as suite_lib
+from experiments.scheduler import JobFailed, Scheduler, Shard
 from moejax.config import ConfigError
 from moejax.train import metrics
+from tests import fork_server
 from tests.experiments import tiny
-from tests.experiments.fakes import Fake, order
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-  """Workers see one device, as a user's do, and not the test process's virtual ones."""
-  monkeypatch.delenv('XLA_FLAGS', raising=False)
-
-
-def start(module, *flags):
-  return subprocess.Popen([sys.executable, '-m', module, *flags], env=tiny.environment(),
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+from tests.experiments.fakes import Fake, chains, order
 
 
 def contents(folder: pathlib.Path) -> dict:
   return {f.relative_to(folder): f.read_bytes() for f in folder.rglob('*') if f.is_file()}
 
 
-def test_quickstart_end_to_end_and_once_more(tmp_path):
-  flags = ('--suite=quickstart', '--scale=smoke', f'--runs={tmp_path}')
-  out, err = (first := start('experiments.main', *flags)).communicate()
-  assert first.returncode == 0, err
-  made = tmp_path / 'quickstart-smoke'
-  assert '| upcycled ' in out and '| MoE from scratch ' in out
-  assert out.startswith((made / 'quickstart.md').read_text().split('\n![')[0].rstrip())
-  assert (made / 'quickstart.png').read_bytes().startswith(b'\x89PNG')
-
-  rows = list(csv.DictReader((made / 'quickstart.csv').open()))
-  assert [row['domain'] for row in rows] == ['ViT on glyphs'] * 5 + ['T5 on stdlib_text'] * 5
-  by_arm = {(row['domain'][:2], row['arm']): row for row in rows}
-  for domain in ('Vi', 'T5'):
-    steps, up = by_arm[domain, 'dense, equal steps'], by_arm[domain, 'upcycled']
-    assert float(steps['extra_flops_percent']) == pytest.approx(20)
-    assert float(up['extra_flops_percent']) > 20
-    assert float(steps['step0_gap']) == 0.0 and float(up['step0_gap']) != 0.0
-    assert by_arm[domain, 'MoE from scratch']['step0_gap'] == ''
-    assert float(up['validation_loss']) < float(
-        by_arm[domain, 'MoE from scratch']['validation_loss']) + 0.5
-  lines = map(json.loads, (made / 'results.jsonl').read_text().splitlines())
-  for row in (line for line in lines if 'arm' in line):
-    workdir, = tmp_path.glob(f'*-{row["key"]}-*')
-    last = metrics.read_lines(workdir / 'metrics.jsonl')
-    assert row['final']['test']['loss'] == last[-1]['test/loss']
-
-  before, started = contents(tmp_path), time.monotonic()
-  out, err = (second := start('experiments.main', *flags)).communicate()
-  assert second.returncode == 0
-  assert '8 jobs finished, 0 to do' in err   # of 10, some are the same at this scale
-  assert time.monotonic() - started < 30
-  assert contents(tmp_path) == before   # no worker was started, and the report is the same
+def wait_for(condition, process) -> None:
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.02)
 
 
-def test_a_failed_run_stops_the_suite_with_its_last_lines_and_its_command(tmp_path, one_device):
-  bad = tiny.parent(**{'model.num_classes': 10})
-  with pytest.raises(scheduler.Failed) as caught:
-    scheduler.Runner({'s': [bad]}, tmp_path, 1).run()
-  message = str(caught.value)
-  assert 'parent 0: failed with exit code 1' in message
-  assert '  | moejax: config.model.num_classes: got 10, allowed: at least ' in message
-  assert '  python -m moejax.main --config=configs/pretrain/vit_glyphs.py:runlocal ' in message
-  assert f'--workdir={tmp_path / bad.name}' in message
-  assert not bad.finished(tmp_path)
-
-
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-  command = ('tests.experiments.tiny', '--suite=chain,alone', f'--runs={tmp_path}', '--jobs=1')
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
+  def start():
+    return fork_server.Popen([sys.executable, '-m', 'tests.experiments.tiny', *flags], text=True,
+                             env=tiny.environment(), stdout=-1, stderr=-1)
+  flags = ['--suite=chain,alone', f'--runs={tmp_path}', '--jobs=1']
   parent, child = tiny.chain().runs()
   path = tmp_path / parent.name
-  first = start(*command)
-  while parent.done(tmp_path) < 20:
-    assert first.poll() is None, first.communicate()[1]
-    time.sleep(0.05)
+  first = start()
+  wait_for(lambda: parent.done(tmp_path) >= 20, first)
   first.send_signal(signal.SIGINT)
   _, err = first.communicate()
   assert first.returncode == 130 and 'stopped; what was running is saved' in err, err
@@ -97,21 +47,46 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
   assert status['phase'] == 'stopped' and 20 <= status['step'] < tiny.STEPS
   assert not (tmp_path / 'chain').exists()
 
-  out, err = (second := start(*command)).communicate()
+  out, err = (second := start()).communicate()
   assert second.returncode == 0, err
   assert f'resumed at step {status["step"]} of {tiny.STEPS}' in (path / scheduler.LOG).read_text()
   assert parent.finished(tmp_path) and child.finished(tmp_path)
   assert '| child ' in (tmp_path / 'chain' / 'chain.md').read_text()
+  assert (tmp_path / 'chain' / 'chain.png').read_bytes().startswith(b'\x89PNG')
   assert (tmp_path / 'alone' / 'alone.md').exists()
   assert [line.split(':')[0] for line in out.splitlines()] == ['alone', 'chain']
-  # A suite's results are there as soon as its last run is.
+  # A suite's results are written as soon as its last run is finished.
   assert err.index('alone: results written') < err.index('child of parent 0: finished')
+  for record in results.read(tmp_path / 'chain').records:
+    workdir, = tmp_path.glob(f'*-{record["key"]}-*')
+    *_, last = metrics.read_lines(workdir / 'metrics.jsonl')
+    assert record['final']['test']['loss'] == last['test/loss']
+    assert (workdir / scheduler.LOG).read_text().count('finished at step') == 1
+
+  before = contents(tmp_path)   # once more: no worker is started, and the report is the same
+  tiny.use(monkeypatch.setattr)
+  assert main.main(flags) == 0
+  assert contents(tmp_path) == before
+
+
+def test_a_failed_run_stops_the_suite_with_its_last_lines_and_its_command(tmp_path, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS', raising=False)   # one device, as a user has
+  bad = tiny.parent(**{'model.num_classes': 10})
+  with pytest.raises(JobFailed) as caught:
+    Scheduler({'s': [bad]}, tmp_path, 1).do_all()
+  message = str(caught.value)
+  assert 'parent 0: failed with exit code 1' in message
+  assert '  | moejax: config.model.num_classes: got 10, allowed: at least ' in message
+  assert '  python -m moejax.main --config=configs/pretrain/vit_glyphs.py:runlocal ' in message
+  assert f'--workdir={tmp_path / bad.name}' in message
+  assert not bad.finished(tmp_path)
 
 
 @pytest.fixture
 def quick(monkeypatch):
-  """Looks at workers all the time."""
+  """Looks at workers and at other machines all the time."""
   monkeypatch.setattr(scheduler, 'POLL', 0.02)
+  monkeypatch.setattr(scheduler, 'REFRESH', 0.1)
 
 
 def test_jobs_run_suite_by_suite_the_costliest_first_and_shared_ones_once(tmp_path, quick):
@@ -119,14 +94,14 @@ def test_jobs_run_suite_by_suite_the_costliest_first_and_shared_ones_once(tmp_pa
   cheap, costly = Fake('cheap', cost=1), Fake('costly', parent, cost=9)
   later, shared = Fake('later', cost=99), Fake('p', cost=2)
   reported = {}
-  scheduler.Runner({'a': [parent, cheap, costly], 'b': [later, shared], 'c': [cheap]}, tmp_path, 1,
-                report=lambda name: reported.update({name: order(tmp_path)})).run()
+  Scheduler({'a': [parent, cheap, costly], 'b': [later, shared], 'c': [cheap]}, tmp_path, 1,
+            report=lambda name: reported.update({name: order(tmp_path)})).do_all()
   assert order(tmp_path) == ['p', 'costly', 'cheap', 'later']
   assert reported == {'a': order(tmp_path)[:3], 'c': order(tmp_path)[:3], 'b': order(tmp_path)}
 
 
 def test_a_parent_that_a_suite_does_not_name_is_done_too(tmp_path, quick):
-  scheduler.Runner({'s': [Fake('c', Fake('p', Fake('pp')))]}, tmp_path, 2).run()
+  Scheduler({'s': [Fake('c', Fake('p', Fake('pp')))]}, tmp_path, 2).do_all()
   assert order(tmp_path) == ['pp', 'p', 'c']
 
 
@@ -134,9 +109,8 @@ def test_a_free_worker_starts_on_the_next_suite(tmp_path, quick):
   go = tmp_path / 'go'
   parent = Fake('p', until=str(go))
   last = Fake('last', until='')
-  train = scheduler.Runner({'a': [parent, Fake('c', parent)], 'b': [last]}, tmp_path, 2,
-                        report=lambda name: name == 'b' and go.touch())
-  train.run()
+  Scheduler({'a': [parent, Fake('c', parent)], 'b': [last]}, tmp_path, 2,
+            report=lambda name: name == 'b' and go.touch()).do_all()
   assert sorted(order(tmp_path)[:2]) == ['last', 'p'] and order(tmp_path)[2] == 'c'
 
 
@@ -150,21 +124,21 @@ def test_jobs_of_one_folder_are_done_one_after_the_other(tmp_path, quick):
     def command(self, folder):
       return ['-c', f'import pathlib; pathlib.Path({str(folder / "twin")!r}).touch()']
 
-  scheduler.Runner({'s': [Fake('p'), Twin('p')]}, tmp_path, 2).run()
+  Scheduler({'s': [Fake('p'), Twin('p')]}, tmp_path, 2).do_all()
   assert order(tmp_path) == ['p'] and (tmp_path / 'twin').exists()
 
 
-def test_a_failed_job_stops_the_others_unless_told_to_keep_going(tmp_path, quick):
+def test_a_failed_job_stops_the_others_without_keep_going(tmp_path, quick):
   bad = Fake('bad', cost=9, code=3)
   suites = {'a': [bad, Fake('child', bad), Fake('good')],
             'b': [Fake('grandchild', Fake('child', bad))], 'c': [Fake('other')]}
-  with pytest.raises(scheduler.Failed, match='bad: failed with exit code 1') as error:
-    scheduler.Runner(suites, tmp_path, 1).run()
+  with pytest.raises(JobFailed, match='bad: failed with exit code 1') as error:
+    Scheduler(suites, tmp_path, 1).do_all()
   assert '| no luck in bad' in str(error.value) and order(tmp_path) == ['bad']
 
   reported = []
-  with pytest.raises(scheduler.Failed) as error:
-    scheduler.Runner(suites, tmp_path, 1, keep_going=True, report=reported.append).run()
+  with pytest.raises(JobFailed) as error:
+    Scheduler(suites, tmp_path, 1, keep_going=True, report=reported.append).do_all()
   assert order(tmp_path)[1:] == ['bad', 'good', 'other'] and reported == ['c']
   assert str(error.value).splitlines() == [
       '1 failed:', f'  bad: {tmp_path / "bad" / scheduler.LOG}',
@@ -174,7 +148,7 @@ def test_a_failed_job_stops_the_others_unless_told_to_keep_going(tmp_path, quick
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_workers_save_and_end(tmp_path, quick, number):
-  train = scheduler.Runner({'s': [Fake('p', until=str(tmp_path / 'never'))]}, tmp_path, 1)
+  work = Scheduler({'s': [Fake('p', until=str(tmp_path / 'never'))]}, tmp_path, 1)
 
   def send():
     while not order(tmp_path):
@@ -183,22 +157,29 @@ def test_a_signal_lets_the_workers_save_and_end(tmp_path, quick, number):
 
   threading.Thread(target=send).start()
   with pytest.raises(KeyboardInterrupt):
-    train.run()
-  assert [worker.process.returncode for worker in train.workers] == [-signal.SIGTERM]
+    work.do_all()
+  assert [worker.process.returncode for worker in work.workers] == [-signal.SIGTERM]
 
 
 def test_a_run_that_another_process_trains_is_refused(tmp_path):
-  path = tmp_path / tiny.parent().name
-  held = locks.take(path)
+  lock = scheduler.try_lock(tmp_path / tiny.parent().name)
   with pytest.raises(ConfigError, match='being trained by another process'):
-    scheduler.Runner({'s': [tiny.parent()]}, tmp_path, 1).run()
-  os.close(held)
+    Scheduler({'s': [tiny.parent()]}, tmp_path, 1).do_all()
+  os.close(lock)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ConfigError, match='--runs: cannot make'):
-    scheduler.Runner({'s': [tiny.parent()]}, tmp_path / 'file', 1).run()
+    Scheduler({'s': [tiny.parent()]}, tmp_path / 'file', 1).do_all()
+
+
+def test_a_file_system_without_flock_is_named(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(38, 'Function not implemented')
+  monkeypatch.setattr(scheduler.fcntl, 'flock', refuse)
+  with pytest.raises(ConfigError, match='cannot lock .*Function not implemented.*supports flock'):
+    scheduler.try_lock(tmp_path)
 
 
 def test_a_stopped_run_goes_on_after_its_folder_moved(tmp_path):
@@ -227,14 +208,102 @@ def test_a_run_with_a_damaged_file_is_neither_finished_nor_begun_anew(tmp_path, 
   assert not job.finished(tmp_path) and job.done(tmp_path) == tiny.STEPS
   (path / name).write_text('{"a')
   with pytest.raises(ConfigError, match=f'{job.name}.*a run whose {name} can be read'):
-    scheduler.Runner({'s': [job]}, tmp_path, 1)
+    Scheduler({'s': [job]}, tmp_path, 1)
 
 
-@pytest.mark.parametrize('cores, jobs, shares', [
+@pytest.mark.parametrize('cores, workers, shares', [
     ([0, 1], 2, [[0], [1]]),
     ([2, 3, 5, 7], 2, [[2, 3], [5, 7]]),
     ([0, 1, 2], 2, [[0], [1]]),
     ([4], 2, [[4], [4]]),
 ])
-def test_workers_share_the_cores(cores, jobs, shares):
-  assert [scheduler.share(cores, jobs, slot) for slot in range(jobs)] == shares
+def test_workers_share_the_cores(cores, workers, shares):
+  assert [scheduler.share_of_cores(cores, workers, i) for i in range(workers)] == shares
+
+
+def test_chains_stay_together_and_costs_are_balanced():
+  jobs = chains(8, 1, 5, 3)   # with their children 8.5, 1.5, 5.5, 3.5
+  shards = [Shard(i, 2).own(jobs) for i in (1, 2)]
+  assert shards == [{'p0', 'cp0', 'p1', 'cp1'}, {'p2', 'cp2', 'p3', 'cp3'}]   # 10, 9
+
+
+def test_every_job_is_in_one_shard_whatever_the_order_and_number():
+  jobs = chains(*(cost // 2 for cost in range(7)))   # some of equal cost
+  for count in (1, 2, 3, 20):
+    shards = [Shard(i + 1, count).own(jobs) for i in range(count)]
+    assert sorted(key for shard in shards for key in shard) == sorted(job.key for job in jobs)
+    assert shards == [Shard(i + 1, count).own(jobs[::-1]) for i in range(count)]
+
+
+@pytest.mark.parametrize('text', ['0/2', '3/2', 'a/b', '2', '', '1/2/3', '-1/2', '0/0'])
+def test_wrong_shards_are_refused(text):
+  with pytest.raises(ConfigError, match=r'--shard: got .* allowed: i/n with 1 <= i <= n') as error:
+    Shard.parse(text)
+  assert '\n' not in str(error.value)
+
+
+def test_a_shard_does_its_own_first_and_then_what_others_have_left(tmp_path, quick):
+  Scheduler({'s': chains(8, 1, 5, 3)}, tmp_path, 1, shard=Shard(2, 2)).do_all()
+  assert order(tmp_path) == ['p2', 'p3', 'cp2', 'cp3', 'p0', 'p1', 'cp0', 'cp1']
+
+
+def test_others_have_time_to_begin_and_a_worker_keeps_its_lock(tmp_path):
+  go = tmp_path / 'go'
+  own, other = Fake('own', cost=2, until=str(go)), Fake('other')
+  work = Scheduler({'s': [own, other]}, tmp_path, 2, shard=Shard(1, 2))
+  work._start_ready(work._bar())
+  assert [worker.job for worker in work.workers] == [own]   # with room for another
+  assert scheduler.try_lock(tmp_path / 'own') is None
+  go.touch()
+  work.workers[0].process.wait()
+  assert scheduler.try_lock(tmp_path / 'own') is not None
+
+
+def test_a_shard_waits_for_what_another_does(tmp_path, quick):
+  """Locked is no error under --shard; a child waits for a parent that another finishes."""
+  (tmp_path / 'p').mkdir()
+  lock = scheduler.try_lock(tmp_path / 'p')
+
+  def finish():
+    (tmp_path / 'p' / 'done').write_text('')
+    os.close(lock)
+
+  other = threading.Timer(0.5, finish)
+  other.start()
+  Scheduler({'s': [Fake('p'), Fake('c', Fake('p'))]}, tmp_path, 2, shard=Shard(1, 1)).do_all()
+  assert order(tmp_path) == ['c'] and not other.is_alive()
+
+
+def test_what_another_finished_before_the_lock_was_free_is_not_done_again(tmp_path, quick):
+  work = Scheduler({'s': [Fake('late')]}, tmp_path, 1)
+  assert list(work.pending) == ['late']
+  (tmp_path / 'late').mkdir()
+  (tmp_path / 'late' / 'done').write_text('')
+  work.do_all()
+  assert order(tmp_path) == []
+
+
+def test_one_of_two_machines_is_killed_and_the_other_finishes_everything_once(tmp_path):
+  """The dead machine's worker lives on for a while, and until then nobody else may do its job."""
+  def machine(shard):
+    log = (tmp_path / shard.replace('/', '-')).open('w+')
+    return fork_server.Popen([sys.executable, '-m', 'tests.experiments.fakes', runs, shard],
+                             stdout=log, stderr=log), pathlib.Path(log.name)
+  runs = tmp_path / 'runs'
+  jobs = chains(8, 1, until=str(tmp_path / 'go'))
+  assert Shard(1, 2).own(jobs) == {'p0', 'cp0'}   # the costlier chain
+  dying, _ = machine('1/2')
+  wait_for((runs / 'p0' / 'pid').exists, dying)
+  dying.kill()
+  dying.wait()
+  living, log = machine('2/2')
+  wait_for(lambda: 'waiting for other machines: 2 jobs' in log.read_text(), living)
+  assert order(runs) == ['p0', 'p1', 'cp1']
+  os.kill(int((runs / 'p0' / 'pid').read_text()), signal.SIGKILL)
+  wait_for(lambda: len(order(runs)) == 4, living)
+  (tmp_path / 'go').touch()
+  assert living.wait() == 0, log.read_text()
+  assert order(runs) == ['p0', 'p1', 'cp1', 'p0', 'cp0']
+  assert all(job.finished(runs) for job in jobs)
+  again, _ = machine('1/2')
+  assert again.wait() == 0 and len(order(runs)) == 5

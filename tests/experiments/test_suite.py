@@ -1,22 +1,16 @@
-"""Keys and the sharing of runs, and what a suite's command line refuses."""
+"""Keys and the sharing of runs; and what quickstart's controls cost."""
 
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
-from experiments import main as main_lib
 from experiments import suite as suite_lib
 from experiments.suite import Arm, Run, Suite
 from experiments.suites import quickstart
 from moejax.config import ConfigError
+from tests.experiments.made_up import dense
 
 FOLDER = pathlib.Path('elsewhere')
-
-
-def dense(**changes):
-  return Run('dense', 'vit_glyphs', changes, arg='runlocal')
 
 
 def upcycled(parent, label='upcycled'):
@@ -69,29 +63,3 @@ def test_quickstart_spends_on_its_controls_what_it_says(scale):
     assert max(cooldown) - min(cooldown) <= 1 / trunk * 5
     assert parent.settings.schedule.cooldown_steps == steps.settings.schedule.cooldown_steps
     assert {run.parent.key for run in (steps, flops, up)} == {parent.key}
-
-
-@pytest.mark.parametrize('argv, words', [
-    (['--suite=quickstrt'], "--suite: got 'quickstrt'.*Did you mean 'quickstart'"),
-    (['--suite=quickstart', '--scale=smok'], "--scale: got 'smok'.*Did you mean 'smoke'"),
-    (['--suite=quickstart', '--job=2'], "'--job=2' is no flag.*'--jobs'"),
-    (['--suite=quickstart', '--jobs=two'], '--jobs.*two'),
-    (['--suite=quickstart', '--jobs=-1'], '--jobs: got -1'),
-    ([], '--suite: got None'),
-])
-def test_a_wrong_command_line_is_one_clear_error(argv, words):
-  with pytest.raises(ConfigError, match=words) as caught:
-    main_lib.main(argv)
-  assert '\n' not in str(caught.value)
-
-
-def test_the_error_reaches_the_shell_without_a_traceback():
-  done = subprocess.run([sys.executable, '-m', 'experiments.main', '--suite=quickstrt'],
-                        capture_output=True, text=True)
-  assert done.returncode == 1
-  assert done.stderr.startswith('experiments: --suite: got') and done.stderr.count('\n') == 1
-
-
-def test_list_names_each_suite_with_its_scales(capsys):
-  assert main_lib.main(['--list']) == 0
-  assert 'quickstart (mini, smoke)' in capsys.readouterr().out

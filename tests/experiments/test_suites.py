@@ -9,7 +9,7 @@ import pytest
 from configs import paper
 from experiments import protocol, suites
 from experiments import suite as suite_lib
-from experiments.step0 import Surgery
+from experiments.untrained import UntrainedRun
 from moejax.aot import chips
 from moejax.config import ConfigError
 
@@ -51,7 +51,7 @@ def test_a_dense_control_stands_in_every_domain(name):
   suite = load(name, 'mini')
   for domain in {arm.domain for arm in suite.arms}:
     arms = [arm for arm in suite.arms if arm.domain == domain]
-    if not all(isinstance(arm.run, Surgery) for arm in arms):   # these measure the gap to it
+    if not all(isinstance(arm.run, UntrainedRun) for arm in arms):   # these measure the gap to it
       assert any('dense' in arm.name for arm in arms)
 
 
@@ -95,7 +95,7 @@ def test_arms_of_a_pair_share_parent_seed_and_batches_and_pairs_share_none():
 def test_equal_flops_are_equal_to_half_a_step(make):
   pair = make('mini').pairs()[0]
   up = pair.upcycled(moe={'capacity_factor': 1.0})
-  for run in (pair.paying(up), pair.tiled(up, 'stack')):
+  for run in (pair.matched_dense(up), pair.tiled(up, 'stack')):
     spent = run.settings.steps * run.step_flops
     assert abs(spent - up.settings.steps * up.step_flops) <= run.step_flops / 2
     assert run.settings.schedule.cooldown_steps == round(0.4 * run.settings.steps)
@@ -156,7 +156,7 @@ def test_what_a_claim_is_about_is_measured(name, scale):
     for arm in suite.arms:
       if arm.domain == claim.domain and arm.name in (claim.a, claim.b):
         run = arm.run.settings
-        measured = {'step0': isinstance(arm.run, Surgery), 'validation': True,
+        measured = {'step0': isinstance(arm.run, UntrainedRun), 'validation': True,
                     'probe': metric in {f'{n}shot_accuracy' for n in run.probe.shots}
                     and run.probe.source != ''}
         assert measured.get(split, split in run.eval_splits), (claim.says, arm.name)

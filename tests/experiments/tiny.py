@@ -5,14 +5,16 @@ chain   the first of these parents, with a child
 alone   that parent
 """
 
+import dataclasses
 import os
 import sys
 import types
 
 from experiments import main as main_lib
-from experiments import scheduler, suites
 from experiments import suite as suite_lib
+from experiments import suites
 from experiments.suite import Arm, Run, Suite
+from moejax.config import check_choice
 from tests import xla
 
 STEPS = 400
@@ -56,16 +58,23 @@ def environment() -> dict[str, str]:
   return {**os.environ, 'XLA_FLAGS': xla.QUICK}
 
 
+def module(name: str):
+  check_choice('--suite', name, SUITES)
+  return SUITES[name]
+
+
 def use(set_attribute=setattr) -> None:
-  """Makes these the suites there are; a test gives monkeypatch.setattr."""
+  """Replaces all suites by these; a test gives monkeypatch.setattr."""
   set_attribute(suite_lib, 'names', lambda: sorted(SUITES))
-  set_attribute(suite_lib, 'module', SUITES.__getitem__)
+  set_attribute(suite_lib, 'module', module)
   set_attribute(suites, 'ORDER', tuple(SUITES))
 
 
 if __name__ == '__main__':
+  SUITES['drop_upcycling'] = types.SimpleNamespace(   # for the notebook, which shows committed ones
+      __doc__='Tiny.', get_suite=lambda scale: dataclasses.replace(
+          chain(scale), name='drop_upcycling'))
   use()
-  scheduler.LOOK = 0.5   # others' work is looked at every 20 s, which no test waits for
   try:
     sys.exit(main_lib.main())
   except suite_lib.ConfigError as error:

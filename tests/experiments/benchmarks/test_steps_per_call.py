@@ -1,4 +1,4 @@
-"""Steps per dispatch: a tiny measurement for real, and its table."""
+"""Steps per call: a tiny measurement for real, and its table."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_a_tiny_scale_replaces_nothing_that_was_measured(tmp_path, monkeypatch):
 
 def test_every_number_of_steps_is_of_the_same_run():
   for name in steps_per_call.MODELS:
-    for per in steps_per_call.STEPS:
+    for per in steps_per_call.SCALES['mini'].steps:
       run = steps_per_call.config(name, per, steps_per_call.SCALES['mini'])
       assert run.steps_per_call == per and run.steps % per == 0
       assert run.init.mode == 'scratch'

@@ -7,16 +7,16 @@ import signal
 import pytest
 
 from configs import paper
-from experiments.benchmarks import tpu, tpu_plot
+from experiments.benchmarks import tpu
 from moejax.aot import chips
 from moejax.config import ConfigError
 from moejax.train import metrics
 
 
-def report(entry, mfu=0.5):
+def report(case, mfu=0.5):
   return {
-      'table': entry.table, 'name': entry.name, 'key': entry.key, 'config': entry.config,
-      'changes': dict(entry.changes), 'slice': entry.slice, 'chips': 8,
+      'table': case.table, 'name': case.name, 'key': case.key, 'config': case.config,
+      'changes': dict(case.changes), 'slice': case.slice, 'chips': 8,
       'mesh': {'data': 2, 'fsdp': 1, 'expert': 4, 'model': 1}, 'parameters': 2_000_000_000,
       'parameters_active_per_token': 250_000_000,
       'memory': {'total': 8 * chips.GIB, 'available': 15.75 * chips.GIB},
@@ -35,36 +35,23 @@ def compiled(monkeypatch):
   """Names that were compiled; 'vit_l16' cannot be."""
   names = []
 
-  def compile_entry(entry, programs):
-    names.append(entry.name)
-    if entry.name == 'vit_l16':
+  def compile_case(case, programs):
+    names.append(case.name)
+    if case.name == 'vit_l16':
       raise ConfigError('vit_l16: does not fit')
-    return report(entry, 0.45 if '_upcycled' in entry.name else 0.5)
-  monkeypatch.setattr(tpu, 'compile_entry', compile_entry)
+    return report(case, 0.45 if '_upcycled' in case.name else 0.5)
+  monkeypatch.setattr(tpu, 'compile_case', compile_case)
   return names
 
 
-def test_what_is_there_is_not_compiled_again_and_what_fails_is_told(compiled, tmp_path, capsys):
+def test_what_is_compiled_is_not_compiled_again_and_failures_are_reported(
+    compiled, tmp_path, capsys):
   flags = [f'--results={tmp_path}', '--only=vit_l']
   assert tpu.main(flags) == 1
   assert compiled == ['vit_l32', 'vit_l32_upcycled', 'vit_l16', 'vit_l16_upcycled']
   assert 'vit_l16: does not fit' in capsys.readouterr().err
   assert tpu.main(flags) == 1 and compiled[4:] == ['vit_l16']
   assert len(metrics.read_lines(tmp_path / tpu.FILE)) == 3
-
-
-def test_ctrl_c_keeps_what_is_compiled(compiled, tmp_path, monkeypatch, capsys):
-  flags = [f'--results={tmp_path}', '--only=vit_b32']
-  before = tpu.compile_entry
-
-  def stopped(entry, programs):
-    if entry.name.endswith('upcycled'):
-      raise KeyboardInterrupt
-    return before(entry, programs)
-  monkeypatch.setattr(tpu, 'compile_entry', stopped)
-  assert tpu.main(flags) == 130 and 'the same command goes on' in capsys.readouterr().err
-  monkeypatch.setattr(tpu, 'compile_entry', before)
-  assert tpu.main(flags) == 0 and compiled == ['vit_b32', 'vit_b32_upcycled']
 
 
 def test_another_setting_replaces_the_line(compiled, tmp_path):
@@ -86,7 +73,7 @@ def test_what_the_paper_varies_is_compiled_beside_its_dense_parent(compiled, tmp
 
 
 def test_ablations_are_what_they_are_called():
-  config = {entry.name: entry.run_config() for entry in tpu.entries()}
+  config = {case.name: case.run_config() for case in tpu.all_cases()}
   eight = config['t5_base_upcycled, 8 experts']
   assert eight.model.decoder_moe.num_experts == eight.mesh.expert == 8
   assert eight.model.encoder_moe.capacity_factor == 2
@@ -126,15 +113,15 @@ def test_lines_of_an_earlier_reading_are_marked_and_not_compared(compiled, tmp_p
   assert '†: read by an earlier version' in tpu.page(lines)
 
 
-def test_every_entry_says_how_it_is_compiled_and_has_a_key_of_its_own():
-  found = tpu.entries()
-  assert len({entry.key for entry in found}) == len(found)
-  weak = [entry for entry in found if entry.table == 'weak']
-  assert [entry.changes['data.batch_size'] // tpu.PER_CHIP for entry in weak] == [
+def test_every_case_has_a_command_and_a_key_of_its_own():
+  found = tpu.all_cases()
+  assert len({case.key for case in found}) == len(found)
+  weak = [case for case in found if case.table == 'weak']
+  assert [case.changes['data.batch_size'] // tpu.PER_CHIP for case in weak] == [
       1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
   command = weak[2].command('DIR')
   assert '--config.mesh.expert=4' in command and '--compile_for=v5p:2x2x1' in command
-  assert {entry.name for entry in found if entry.table == 'paper'} >= {'t5_xl', 't5_xl_upcycled'}
+  assert {case.name for case in found if case.table == 'paper'} >= {'t5_xl', 't5_xl_upcycled'}
 
 
 def test_a_name_that_is_none_is_refused():
@@ -144,25 +131,25 @@ def test_a_name_that_is_none_is_refused():
     tpu.main(['--table=weak', '--only=t5_xl'])
 
 
-@pytest.mark.parametrize('code, said, shown', [
+@pytest.mark.parametrize('code, output, shown', [
     (1, 'noise\nmoejax: --compile_for: no such slice\n', 'moejax: --compile_for: no such slice'),
-    (-9, '', 'ended with -9 and said nothing')])   # as where memory was short
-def test_the_compilers_own_words_are_shown(monkeypatch, tmp_path, code, said, shown):
+    (-9, '', 'ended with -9 and no message')])   # as where memory was short
+def test_the_last_line_of_the_compiler_is_shown(monkeypatch, tmp_path, code, output, shown, capsys):
   monkeypatch.setattr(tpu.subprocess, 'run', lambda *args, **kwargs: type(
-      'Done', (), {'returncode': code, 'stderr': said}))
-  with pytest.raises(ConfigError, match=f't5_base: {shown}'):
-    tpu.compile_entry(tpu.entries()[0], tmp_path)
+      'Done', (), {'returncode': code, 'stderr': output}))
+  assert tpu.main([f'--results={tmp_path}', '--only=t5_xl_upcycled']) == 1
+  assert f't5_xl_upcycled: {shown}\n' in capsys.readouterr().err
 
 
 def test_a_compiler_that_crashes_is_started_again(monkeypatch, tmp_path):
   codes = [-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGSEGV, 1]
   monkeypatch.setattr(tpu.subprocess, 'run', lambda *args, **kwargs: type(
       'Done', (), {'returncode': codes.pop(0), 'stderr': 'Fatal Python error\nnoise\n'}))
-  entry = tpu.entries()[0]
-  said = tmp_path / entry.key / tpu.CRASH
-  with pytest.raises(ConfigError, match=rf'compiler crashed 3 times \(SIGSEGV\).*{said}'):
-    tpu.compile_entry(entry, tmp_path)
-  assert said.read_text() == 'Fatal Python error\nnoise\n' and codes == [1]
+  case = tpu.all_cases()[0]
+  log = tmp_path / case.key / tpu.CRASH
+  with pytest.raises(ConfigError, match=rf'compiler crashed 3 times \(SIGSEGV\).*{log}'):
+    tpu.compile_case(case, tmp_path)
+  assert log.read_text() == 'Fatal Python error\nnoise\n' and codes == [1]
 
 
 def test_its_report_becomes_a_line(monkeypatch, tmp_path):
@@ -173,14 +160,14 @@ def test_its_report_becomes_a_line(monkeypatch, tmp_path):
       json.dump({'slice': 'v5e:4x8', 'chips': 32}, file)
     return type('Done', (), {'returncode': 0})
   monkeypatch.setattr(tpu.subprocess, 'run', run)
-  line = tpu.compile_entry(entry := tpu.entries()[0], tmp_path)
-  assert (line['name'], line['chips'], line['key']) == ('t5_base', 32, entry.key)
+  line = tpu.compile_case(case := tpu.all_cases()[0], tmp_path)
+  assert (line['name'], line['chips'], line['key']) == ('t5_base', 32, case.key)
 
 
 def test_programs_that_are_kept_are_read_again(compiled, tmp_path, monkeypatch, capsys):
   flags = [f'--results={tmp_path}', f'--programs={tmp_path}', '--table=paper']
   tpu.main([*flags, '--only=vit_b32'])
-  sparse = next(e for e in tpu.entries() if e.name == 'vit_b32_upcycled')
+  sparse = next(e for e in tpu.all_cases() if e.name == 'vit_b32_upcycled')
   (tmp_path / sparse.key).mkdir()
   (tmp_path / sparse.key / 'program.hlo.gz').touch()
   monkeypatch.setattr(tpu.report, 'read_again', lambda folder: {
@@ -197,10 +184,9 @@ def test_programs_that_are_kept_are_read_again(compiled, tmp_path, monkeypatch, 
 
 def test_the_page_shows_plots_that_are_there(compiled, tmp_path, monkeypatch):
   drawn = []
-  for name in ('pairs', 'weak'):
-    table = {'pairs': 'paper', 'weak': 'weak'}[name]
-    monkeypatch.setitem(tpu.PLOTS, table, lambda rows, path, real=tpu.PLOTS[table]: (
-        drawn.extend(x['name'] for x in rows), real(rows, path)))
+  for table, real in tpu.PLOTS.items():
+    monkeypatch.setitem(tpu.PLOTS, table, lambda lines, figure, real=real: (
+        drawn.extend(line['name'] for line in lines), real(lines, figure)))
   assert tpu.main([f'--results={tmp_path}', '--table=weak', '--only=2 chips']) == 0
   assert drawn == ['2 chips', '32 chips', '512 chips'] and not (tmp_path / 'paper.png').exists()
   assert tpu.main([f'--results={tmp_path}', '--table=paper', '--only=vit_b']) == 0
@@ -216,12 +202,12 @@ BELOW = {'t5_base_upcycled, every layer'}
 def test_the_committed_tables_are_of_all_that_there_is_and_it_fits(monkeypatch):
   lines = {(line['table'], line['name']): line
            for line in metrics.read_lines(tpu.FOLDER / tpu.FILE)}
-  assert lines.keys() == {(entry.table, entry.name) for entry in tpu.entries()}
-  for entry in tpu.entries():
-    line = lines[entry.table, entry.name]
+  assert lines.keys() == {(case.table, case.name) for case in tpu.all_cases()}
+  for case in tpu.all_cases():
+    line = lines[case.table, case.name]
     monkeypatch.setattr(tpu.jax, '__version__', line['versions']['jax'])
-    assert line['key'] == entry.key, f'{entry.name}: other settings; compile it again'
-    assert line['memory']['total'] <= line['memory']['available'], entry.name
+    assert line['key'] == case.key, f'{case.name}: other settings; compile it again'
+    assert line['memory']['total'] <= line['memory']['available'], case.name
 
 
 def test_the_committed_runs_reach_the_aim_but_for_those_that_are_named():
@@ -230,9 +216,4 @@ def test_the_committed_runs_reach_the_aim_but_for_those_that_are_named():
   shares = {name: value / mfu['paper', name.partition('_upcycled')[0]]
             for (_, name), value in mfu.items() if '_upcycled' in name}
   assert len(shares) == len(paper.SLICES) + len(tpu.VARIED) * len(tpu.ABLATIONS)
-  assert {name for name, share in shares.items() if share < tpu_plot.LIMIT} == BELOW
-
-
-def test_the_committed_page_is_that_of_its_lines():
-  lines = metrics.read_lines(tpu.FOLDER / tpu.FILE)
-  assert (tpu.FOLDER / tpu.PAGE).read_text() == tpu.page(lines)
+  assert {name for name, share in shares.items() if share < tpu.LIMIT} == BELOW

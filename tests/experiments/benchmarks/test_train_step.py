@@ -7,9 +7,9 @@ import json
 import jax
 import pytest
 
-from experiments.benchmarks import train_step
-from experiments.step0 import Surgery
+from experiments.benchmarks import common, train_step
 from experiments.suite import Arm, Run, Suite
+from experiments.untrained import UntrainedRun
 from moejax.config import ConfigError
 from moejax.train import parallel, workdir
 from tests.experiments import made_up
@@ -34,28 +34,33 @@ def suite(*runs, base=None):
   return Suite('made up', 'mini', tuple(arms))
 
 
+class Step:
+  """Stands for a TimedStep on a made-up clock: `calls` are the names of the steps taken."""
+
+  def __init__(self, clock, per_step, name=None, steps=1):
+    self.clock, self.per_step, self.name, self.steps = clock, per_step, name, steps
+
+  def advance(self, calls):
+    self.clock.calls.append(self.name)
+    self.clock.now += calls * self.steps * self.per_step(len(self.clock.calls))
+
+
 @pytest.fixture
 def clock(monkeypatch):
-  """A clock that only `advancing` moves; `made` lists the steps that were compiled."""
+  """A clock that only steps move; `made` lists the configs that were compiled."""
   class Clock:
-    now, made, calls = 0.0, [], []
-
-    def advancing(self, per_step, name=None):
-      def advance(steps):
-        self.calls.append(name)
-        self.now += steps * per_step(len(self.calls))
-        return steps
-      return advance
+    def __init__(self):
+      self.now, self.made, self.calls = 0.0, [], []
   clock = Clock()
-  clock.made, clock.calls = [], []
 
-  def prepare(config, tick):
+  def timed_step(config, tick):
     clock.made.append(config)
-    tick()
+    tick(None)
     experts = config.model.moe.num_experts if config.model.moe.layers != 'none' else 1
-    return clock.advancing(lambda _: 0.01 * experts)
-  monkeypatch.setattr(train_step.time, 'perf_counter', lambda: clock.now)
-  monkeypatch.setattr(train_step, 'prepare', prepare)
+    return Step(clock, lambda _: 0.01 * experts)
+  monkeypatch.setattr(common.time, 'perf_counter', lambda: clock.now)
+  monkeypatch.setattr(common.time, 'sleep', lambda seconds: None)
+  monkeypatch.setattr(train_step, 'TimedStep', timed_step)
   return clock
 
 
@@ -78,41 +83,41 @@ OWN = {
 
 @pytest.mark.parametrize('changes', SHARED.values(), ids=SHARED)
 def test_what_does_not_move_a_steps_time_is_not_in_its_key(changes):
-  assert train_step.key(sparse(**changes)) == train_step.key(sparse())
+  assert train_step.step_key(sparse(**changes)) == train_step.step_key(sparse())
   assert sparse(**changes).key != sparse().key
 
 
 @pytest.mark.parametrize('changes', OWN.values(), ids=OWN)
 def test_what_moves_a_steps_time_is_in_its_key(changes):
-  assert train_step.key(sparse(**changes)) != train_step.key(sparse())
+  assert train_step.step_key(sparse(**changes)) != train_step.step_key(sparse())
 
 
 def test_a_step_has_no_past_and_a_dense_one_no_experts():
   for how in ('copy', 'random'):
     upcycled = sparse(parent=dense(), **{'init.experts': how, 'init.optimizer': 'reset'})
-    assert train_step.key(upcycled) == train_step.key(sparse())
+    assert train_step.step_key(upcycled) == train_step.step_key(sparse())
   unread = dense(**{'model.moe.num_experts': 4, 'model.moe.group_size': 64})
-  assert train_step.key(unread) == train_step.key(dense()) != train_step.key(sparse())
+  assert train_step.step_key(unread) == train_step.step_key(dense())
+  assert train_step.step_key(dense()) != train_step.step_key(sparse())
 
 
-def test_ratios_are_of_steps_in_the_same_round_whatever_the_machine_does(clock):
+def test_ratios_are_per_step_and_of_one_round(clock):
   # Every round the machine is slower than before; one arm takes twice the base's time, one a half.
   slower = lambda factor: lambda calls: factor * (1 + (calls - 7) // 3)
-  names = {'base': 0.1, 'double': 0.2, 'half': 0.05}
-  advances = [clock.advancing(slower(t), name) for name, t in names.items()]
+  steps = [Step(clock, slower(t), name, per_call) for name, t, per_call in (
+      ('base', 0.1, 1), ('double', 0.2, 4), ('half', 0.05, 1))]
   ticks = []
-  found = train_step.interleaved(advances, 4, lambda: ticks.append(1))
+  found = train_step.interleaved(steps, 4, ticks.append)
   assert found == [pytest.approx([2.0] * 4), pytest.approx([0.5] * 4)]
-  assert clock.calls[3:12] == ['base', 'double', 'half', 'double', 'half', 'base', 'half', 'base',
-                               'double']
+  assert clock.calls[6:12] == ['base', 'double', 'half', 'double', 'half', 'base']
   assert len(ticks) == 3 * 5
 
 
 def test_each_step_is_timed_once_with_its_base_a_few_at_a_time(clock, tmp_path):
   path = tmp_path / 'step_times.jsonl'
   widths = [sparse(f'E={E}', **{'model.moe.num_experts': E}) for E in range(2, 10)]
-  cells = Surgery('s', 'vit_glyphs_upcycled', {}, dense(), arg='runlocal')
-  train_step.measure([suite(*widths, sparse('again', seed=1), cells)], 3, path)
+  untrained = UntrainedRun('s', 'vit_glyphs_upcycled', {}, dense(), arg='runlocal')
+  train_step.measure([suite(*widths, sparse('again', seed=1), untrained)], 3, path)
   assert [config.model.moe.layers for config in clock.made].count('none') == 2   # 6 + 2 of them
   assert len(clock.made) == 2 + len(widths)
   lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -122,7 +127,7 @@ def test_each_step_is_timed_once_with_its_base_a_few_at_a_time(clock, tmp_path):
   assert lines[0]['settings']['model.moe.num_experts'] == 2
   assert lines[0]['versions'] == workdir.versions() and lines[0]['rounds'] == 3
 
-  table = train_step.ratios(path)
+  table = train_step.known_ratios(path)
   devices = lines[0]['devices']
   for arm in suite(*widths, sparse('again', seed=1)).arms[1:]:
     experts = arm.run.settings.model.moe.num_experts
@@ -142,12 +147,12 @@ def test_what_is_measured_is_not_measured_again_even_after_half_a_line(clock, tm
   path.write_text(first + '{"devices": ')
   train_step.measure([suite(four, two)], 2, path)
   assert len(clock.made) == 4 and path.read_text().startswith(first)
-  assert sorted(train_step.ratios(path).values()) == pytest.approx([2.0, 4.0])
+  assert sorted(train_step.known_ratios(path).values()) == pytest.approx([2.0, 4.0])
 
 
 def test_quartiles_and_the_table_sorted_by_label(clock, tmp_path, monkeypatch, capsys):
   per_round = [[2.0, 4.0, 3.0, 1.0, 5.0], [1.0] * 5]
-  monkeypatch.setattr(train_step, 'interleaved', lambda advances, rounds, tick: per_round)
+  monkeypatch.setattr(train_step, 'interleaved', lambda steps, rounds, tick: per_round)
   path = tmp_path / 'step_times.jsonl'
   other = sparse('a', **{'model.moe.capacity_factor': 1.0})
   train_step.measure([suite(sparse('b'), other)], 5, path)
@@ -170,12 +175,13 @@ def test_a_rows_ratio_is_that_of_its_step_on_the_devices_it_was_trained_on(clock
       {}, {'devices': 'a TPU', 'ratio': 1.5})))
   arms = suite(four).arms
   for devices, ratio in (('a TPU', 1.5), (line['devices'], 4.0), ('a GPU', None)):
-    rows = [{**made_up.row(arm.name), 'key': arm.run.key, 'devices': devices} for arm in arms]
-    found = train_step.fill(made_up.results(rows), suite(four), path)
-    assert [row['time_ratio'] for row in found.rows] == [1.0, pytest.approx(ratio)]
-  rows = [{**made_up.row(arm.name, ratio=2.5), 'devices': line['devices']} for arm in arms]
-  found = train_step.fill(made_up.results(rows), suite(four), path)   # of other runs: keys differ
-  assert [row['time_ratio'] for row in found.rows] == [2.5, 2.5]
+    records = [{**made_up.record(arm.name), 'key': arm.run.key, 'devices': devices} for arm in arms]
+    found = train_step.fill(made_up.results(records), suite(four), path)
+    assert [record['time_ratio'] for record in found.records] == [1.0, pytest.approx(ratio)]
+  records = [{**made_up.record(arm.name, ratio=2.5), 'devices': line['devices']} for arm in arms]
+  # Of other runs: keys differ.
+  found = train_step.fill(made_up.results(records), suite(four), path)
+  assert [record['time_ratio'] for record in found.records] == [2.5, 2.5]
 
 
 def test_four_layers_take_longer_than_one(tmp_path, monkeypatch):
@@ -199,7 +205,7 @@ def test_four_layers_take_longer_than_one(tmp_path, monkeypatch):
     ([], '--suite: got None'),
 ])
 def test_a_wrong_command_line_is_one_clear_error(argv, words, monkeypatch):
-  monkeypatch.setattr(train_step, 'use_cores', lambda number: None)
+  monkeypatch.setattr(common, 'use_cores', lambda number: None)
   with pytest.raises(ConfigError, match=words):
     train_step.main(argv)
 
@@ -208,4 +214,4 @@ def test_a_run_with_a_teacher_is_left_out():
   arm = suite(sparse()).arms[1]
   task = dataclasses.replace(arm.run.settings.task, teacher='somewhere', distill_weight=0.5)
   arm.run.__dict__['settings'] = dataclasses.replace(arm.run.settings, task=task)
-  assert not train_step._has_steps(arm)
+  assert not train_step._can_time(arm)

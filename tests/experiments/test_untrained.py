@@ -7,9 +7,9 @@ import json
 import jax
 import pytest
 
-from experiments import step0
-from experiments.step0 import Measure, Surgery
+from experiments import untrained
 from experiments.suite import Run
+from experiments.untrained import EvaluationJob, UntrainedRun
 from moejax.config import ConfigError
 from moejax.train import loop, metrics, parallel
 from moejax.train.workdir import Workdir
@@ -26,7 +26,7 @@ def parent() -> Run:
                                       'optimizer.learning_rate': 0.02}, arg='runlocal')
 
 
-def cell(label='cell', kind=Surgery, **changes):
+def cell(label='cell', kind=UntrainedRun, **changes):
   return kind(label, 'vit_glyphs_upcycled', {
       **TINY, 'model.moe.layers': 'last_1', 'model.moe.num_experts': 4,
       'model.moe.group_size': 64, **changes},
@@ -60,18 +60,18 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def job():
-  return Measure(parent(), tuple(cell(label, **CELLS[label]) for label in CELLS))
+  return EvaluationJob(parent(), tuple(cell(label, **CELLS[label]) for label in CELLS))
 
 
 @pytest.fixture(scope='module')
 def measured(trained, job):
   """The same folder, all cells measured by the job's own command."""
-  assert step0.main(job.command(trained)[2:]) == 0
+  assert untrained.main(job.command(trained)[2:]) == 0
   return trained
 
 
 def collected(measured, label, **changes):
-  return step0.collect(cell(label, **CELLS[label], **changes), measured)
+  return untrained.facts(cell(label, **CELLS[label], **changes), measured)
 
 
 def test_a_cell_measures_what_the_run_that_trains_from_it_starts_with(measured, tmp_path):
@@ -87,7 +87,7 @@ def test_a_cell_measures_what_the_run_that_trains_from_it_starts_with(measured, 
       first.items())
   assert row['start_step'] == row['end_step'] == first['step']
   facts = Workdir(tmp_path).read('run.json')
-  for here, there in step0.FACTS.items():
+  for here, there in untrained.FACTS.items():
     assert row[there] == facts[here]
 
 
@@ -101,7 +101,7 @@ def test_the_gap_closes_where_every_expert_takes_every_token_with_weights_that_s
 
 
 def test_each_split_has_its_own_gap_and_each_checkpoint_and_data_its_own_parent(measured):
-  lines = {label: cell(label, **CELLS[label]).measured(measured) for label in CELLS}
+  lines = {label: cell(label, **CELLS[label]).line(measured) for label in CELLS}
   for line in lines.values():
     for split, gap in (('validation', 'step0_gap'), ('test', 'test_gap')):
       assert line['step0'][gap] == line['final'][split]['loss'] - line['parent'][split]['loss']
@@ -121,39 +121,39 @@ def test_a_row_is_one_evaluation_of_no_steps(measured):
 def test_what_is_measured_is_found_and_what_a_kill_cut_off_is_measured_again(
     measured, job, tmp_path, monkeypatch):
   assert job.finished(measured) and job.done(measured) == job.work == len(CELLS)
-  file = measured / job.name / step0.FILE
+  file = measured / job.name / untrained.FILE
   text = file.read_text()
   copy = tmp_path / job.name
   copy.mkdir()
   lines = text.splitlines(keepends=True)
-  (copy / step0.FILE).write_text(''.join(lines[:2]) + lines[2][:100])
+  (copy / untrained.FILE).write_text(''.join(lines[:2]) + lines[2][:100])
   assert job.done(tmp_path) == 2 and not job.finished(tmp_path)
 
   took = []
-  line = step0.line
-  monkeypatch.setattr(step0, 'line', lambda config: took.append(config) or line(config))
-  step0.measure(str(measured / parent().name), [c.spec for c in job.cells], copy)
-  assert (copy / step0.FILE).read_text() == text
+  line = untrained.evaluate_run
+  monkeypatch.setattr(untrained, 'evaluate_run', lambda config: took.append(config) or line(config))
+  untrained.evaluate_missing(str(measured / parent().name), [c.spec for c in job.runs], copy)
+  assert (copy / untrained.FILE).read_text() == text
   assert [config.model.moe.capacity_factor for config in took] == [4.0, 2.0]
-  step0.measure(str(measured / parent().name), [c.spec for c in job.cells], copy)
-  assert len(took) == 2 and (copy / step0.FILE).read_text() == text
+  untrained.evaluate_missing(str(measured / parent().name), [c.spec for c in job.runs], copy)
+  assert len(took) == 2 and (copy / untrained.FILE).read_text() == text
 
 
 def test_a_line_of_other_settings_is_not_taken_for_a_cell(measured, job, tmp_path):
   # As after a default was changed, which no key shows.
   (tmp_path / job.name).mkdir()
-  found = dict(job.cells[0].measured(measured), settings='0' * 64)
-  (tmp_path / job.name / step0.FILE).write_text(json.dumps(found) + '\n')
-  assert not job.cells[0].finished(tmp_path)
+  found = dict(job.runs[0].line(measured), settings='0' * 64)
+  (tmp_path / job.name / untrained.FILE).write_text(json.dumps(found) + '\n')
+  assert not job.runs[0].finished(tmp_path)
   with pytest.raises(ConfigError, match="'expert choice' is measured"):
-    step0.collect(job.cells[0], tmp_path)
+    untrained.facts(job.runs[0], tmp_path)
 
 
 def test_the_command_of_a_cell_measures_it_alone(measured, job, tmp_path):
   (tmp_path / parent().name).symlink_to(measured / parent().name)
-  one = job.cells[1]
-  assert step0.main(one.command(tmp_path)[2:]) == 0
-  assert one.finished(tmp_path) and one.measured(tmp_path) == one.measured(measured)
+  one = job.runs[1]
+  assert untrained.main(one.command(tmp_path)[2:]) == 0
+  assert one.finished(tmp_path) and one.line(tmp_path) == one.line(measured)
   assert job.done(tmp_path) == 1
 
 
@@ -162,9 +162,9 @@ def test_a_cell_is_not_the_run_of_the_same_config_and_jobs_gather_cells_by_paren
   assert run.key != one.key and one.settings == run.settings
   other = dataclasses.replace(one, parent=dataclasses.replace(parent(), changes={
       **parent().changes, 'seed': 1}))
-  trained, first, second = step0.jobs([one, run, other, two])
+  trained, first, second = untrained.jobs([one, run, other, two])
   assert trained is run
-  assert first.cells == (one, two) and second.cells == (other,)
+  assert first.runs == (one, two) and second.runs == (other,)
   assert first.parent is one.parent and first.name != second.name and first.key != second.key
   assert first.cost == 2 * second.cost == 2 * one.cost
   # Two splits of 40 examples, forward only; a step is three forward passes of 32.
@@ -178,14 +178,14 @@ def test_a_cell_is_not_the_run_of_the_same_config_and_jobs_gather_cells_by_paren
 ])
 def test_what_cannot_be_measured_is_said_and_leaves_no_line(measured, tmp_path, changes, words):
   with pytest.raises(ConfigError, match=words):
-    step0.measure(str(measured / parent().name), [cell(**changes).spec], tmp_path)
-  assert metrics.read_lines(tmp_path / step0.FILE) == []
+    untrained.evaluate_missing(str(measured / parent().name), [cell(**changes).spec], tmp_path)
+  assert metrics.read_lines(tmp_path / untrained.FILE) == []
 
 
 def test_a_surgery_without_a_parent_and_cells_that_are_no_json_are_refused(tmp_path):
   with pytest.raises(ConfigError, match='a run with a parent'):
-    Surgery('s', 'vit_glyphs')
-  main = functools.partial(step0.main, [f'--parent={tmp_path}', f'--workdir={tmp_path}',
-                                            f'--cells={tmp_path / "none"}'])
-  with pytest.raises(ConfigError, match='--cells: .*No such file'):
+    UntrainedRun('s', 'vit_glyphs')
+  main = functools.partial(untrained.main, [f'--parent={tmp_path}', f'--workdir={tmp_path}',
+                                            f'--runs={tmp_path / "none"}'])
+  with pytest.raises(ConfigError, match='--runs: .*No such file'):
     main()
