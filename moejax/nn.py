@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.config import check_choice
+
 Initializer = Callable[..., jax.Array]   # (key, shape, dtype) -> array
 
 ACTIVATIONS = {
@@ -146,14 +148,20 @@ class MLPSpec:
     bias: whether every matmul adds a bias.
     init: initialiser of kernels.
     dropout_rate: of hidden activations.
+
+  Raises:
+    ConfigError: there is no such activation.
   """
   d_model: int
   d_ff: int
-  gated: bool
-  activation: str
-  bias: bool
-  init: Initializer
+  gated: bool = False
+  activation: str = 'gelu_tanh'
+  bias: bool = True
+  init: Initializer = dataclasses.field(default_factory=fan_in_normal)
   dropout_rate: float = 0.0
+
+  def __post_init__(self):
+    check_choice('activation', self.activation, ACTIVATIONS)
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the parameters of one MLP: kernels, then biases if any."""

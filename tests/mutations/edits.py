@@ -45,11 +45,11 @@ TRAPS = {
         ('dispatch.gather', 'jnp.zeros(x.shape, wide).at', 'x.astype(wide).at',
          'moe/test_dispatch.py -k "hand or no_slot"')),
     'jitter leaking into expert inputs': (
-        ('MoELayer.__call__', "groups = {'x': group(x), ",
-         'jitter = self.config.jitter\n    if train and jitter:\n'
-         '        x = x * _per_example(jitter_keys, x.shape, lambda key, n: jax.random.uniform('
-         'key, n, minval=1 - jitter, maxval=1 + jitter))\n'
-         "    groups = {'x': group(x), ", 'moe/test_noise.py -k never'),),
+        ('MoELayer.__call__', "groups = {'x': to_groups(x), ",
+         'jitter = self.config.jitter\n    if train and jitter and keys is not None:\n'
+         '        x = x * nn.draw_per_example(lambda key, n: jax.random.uniform('
+         'key, n, minval=1 - jitter, maxval=1 + jitter), router_keys[0], x.shape)\n'
+         "    groups = {'x': to_groups(x), ", 'moe/test_noise.py -k never'),),
     'reported loss including auxiliary losses': (
         ('make_train_step', "'aux_loss': aux_loss}",
          "'aux_loss': aux_loss, 'loss': sums['loss'] + aux_loss * sums['weight']}",
@@ -116,14 +116,15 @@ TRAPS = {
         ('top_k', 'weight = jnp.take_along_axis(scores', 'weight = jnp.take_along_axis(ranked',
          'moe/test_token_choice.py -k bias'),),
     'loss-free bias moved by its own batch': (
-        ('MoELayer', "bias=groups.get('bias'), ",
-         "bias=None if 'bias' not in groups else balance.update_bias(groups['bias'], balance.asked("
-         "routing.top_k(logits, mask, config.k, score=config.score, bias=groups['bias']), "
-         'self.num_experts), config.bias_rate), ',
+        ('router.choose', 'score=config.score, bias=bias, **weights)',
+         'score=config.score, bias=None if bias is None else balance.update_bias(bias, '
+         'telemetry.choices_per_expert(routing.top_k(output.logits, mask, config.k, '
+         'score=config.score, bias=bias), bias.shape[-1]), config.bias_rate), **weights)',
          'moe/test_every.py -k "numpy and bias and drops and gather"'),),
     'loss-free bias moved by local load': (
-        ('make_train_step', 'grads, sums = reduce(total)\n',
-         "grads, sums = reduce(total)\n        own = trees.flatten(total[1]['layers'])\n"
+        ('make_train_step', 'grads, sums = reduce(accumulate($))\n',
+         "total = accumulate($)\n        grads, sums = reduce(total)\n"
+         "        own = trees.flatten(total[1]['layers'])\n"
          "        choose = lambda path, x: own[path] if path.endswith('/asked') else x\n"
          "        sums['layers'] = trees.map_with_path(choose, sums['layers'])\n",
          'train/test_bias.py -k eight'),),
@@ -196,17 +197,17 @@ OTHERS = {
         ('router_z', 'jnp.where(mask, z ** 2, 0.0)', '(z ** 2)',
          'moe/test_balance.py -k router_z'),),
     'importance of the noisy weights': (
-        ('MoELayer', "groups.get('clean', groups['logits'])", "groups['logits']",
-         'moe/test_losses.py -k importance'),),
+        ('router.losses', 'clean = output.logits if output.clean is None else output.clean',
+         'clean = output.logits', 'moe/test_losses.py -k importance'),),
     'router in bfloat16': (
         ('Router.__call__', '_dot(x, self.kernel[...])',
          '_dot(x.astype(jnp.bfloat16), self.kernel[...].astype(jnp.bfloat16))',
          'moe/test_layer.py -k rounded'),),
     'noise in evaluation': (
-        ('Router.__call__', 'if train and noise_keys', 'if noise_keys',
+        ('MoELayer', 'None if keys is None or not train else', 'None if keys is None else',
          'moe/test_noise.py -k evaluation'),),
     'second expert always used': (
-        ('MoELayer', 'if train and self.config.second_threshold$:', 'if False:',
+        ('router.choose', 'if output.uniform is not None:', 'if False:',
          'moe/test_noise.py -k second'),),
     'evaluation with the capacity of training': (
         ('moejax.moe', '@ if train else @.eval_capacity_factor', '@',
@@ -273,18 +274,19 @@ OTHERS = {
         ('stacking.stack', 'for member in members(path)]', 'for member in members(path)][::-1]',
          'trees/test_stacking.py'),),
     'clipping before the reduction': (
-        ('make_train_step', 'reduce(total)\n',
-         'reduce((optimizer.clip_by_global_norm(total[0], optimizer_config.clip_norm)[0], '
-         'total[1]))\n', 'train/test_step.py -k clipping'),),
+        ('make_train_step', 'grads, sums = reduce(accumulate($))\n',
+         'total = accumulate($)\n        grads, sums = reduce((optimizer.clip_by_global_norm('
+         'total[0], settings.optimizer.clip_norm)[0], total[1]))\n',
+         'train/test_step.py -k clipping'),),
     'resume repeating data': (
         ('train.loop', 'for batch in @.train_batches(done):',
          'for batch, _ in zip(@.train_batches(plan.first), range(plan.end - done)):',
          'train/test_resume.py -k "killed and step"'),),
     'steps of one call with rows of others': (
         ('train.step', '.swapaxes(0, 1).reshape(-1, ', '.reshape(-1, ',
-         'train/test_dispatch.py -k "cut or rows"'),
+         'train/test_steps_per_call.py -k "cut or rows"'),
         ('Plan.make', 'check(plan.whole % (config.steps_per_call or 1) == 0, ', 'check(True, ',
-         'train/test_dispatch.py -k middle')),
+         'train/test_steps_per_call.py -k middle')),
     'several steps at once after a resume in between': (
         ('Plan', 'math.gcd(self.first, self.done, ', 'math.gcd(self.first, ',
          'train/test_plan.py -k resumed'),),
@@ -295,7 +297,7 @@ OTHERS = {
         ('train.memory', 'math.prod(leaf.sharding.shard_shape(leaf.shape))',
          'math.prod(leaf.shape)', 'train/test_memory.py'),),
     'an evaluation not counted': (
-        ('memory.measure', 'if found.fits and evaluates_more(step.config):', 'if False:',
+        ('memory._phases', 'if config.data.eval_batch_size > examples or more_slots:', 'if False:',
          'train/test_memory.py -k evaluation'),),
     'out of memory at the last step': (
         ('Forecast', "'decoding': self.decoding", "'decoding': 0",
@@ -338,7 +340,8 @@ OTHERS = {
         ('Watchdog', 'time.sleep(grace + LAST)', 'time.sleep(LAST)',
          'cluster/test_watchdog.py -k reaches'),),
     'verdicts on part of the pairs': (
-        ('verdict.decide', 'found.n < planned', 'len(rows) < planned',
+        ('experiments.verdict', '_outcome(claim, differences, planned, p, q)',
+         '_outcome(claim, differences, 0 if len(records) >= planned else planned, p, q)',
          'experiments/test_verdict.py -k waits'),),
     'stopping as soon as it is significant': (
         ('experiments.verdict', '@.n < planned', 'False',
