@@ -10,8 +10,8 @@ one for its weight.
 
 Configs, stacks and MoE settings are duck-typed: this file imports neither models nor moe.
 
-Dimensions: B batch, L length, M attended length, D model, F ffn, H heads, K head width, E experts,
-S tokens per group, C slots per expert and group.
+Dimensions: B batch, L length, M attended length, D model, F ffn, H heads, K head width (as in
+models/), E experts, S tokens per group, C slots per expert and group.
 """
 
 import re
@@ -108,9 +108,7 @@ def _moe_layer(config, stack, E: int, B: int, train: bool, dispatch: bool) -> in
   S = moe.group_size or L
   G, F = B * L // S, moe.expert_d_ff(config.d_ff)
   mlp = lambda tokens, hidden: stack.mlp_matrices * _matmul(tokens, D, hidden)
-  slots = E * moe.slots_per_expert(S, E, train)
-  if moe.dispatch == 'grouped' and moe.token_choice:
-    slots = moe.k * S
+  slots = moe.k * S if moe.dropless else E * moe.slots_per_expert(S, E, train)
   one_hot = dispatch and moe.dispatch == 'einsum'
   moved = 2 * G * _matmul(S, slots, D) if one_hot else 0
   # Norm-based routing has no router, but runs every expert on every token.

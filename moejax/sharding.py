@@ -31,7 +31,8 @@ AXES = ('data', 'fsdp', 'expert', 'model')
 GROUP_AXES = ('data', 'fsdp', 'expert')   # examples, hence routing groups, are split over these
 ALL_TO_ALL = 'all_to_all'   # name of its outputs in the policies of models/scan.py
 
-# First match wins. Dimensions: E experts, D model, F hidden, H*K heads x head size, V vocabulary.
+# First match wins. Dimensions: E experts, D model, F hidden, H*K heads times head width (as in
+# models/), V vocabulary.
 RULES = (
     (r'experts/(wi|wi_gate|wi_up)', P('expert', 'fsdp', 'model')),      # (E, D, F)
     (r'experts/wo', P('expert', 'model', 'fsdp')),                      # (E, F, D)
@@ -188,7 +189,7 @@ def over_groups(fn: Callable) -> Callable:
   The compiler is not left to split this: it would all-gather the operands of top_k and of gathers
   over the whole batch.
   """
-  def run(groups, weights):
+  def on_all_devices(groups, weights):
     shape = axis_sizes()
     shards = math.prod(shape[a] for a in GROUP_AXES)
     if shards == 1:
@@ -202,7 +203,7 @@ def over_groups(fn: Callable) -> Callable:
     return jax.shard_map(
         local, in_specs=(P(GROUP_AXES), P('expert')), out_specs=(P(GROUP_AXES), P()),
         axis_names=set(GROUP_AXES))(groups, weights)
-  return run
+  return on_all_devices
 
 
 def exchange(apply: Callable) -> Callable:
@@ -211,7 +212,7 @@ def exchange(apply: Callable) -> Callable:
     x = jax.lax.all_to_all(x, 'expert', split_axis=split, concat_axis=concat, tiled=True)
     return checkpoint_name(x, ALL_TO_ALL)
 
-  def run(weights, x):
+  def apply_elsewhere(weights, x):
     x = apply(weights, send(x, 0, 1))                                              # (E/n, n*N, D)
     return send(x, 1, 0)
-  return run
+  return apply_elsewhere

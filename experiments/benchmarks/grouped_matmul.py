@@ -65,7 +65,7 @@ def ways(N: int, D: int, F: int, E: int) -> dict[str, tuple]:
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), workload()[1])
   rows, w, n = rows_of(N, E, rng), draw(E, D, F), -(-N // E)
-  P = len(rows.order)
+  P = len(rows.assignment)
   x, cotangent = draw(P, D), draw(P, F)
   return {
     'floor': (jnp.matmul, draw(E, n, D), w, draw(E, n, F)),
@@ -97,7 +97,7 @@ def timed(rounds: int) -> str:
     for shape in shapes:
       N, _, _, E = shape
       measured = ratios(shape, rounds, lambda key: bar.update())
-      padded = len(rows_of(N, E, np.random.default_rng(0)).order) / N
+      padded = len(rows_of(N, E, np.random.default_rng(0)).assignment) / N
       table += [[*shape, f'{padded:.2f}', which,
                  *(cell(measured[way, which]) for way in ('grouped', 'ragged_dot'))]
                 for which in PASSES]
@@ -140,7 +140,7 @@ def for_tpu() -> str:
     for name, product in PRODUCTS.items():
       cells = []
       for P, groups, matmul in (
-          (len(rows.order), rows, lambda rows: rows.gmm),
+          (len(rows.assignment), rows, lambda rows: rows.gmm),
           (N, array((E,), jnp.int32), lambda sizes: lambda x, w: jax.lax.ragged_dot(x, w, sizes))):
         program = lambda groups, x, w, c, matmul=matmul, product=product: product(
             matmul(groups), x, w, c)

@@ -22,7 +22,7 @@ from moejax.models import layers
 from moejax.models.attention import AttentionSpec, RelativeBias
 from moejax.models.blocks import BlockSpec, Context, Stack, StackInfo
 from moejax.models.scan import UNROLLED, Execution
-from moejax.moe.config import MoEConfig
+from moejax.moe.config import CAUSAL, MoEConfig
 
 PAD, EOS = 0, 1   # PAD also starts every decoder input
 NORM_EPS = 1e-6
@@ -80,8 +80,8 @@ class T5Config:
       if self.sparse_layers(stack):
         getattr(self, f'{stack}_moe').expert_d_ff(self.d_ff, f'model.{stack}_moe')
     if self.sparse_layers('decoder'):
-      check(self.decoder_moe.router != 'expert_choice', 'model.decoder_moe.router', 'expert_choice',
-            'top_k', 'Expert choice lets a token see the tokens after it, so it cannot decode.')
+      check(self.decoder_moe.router in CAUSAL, 'model.decoder_moe.router', self.decoder_moe.router,
+            ', '.join(CAUSAL), "A token's experts depend on the tokens after it: it cannot decode.")
       check(not self.decoder_moe.batch_priority, 'model.decoder_moe.batch_priority', True, 'False',
             'A token would be dropped because of the tokens after it.')
 

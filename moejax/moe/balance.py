@@ -1,9 +1,11 @@
 """Auxiliary losses that keep experts busy, and the bias that balances without a loss.
 
-Losses are float32 sums per group, never means: sums add up over groups, devices, microbatches and
-eval batches, and the mean is formed once, from totals.
+Losses return one float32 value per group, of two kinds: sums over its tokens (router_z,
+entropy_penalty), and one normalised value (the others), which router.losses multiplies by the
+group's real tokens. Both then add up over groups, devices, microbatches and eval batches, and the
+mean is formed once, from totals.
 
-Dimensions: G groups, S tokens per group, E experts, K choices.
+Dimensions: G groups, S tokens per group, E experts, K choices of a token.
 """
 
 import jax
@@ -78,30 +80,30 @@ def gates(choices: TokenRouting, num_experts: int) -> jax.Array:
   return (one_hot * choices.weight[..., None]).sum(2)
 
 
-def importance(weights: jax.Array, mask: jax.Array) -> jax.Array:
+def importance(shares: jax.Array, mask: jax.Array) -> jax.Array:
   """Squared coefficient of variation of the experts' summed weights (Shazeer et al. 2017, eq. 6-7).
 
   0 if all experts have equal sums, E - 1 if one expert has everything. It does not count tokens:
   `smooth_load` does.
 
   Args:
-    weights: (G, S, E) float32: Shazeer's are the sparse `gates`, V-MoE's the softmax over all
+    shares: (G, S, E) float32: Shazeer's are the sparse `gates`, V-MoE's the softmax over all
       experts, before noise.
     mask: (G, S) bool, False at padding.
 
   Returns:
     (G,) float32; 0 for a group of padding only.
   """
-  return _cv_squared(jnp.where(mask[..., None], weights, 0.0).sum(1))
+  return _cv_squared(jnp.where(mask[..., None], shares, 0.0).sum(1))
 
 
 def smooth_load(clean: jax.Array, noisy: jax.Array, std: jax.Array | float, k: int,
                 mask: jax.Array, *, exclude_self: bool) -> jax.Array:
   """Squared coefficient of variation of experts' expected loads (Shazeer et al. 2017, eq. 8-11).
 
-  The number of tokens that choose an expert has no gradient. Its expectation has, if the noise of
-  that expert were drawn again while all else is fixed: Phi((clean - threshold) / std), where the
-  threshold is the value that the expert's noisy logit must exceed.
+  The number of tokens that choose an expert has no gradient. The probability that a fresh noise
+  draw makes the expert chosen has a gradient: Phi((clean - threshold) / std), where the threshold
+  is the value that the expert's noisy logit must exceed.
 
   Args:
     clean: (G, S, E) logits before noise.
@@ -143,7 +145,7 @@ def update_bias(bias: jax.Array, asked: jax.Array, rate: float) -> jax.Array:
   Returns:
     (E,) float32; an expert at exactly the mean load keeps its bias.
   """
-  # Without a division, which compilers may round so that an expert at the mean would move.
+  # Compares sums, not means: a rounded division could move an expert that is exactly at the mean.
   return bias + rate * jnp.sign(asked.sum() - asked.size * asked)
 
 

@@ -7,6 +7,31 @@ from moejax.config import check, check_choice, fail
 from moejax.moe import dispatch, routing
 
 ROUTERS = ('expert_choice', 'top_k', 'top_p', 'norm')
+EXPERTS_CHOOSE = ('expert_choice',)   # experts choose tokens; with the others tokens choose experts
+TOKENS_CHOOSE = tuple(router for router in ROUTERS if router not in EXPERTS_CHOOSE)
+# A token's experts depend on its own logits alone, so that it can be decoded one token at a time.
+CAUSAL = ('top_k', 'top_p', 'norm')
+
+BALANCED = 'Expert choice is balanced by construction.'
+# {setting: (routers that read it, advice)}. Under other routers it must have its default. Settings
+# that are not here are read by all routers, or may be set without being read (k).
+READ_BY = {
+    'p': (('top_p',), "Use router='top_p'."),
+    'score': (('top_k',), "Use router='top_k'."),
+    'weight_scale': (TOKENS_CHOOSE, 'Renormalise instead.'),
+    'second_threshold': (('top_k',), 'It is a rule for the second of two experts.'),
+    'learned_noise': (('top_k', 'top_p'), "Use router='top_k'."),
+    'noise_std': (('expert_choice', 'top_k', 'top_p'), 'Norms of outputs are not noisy logits.'),
+    'jitter': (('expert_choice', 'top_k', 'top_p'), 'Norms of outputs are not noisy logits.'),
+    'order': (TOKENS_CHOOSE, 'Experts choose tokens, so that no choice is placed.'),
+    'batch_priority': (TOKENS_CHOOSE, 'Experts take tokens in order of probability anyway.'),
+    'balance_weight': (TOKENS_CHOOSE, BALANCED),
+    'balance_counts': (TOKENS_CHOOSE, BALANCED),
+    'importance_weight': (TOKENS_CHOOSE, BALANCED),
+    'load_weight': (('top_k',), 'The load loss is about the k largest logits.'),
+    'entropy_weight': (TOKENS_CHOOSE, "Use router='top_p'."),
+    'bias_rate': (('top_k',), "Use router='top_k'."),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +44,10 @@ class MoEConfig:
     num_experts: E in each of these blocks.
     experts_per_layer: E of each sparse block from the first to the last, in place of num_experts;
       empty: num_experts in all of them.
-    granularity: an expert has this many times fewer hidden units than a dense block's MLP
-      (fine-grained experts, DeepSeekMoE).
+    granularity: an expert has d_ff / granularity hidden units (fine-grained experts, DeepSeekMoE).
     shared_experts: number of additional experts that process every token, as one MLP, added with
       weight 1.
+    dropout_rate: of the experts' hidden activations; negative: the model's dropout_rate.
 
   Router:
     router: 'expert_choice' (encoders, ViT; not causal); 'top_k'; 'top_p': the most probable
@@ -48,18 +73,17 @@ class MoEConfig:
     group_size: tokens of a routing group, whole sequences or images; 0: each sequence or image is a
       group.
     order: 'choice': all first choices are placed before any second; 'token': token by token.
-    batch_priority: tokens with the most probable first choice are placed first (not causal).
+    batch_priority: tokens with the largest probability of any expert are placed first (not causal).
     dispatch: 'gather', 'einsum', or 'grouped' (dropless: capacity is not used).
 
   Losses and balance (the losses are means over real tokens, then over the layers that have them):
-    balance_weight: load-balance loss, 1 if balanced, whatever k.
+    balance_weight: of the load-balance loss, whose value is 1 if balanced, for any k.
     balance_counts: whether 'all' choices count in its load, or the 'first' (GShard).
     importance_weight, load_weight: squared coefficients of variation (Shazeer 2017); load needs
       noise.
     z_weight: router z-loss.
     entropy_weight: entropy of the probabilities, which counters flat ones (top_p).
     bias_rate: step of the bias that balances without a loss (Wang et al. 2024); 0: no bias.
-    dropout_rate: of the experts' hidden activations; negative: the model's dropout_rate.
   """
   layers: str = 'none'
   num_experts: int = 8
@@ -94,10 +118,10 @@ class MoEConfig:
   dropout_rate: float = -1.0
 
   def __post_init__(self):
-    for key, choices in (('router', ROUTERS), ('dispatch', dispatch.BY_NAME),
+    for key, allowed in (('router', ROUTERS), ('dispatch', dispatch.BY_NAME),
                          ('score', routing.SCORES), ('order', ('choice', 'token')),
                          ('balance_counts', ('all', 'first'))):
-      check_choice(f'moe.{key}', getattr(self, key), choices)
+      check_choice(f'moe.{key}', getattr(self, key), allowed)
     for key in ('num_experts', 'granularity', 'min_capacity', 'k'):
       check(getattr(self, key) >= 1, f'moe.{key}', getattr(self, key), '>= 1', 'Use 1 or more.')
     check(all(type(e) is int and e >= 1 for e in self.experts_per_layer),
@@ -115,18 +139,15 @@ class MoEConfig:
     check(0 < self.p <= 1, 'moe.p', self.p, '0 < p <= 1', 'It is a probability to reach.')
     check(self.dropout_rate < 1, 'moe.dropout_rate', self.dropout_rate, '[0, 1), or negative',
           "A negative rate stands for the model's.")
-    p = _defaults(('p',))['p']
-    check(self.router == 'top_p' or self.p == p, 'moe.p', self.p, f'{p}, its default, unless '
-          'router=top_p', "Use router='top_p'.")
-    if self.router == 'expert_choice':
-      self._check_expert_choice()
-    else:
+    for key, (routers, advice) in READ_BY.items():
+      self._check_default(key, self.router in routers, f'router={self.router}', advice)
+    if self.token_choice:
       self._check_token_choice()
 
-  def _check_expert_choice(self):
-    for key, default in _defaults(TOKEN_CHOICE_ONLY).items():
-      check(getattr(self, key) == default, f'moe.{key}', getattr(self, key),
-            f'{default!r} with router=expert_choice', TOKEN_CHOICE_ONLY[key])
+  def _check_default(self, key: str, read: bool, where: str, advice: str):
+    """ConfigError if a setting that is not read has another value than its default."""
+    value, default = getattr(self, key), getattr(MoEConfig, key)
+    check(read or value == default, f'moe.{key}', value, f'{default!r} with {where}', advice)
 
   def _check_token_choice(self):
     counts = self.experts_per_layer or (self.num_experts,)
@@ -138,19 +159,13 @@ class MoEConfig:
       check(not self.renormalize, 'moe.renormalize', True, 'False at k = 1', constant)
       check(self.score != 'softmax_of_chosen', 'moe.score', self.score,
             'softmax or sigmoid at k = 1', constant)
-    check(self.router == 'top_k' or self.score == 'softmax', 'moe.score', self.score,
-          f'softmax with router={self.router}', "Use router='top_k'.")
-    check(not self.second_threshold or (self.router == 'top_k' and self.k == 2),
-          'moe.second_threshold', self.second_threshold, '0, unless router=top_k and k=2',
-          'It is a rule for the second of two experts.')
+    check(not self.second_threshold or self.k == 2, 'moe.second_threshold', self.second_threshold,
+          '0, unless k=2', 'It is a rule for the second of two experts.')
     check(not (self.learned_noise and self.noise_std), 'moe.noise_std', self.noise_std,
           '0 with learned_noise', 'Choose one kind of noise.')
-    for key, default in _defaults(('order', 'batch_priority')).items():
-      check(self.dispatch != 'grouped' or getattr(self, key) == default, f'moe.{key}',
-            getattr(self, key), f'{default!r} with dispatch=grouped',
-            'Without a capacity nothing is placed in an order.')
-    check(not self.load_weight or self.router == 'top_k', 'moe.load_weight', self.load_weight,
-          f'0 with router={self.router}', 'The load loss is that of the k largest logits.')
+    for key in ('order', 'batch_priority'):
+      self._check_default(key, not self.dropless, 'dispatch=grouped',
+                          'Without a capacity nothing is placed in an order.')
     check(not self.load_weight or self.learned_noise or self.noise_std, 'moe.load_weight',
           self.load_weight, '0 without noise',
           'The load loss is the probability that noise makes an expert win: set learned_noise or '
@@ -158,22 +173,21 @@ class MoEConfig:
     check(not (self.load_weight and self.bias_rate), 'moe.load_weight', self.load_weight,
           '0 with bias_rate', 'The load loss is about the largest logits, and the bias makes '
           'others be chosen: balance by one of the two.')
-    check(not self.bias_rate or self.router == 'top_k', 'moe.bias_rate', self.bias_rate,
-          f'0 with router={self.router}', "Use router='top_k'.")
-    for key, default in _defaults(('learned_noise', 'noise_std', 'jitter')).items():
-      check(self.router != 'norm' or getattr(self, key) == default, f'moe.{key}',
-            getattr(self, key), f'{default!r} with router=norm',
-            'Norms of outputs are not noisy logits.')
 
   @property
   def token_choice(self) -> bool:
     """Whether tokens choose experts, rather than experts tokens."""
-    return self.router != 'expert_choice'
+    return self.router in TOKENS_CHOOSE
+
+  @property
+  def dropless(self) -> bool:
+    """Whether every choice of a token is computed, without a capacity."""
+    return self.token_choice and self.dispatch == 'grouped'
 
   @property
   def causal(self) -> bool:
     """Whether a token's experts depend on no later token, as long as nothing is dropped."""
-    return self.token_choice and not self.batch_priority
+    return self.router in CAUSAL and not self.batch_priority
 
   def sparse_layers(self, depth: int, key: str = 'moe') -> dict[int, int]:
     """{block number: E} of a stack of `depth` blocks; ConfigError on a block not in it."""
@@ -219,25 +233,3 @@ class MoEConfig:
           f'a multiple of the {length} tokens of one sequence or image',
           f'Nearest: {max(1, round(self.group_size / length)) * length}.')
     return self.group_size // length
-
-
-# Settings that expert choice does not read: a value other than the default is a mistake there.
-TOKEN_CHOICE_ONLY = {
-    'score': 'Experts choose by the softmax over experts.',
-    'weight_scale': 'Renormalise instead.',
-    'second_threshold': 'Tokens make no second choice here.',
-    'learned_noise': "Use router='top_k'.",
-    'batch_priority': 'Experts take their tokens in order of probability anyway.',
-    'order': 'Nothing is placed in order here.',
-    'balance_weight': 'Expert choice is balanced by construction.',
-    'balance_counts': 'Expert choice is balanced by construction.',
-    'importance_weight': 'Expert choice is balanced by construction.',
-    'load_weight': 'Expert choice is balanced by construction.',
-    'entropy_weight': "Use router='top_p'.",
-    'bias_rate': 'Expert choice is balanced by construction.',
-}
-
-
-def _defaults(names) -> dict:
-  """{field name: its default} of MoEConfig."""
-  return {f.name: f.default for f in dataclasses.fields(MoEConfig) if f.name in names}

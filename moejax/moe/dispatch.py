@@ -14,7 +14,7 @@ Experts are a pair: `weights`, a dict of arrays with a leading E, and
 grouped_matmul.RowLayout, x is (P, D) and the layout gives each row's expert.
 
 Dimensions: G groups, S tokens per group, D model, E experts, C slots per expert and group, K
-experts of a token, N assignments, P rows.
+choices of a token, N assignments, P rows.
 """
 
 from collections.abc import Callable
@@ -56,20 +56,24 @@ def gather(routing: SlotRouting, x: jax.Array, weights: dict, apply: Apply,
     routing: SlotRouting.
     x: (G, S, D) tokens.
     weights: expert weights, each (E, ...).
-    apply: the experts, (weights, (E, N, D)) -> (E, N, D).
+    apply: the experts, (weights, (E, G*C, D)) -> (E, G*C, D).
     exchange: wraps `apply` to carry buffers to the devices that hold the experts and back, see
       sharding.exchange; None where every device holds all experts.
 
   Returns:
     (G, S, D) in x's dtype; 0 for tokens in no slot.
+
+  Raises:
+    TypeError: routing is a TokenRouting.
   """
+  _check_slots(routing)
   G, S, D = x.shape
   _, E, C = routing.index.shape
   index = routing.index.reshape(G, E * C)
   wide = jnp.promote_types(x.dtype, jnp.float32)   # for sums over slots, here and in gradients
   buffers = jnp.take_along_axis(x.astype(wide), index[..., None], axis=1).astype(x.dtype)
   buffers = jnp.where(routing.valid.reshape(G, E * C, 1), buffers, 0)
-  out = _run(buffers.reshape(G, E, C, D), weights, apply, exchange)
+  out = _run_experts(buffers.reshape(G, E, C, D), weights, apply, exchange)
   # Equal to out * weight[..., None], but with a gradient that XLA on CPU sums quickly at G = 1.
   out = jnp.einsum('GECD,GEC->GECD', out, routing.weight.astype(out.dtype))
   group = jnp.arange(G)[:, None]
@@ -79,16 +83,17 @@ def gather(routing: SlotRouting, x: jax.Array, weights: dict, apply: Apply,
 
 def einsum(routing: SlotRouting, x: jax.Array, weights: dict, apply: Apply,
            exchange: Callable | None = None) -> jax.Array:
-  """Multiplies by one-hot dispatch and combine tensors (Shazeer et al. 2018; GShard, algorithm 1).
+  """Multiplies by one-hot tensors that send tokens and combine outputs (GShard, algorithm 1).
 
-  Matmuls only, which suits a TPU, at 4*S*E*C*D extra FLOPs per group: quadratic in the group size.
-  Arguments and result are those of `gather`.
+  Matmuls only, which suits a TPU (Shazeer et al. 2018), at 4*S*E*C*D extra FLOPs per group:
+  quadratic in the group size. Arguments, result and errors are those of `gather`.
   """
+  _check_slots(routing)
   S = x.shape[1]
   one_hot = jax.nn.one_hot(routing.index, S, axis=1, dtype=x.dtype)     # (G, S, E, C)
   one_hot = one_hot * routing.valid[:, None].astype(x.dtype)
   buffers = jnp.einsum('GSEC,GSD->GECD', one_hot, x)
-  out = _run(buffers, weights, apply, exchange)
+  out = _run_experts(buffers, weights, apply, exchange)
   combine = one_hot * routing.weight[:, None].astype(x.dtype)
   return jnp.einsum('GSEC,GECD->GSD', combine, out)
 
@@ -98,15 +103,15 @@ def grouped(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict, ap
   """Sorts assignments by expert into rows and runs one grouped matmul per weight: dropless.
 
   Every valid choice of a token is computed, however many tokens an expert gets (MegaBlocks, Gale et
-  al. 2022); of a SlotRouting every valid slot. Memory linear in assignments; FLOPs of the
-  assignments, and of less than a block of padding per expert.
+  al. 2022); of a SlotRouting every valid slot. Memory linear in assignments; FLOPs: those of the
+  assignments, plus less than one block of padding per expert.
 
   Args:
     routing: TokenRouting or SlotRouting.
     x: (G, S, D) tokens.
     weights: expert weights, each (E, ...).
-    apply: the experts, (weights, (P, D), layout=RowLayout) -> (P, D). Their outputs at rows that
-      are not `layout.valid` have no effect and no gradient, if no output depends on another row.
+    apply: the experts, (weights, (P, D), layout=RowLayout) -> (P, D). It must treat each row by
+      itself; rows that are not `layout.valid` are ignored.
     exchange: must be None.
 
   Returns:
@@ -123,12 +128,12 @@ def grouped(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict, ap
   E = jax.tree.leaves(weights)[0].shape[0]
   expert, token = _flat_assignments(routing, G, S)                  # (N,) each
   layout = sort_by_expert(expert, routing.valid.reshape(-1), E)
-  token = token[layout.order]                                       # (P,) in [0, G*S)
+  token = token[layout.assignment]                                  # (P,) in [0, G*S)
   wide = jnp.promote_types(x.dtype, jnp.float32)   # for sums, as in `gather`
   buffer = x.reshape(G * S, D).astype(wide)[token].astype(x.dtype)
   buffer = jnp.where(layout.valid[:, None], buffer, 0)
   out = apply(weights, buffer, layout=layout)
-  weight = routing.weight.reshape(-1)[layout.order].astype(out.dtype)
+  weight = routing.weight.reshape(-1)[layout.assignment].astype(out.dtype)
   keep = lambda rows: jnp.where(layout.valid[:, None], rows, 0)
   out = keep(keep(out) * weight[:, None])   # mask before and after the product: 0 * NaN is NaN
   y = jnp.zeros((G * S, D), wide).at[token].add(out.astype(wide))
@@ -138,11 +143,17 @@ def grouped(routing: SlotRouting | TokenRouting, x: jax.Array, weights: dict, ap
 BY_NAME = {'gather': gather, 'einsum': einsum, 'grouped': grouped}
 
 
-def _run(buffers, weights, apply, exchange):
+def _check_slots(routing):
+  if not isinstance(routing, SlotRouting):
+    raise TypeError(f'this dispatch takes a SlotRouting, got {type(routing).__name__}: call '
+                    'placement.place to give choices slots, or use dispatch.grouped')
+
+
+def _run_experts(buffers, weights, apply, exchange):
   """(G, E, C, D) buffers through their experts, with the expert axis first for the matmuls."""
   G, E, C, D = buffers.shape
-  run = apply if exchange is None else exchange(apply)
-  out = run(weights, buffers.swapaxes(0, 1).reshape(E, G * C, D))
+  apply = apply if exchange is None else exchange(apply)
+  out = apply(weights, buffers.swapaxes(0, 1).reshape(E, G * C, D))
   return out.reshape(E, G, C, D).swapaxes(0, 1)
 
 

@@ -21,7 +21,10 @@ EXPERT_MATMULS = 'expert_matmuls'   # name of their outputs in the policies of m
 
 
 class Experts(nn.MLPParams):
-  """E MLPs of one form; parameters named as those of a dense MLP, with a leading E."""
+  """E MLPs of one form; parameters named as those of a dense MLP, with a leading E.
+
+  `weights()` is inherited from nn.MLPParams.
+  """
 
   @property
   def dropout_rate(self) -> float:
@@ -69,14 +72,14 @@ def with_dropout(experts: Experts, keys: jax.Array | None, routing: SlotRouting 
     per_group = routing.valid[0].size
     return lambda weights, x, layout: experts.apply(
         weights, x, functools.partial(_drop_rows, keys, layout, per_group, rate), layout)
-  first = 0
+  device = 0
   if exchanged:   # buffers of all devices along `expert` follow one another in that order
     keys = jax.lax.all_gather(keys, 'expert', tiled=True)
-    first = jax.lax.axis_index('expert')
+    device = jax.lax.axis_index('expert')
 
   def apply(weights, x):
-    E = x.shape[0]
-    numbers = first * E + jnp.arange(E)                             # of the experts of this device
+    local_E = x.shape[0]
+    numbers = device * local_E + jnp.arange(local_E)                # of the experts of this device
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
     drop = functools.partial(_drop_slots, fold(keys, numbers), routing.index.shape[-1], rate)
     return experts.apply(weights, x, drop)
@@ -97,5 +100,5 @@ def _drop_rows(keys: jax.Array, layout: RowLayout, per_group: int, rate: float, 
   """Dropout of h (P, F), one row per assignment, by one key per group, (G,); per_group = N / G."""
   F = h.shape[1]
   draw = lambda key: jax.random.bernoulli(key, 1 - rate, (per_group * F,))
-  keep = jax.vmap(draw)(keys).reshape(-1, F)[layout.order]          # (N, F) -> (P, F)
+  keep = jax.vmap(draw)(keys).reshape(-1, F)[layout.assignment]     # (N, F) -> (P, F)
   return jnp.where(keep, h / (1 - rate), 0).astype(h.dtype)

@@ -11,9 +11,11 @@ Two products, with the names that they have in the field:
   tgmm  (P, D), (P, F) -> (E, D, F)    the gradient of the matrices: x^T g over each expert's rows
 
 Both walk the blocks in use, expert by expert and several blocks at a time: N assignments cost
-2*N*D*F FLOPs, plus those of less than b rows of padding per expert. jax.lax.ragged_dot off TPU
-multiplies every row by every matrix, which is E times as much; on TPU only its gradient for the
-matrices does. Measurements are in experiments/results/grouped.md.
+2*N*D*F FLOPs, plus those of less than b rows of padding per expert. Off TPU ragged_dot costs E
+times that; on TPU only its gradient for the matrices does (experiments/results/grouped.md).
+
+Experts call RowLayout.gmm; it calls _gmm_with_gradient, whose value is gmm and whose gradients are
+gmm and tgmm; these choose loops, ragged_dot, or the kernels of the same name for GPUs.
 
 Dimensions: N assignments, P rows, b rows of a block, E experts, D model, F ffn.
 """
@@ -36,24 +38,24 @@ class RowLayout(NamedTuple):
 
   Attributes:
     sizes: (E,) int32, assignments of each expert: its valid rows.
-    expert: (P / b,) int32, expert of each block; arbitrary for a block of no expert.
-    order: (P,) int32 in [0, N), the assignment in each row; arbitrary if not valid.
+    block_expert: (P / b,) int32, expert of each block; arbitrary for a block of no expert.
+    assignment: (P,) int32 in [0, N), the assignment in each row; arbitrary if not valid.
     valid: (P,) bool, False at padding.
   """
   sizes: jax.Array
-  expert: jax.Array
-  order: jax.Array
+  block_expert: jax.Array
+  assignment: jax.Array
   valid: jax.Array
 
   @property
-  def block(self) -> int:
-    """b, rows of a block."""
-    return self.order.shape[0] // self.expert.shape[0]
+  def rows_per_block(self) -> int:
+    """b."""
+    return self.assignment.shape[0] // self.block_expert.shape[0]
 
   @property
-  def blocks(self) -> jax.Array:
-    """(E,) int32, number of blocks of each expert; experts follow one another from row 0."""
-    return _ceil_div(self.sizes, self.block)
+  def blocks_per_expert(self) -> jax.Array:
+    """(E,) int32; experts follow one another from row 0."""
+    return _ceil_div(self.sizes, self.rows_per_block)
 
   def gmm(self, x: jax.Array, w: jax.Array) -> jax.Array:
     """x (P, D), w (E, D, F) of one dtype -> (P, F): each row times the matrix of its expert.
@@ -61,12 +63,14 @@ class RowLayout(NamedTuple):
     Rows after the blocks of the last expert return 0 and reach no gradient. Differentiable in x and
     w; sums over rows are accumulated in at least float32.
     """
-    return _gmm(x, _varying_like(w, x), _varying_like(self.blocks, x), self.block)
+    return _gmm_with_gradient(x, _varying_like(w, x), _varying_like(self.blocks_per_expert, x),
+                              self.rows_per_block)
 
   def expand(self, bias: jax.Array, dtype) -> jax.Array:
     """bias (E, F) -> (P, F) in dtype: for each row its expert's; gradients sum in bias's dtype."""
-    n, b, F = self.expert.shape[0], self.block, bias.shape[-1]
-    return jnp.broadcast_to(bias[self.expert][:, None], (n, b, F)).astype(dtype).reshape(n * b, F)
+    n, b, F = self.block_expert.shape[0], self.rows_per_block, bias.shape[-1]
+    rows = jnp.broadcast_to(bias[self.block_expert][:, None], (n, b, F))
+    return rows.astype(dtype).reshape(n * b, F)
 
 
 def sort_by_expert(expert: jax.Array, valid: jax.Array, num_experts: int) -> RowLayout:
@@ -79,8 +83,7 @@ def sort_by_expert(expert: jax.Array, valid: jax.Array, num_experts: int) -> Row
   """
   (N,), E = expert.shape, num_experts
   b = block_size(N, E)
-  # Of at most min(N, E) experts with rows, each opens a block with its first row; every b further
-  # rows open another.
+  # Worst case: min(N, E) experts have rows. Each needs one block, and each further b rows one more.
   used = min(N, E)
   num_blocks = used + (N - used) // b
   expert = jnp.where(valid, expert, E)
@@ -114,7 +117,7 @@ def block_size(N: int, E: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _gmm(x, w, blocks, b):
+def _gmm_with_gradient(x, w, blocks, b):
   """x (P, D), w (E, D, F), blocks (E,) -> (P, F)."""
   return gmm(x, w, blocks, b)
 
@@ -128,7 +131,7 @@ def _gmm_backward(b, residuals, g):
   return gmm(g, w, blocks, b, transpose=True), tgmm(x, g, blocks, b), None
 
 
-_gmm.defvjp(_gmm_forward, _gmm_backward)
+_gmm_with_gradient.defvjp(_gmm_forward, _gmm_backward)
 
 
 def gmm(x: jax.Array, w: jax.Array, blocks: jax.Array, b: int, transpose: bool = False
@@ -138,7 +141,7 @@ def gmm(x: jax.Array, w: jax.Array, blocks: jax.Array, b: int, transpose: bool =
   Args:
     x: (P, D), P a multiple of b.
     w: (E, D, F), or (E, F, D) if transpose; x's dtype.
-    blocks: (E,) int32, blocks of each expert; experts follow one another from row 0.
+    blocks: (E,) int32, RowLayout.blocks_per_expert.
     b: rows of a block.
     transpose: whether matrices are transposed before the product.
 
@@ -187,6 +190,7 @@ def tgmm(x: jax.Array, g: jax.Array, blocks: jax.Array, b: int) -> jax.Array:
   cuda = functools.partial(grouped_matmul_gpu.tgmm, b=b)
   if not grouped_matmul_gpu.fits(x, b, len(blocks), x.shape[1], g.shape[1]):
     cuda = loops
+  # On TPU loops too: this is the gradient for which ragged_dot costs E times too much.
   return jax.lax.platform_dependent(x, g, blocks, cuda=cuda, default=loops)
 
 
@@ -197,8 +201,10 @@ def _dot(a, b, axis_of_a, axis_of_b, dtype):
 
 
 def _over_blocks(first, count, most, body, carry):
-  """body(i, m, carry) -> carry over blocks first to first + count, with as few calls as possible:
-  each takes blocks i to i + m. `most`: number of all blocks."""
+  """Calls body(i, m, carry) on runs of m blocks, from block i, until `count` blocks are done.
+
+  m is an entry of PIECES that is no larger than `most`, the number of all blocks.
+  """
   for m in (m for m in PIECES if m <= most):
     times = count // m
     carry = jax.lax.fori_loop(

@@ -15,10 +15,11 @@ from jax.experimental.pallas import triton
 
 MIN_TILE = 16        # Triton multiplies no narrower tiles
 COLUMNS = 128        # largest width of a tile of the result: fits every GPU from Ampere on
-WIDE = 256           # that of gmm where there is room: a block of x is read half as often
+WIDE = 256           # that of gmm where it fits shared memory: a block of x is read half as often
 DEPTH_BYTES = 128    # largest slice that one step of a program's loop sums over
 STAGES = 3           # steps whose tiles are in shared memory at once
-SHARED = {(8, 0): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}   # KiB per program; else 99
+# Compute capability -> KiB of shared memory per program; else 99.
+SHARED = {(8, 0): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 
 
 def fits(x: jax.Array, b: int, E: int, D: int, F: int) -> bool:
@@ -47,7 +48,7 @@ def gmm(x: jax.Array, w: jax.Array, blocks: jax.Array, b: int, transpose: bool =
   Args:
     x: (P, D), P a multiple of b.
     w: (E, D, F), or (E, F, D) if transpose; x's dtype.
-    blocks: (E,) int32, blocks of each expert; experts follow one another from row 0.
+    blocks: (E,) int32, RowLayout.blocks_per_expert.
     b: rows of a block.
     transpose: whether matrices are transposed before the product.
     interpret: run the kernel as JAX operations, on any device: for tests.
@@ -89,20 +90,21 @@ def tgmm(x: jax.Array, g: jax.Array, blocks: jax.Array, b: int, interpret: bool 
     (E, D, F) in x's dtype, summed in float32.
   """
   D, F, E = x.shape[1], g.shape[1], len(blocks)
-  d, f, depth = _tile(D, COLUMNS), _tile(F, COLUMNS), _tile(b, _depth(x))
+  d_tile, f_tile, depth = _tile(D, COLUMNS), _tile(F, COLUMNS), _tile(b, _depth(x))
   ends = jnp.cumsum(blocks) * (b // depth)
 
   def kernel(first, ends, x, g, out):
-    column, row, expert = (pl.program_id(axis) for axis in range(3))
-    columns, rows = pl.ds(column * f, f), pl.ds(row * d, d)
+    j, i, expert = (pl.program_id(axis) for axis in range(3))
+    of_D, of_F = pl.ds(i * d_tile, d_tile), pl.ds(j * f_tile, f_tile)
 
-    def step(i, total):
-      here = pl.ds(i * depth, depth)
-      return total + _dot(x[here, rows], g[here, columns], trans_a=True)
-    total = jax.lax.fori_loop(first[expert], ends[expert], step, jnp.zeros((d, f), jnp.float32))
-    out[expert, rows, columns] = total.astype(out.dtype)
+    def step(n, total):
+      rows = pl.ds(n * depth, depth)
+      return total + _dot(x[rows, of_D], g[rows, of_F], trans_a=True)
+    zero = jnp.zeros((d_tile, f_tile), jnp.float32)
+    total = jax.lax.fori_loop(first[expert], ends[expert], step, zero)
+    out[expert, of_D, of_F] = total.astype(out.dtype)
 
-  return _call(kernel, 'grouped_tgmm', (F // f, D // d, E), (E, D, F), x, interpret)(
+  return _call(kernel, 'grouped_tgmm', (F // f_tile, D // d_tile, E), (E, D, F), x, interpret)(
       ends - blocks * (b // depth), ends, x, g)
 
 
@@ -112,8 +114,8 @@ def _depth(x: jax.Array) -> int:
 
 def _columns(x: jax.Array, b: int) -> int:
   """Largest width of a tile of `gmm`: wide where it fits and the tensor cores multiply."""
-  room = SHARED.get(_capability(), 99) * 2**10
-  fits_wide = STAGES * (b + WIDE) * DEPTH_BYTES <= room
+  shared = SHARED.get(_capability(), 99) * 2**10
+  fits_wide = STAGES * (b + WIDE) * DEPTH_BYTES <= shared
   return WIDE if fits_wide and x.dtype.itemsize == 2 else COLUMNS
 
 

@@ -13,7 +13,7 @@ from moejax.moe.config import MoEConfig
 from moejax.moe.experts import Experts, with_dropout
 from moejax.moe.router import Router, RouterKeys, norm_logits, route
 
-NUM_KEYS = 2 + len(RouterKeys._fields)   # dropout of experts, the router's, of shared experts
+NUM_KEYS = 2 + len(RouterKeys._fields)   # expert dropout, one per RouterKeys field, shared experts
 
 
 class MoELayer(nnx.Module):
@@ -47,8 +47,8 @@ class MoELayer(nnx.Module):
         nothing is dropped and a token's output depends on no other: for decoding.
 
     Returns:
-      y (B, L, D) in x's dtype, to which a token without an expert gets nothing but the shared
-      experts' output; and aux, a dict of float32 sums over groups, see `router.route`.
+      y (B, L, D) in x's dtype, for a token without an expert the shared experts' output alone, or
+      0; and aux, a dict of float32 sums over groups, see `router.route`.
 
     Raises:
       ConfigError: B is not a multiple of the sequences of a group.
@@ -60,6 +60,7 @@ class MoELayer(nnx.Module):
           'Change batch_size or group_size.')
     G, S = B // n, n * L
     C = S if no_drop else self.config.slots_per_expert(S, self.num_experts, train)
+    C = None if self.config.dropless else C
     dropout_keys, *router_keys, shared_keys = nn.split_keys(keys, NUM_KEYS)
     to_groups = lambda a: a.reshape(G, -1, *a.shape[2:])
     groups = {'x': to_groups(x), 'mask': to_groups(mask)}           # (G, S, D), (G, S)
@@ -70,12 +71,14 @@ class MoELayer(nnx.Module):
     if keys is not None:
       groups['keys'] = dropout_keys[::n]   # a group's dropout follows its first example
 
-    def run(groups, weights, *, exchange, total):
+    def route_and_dispatch(groups, weights, *, exchange, total):
+      """On one device; exchange and total are those of sharding.over_groups."""
       with jax.named_scope('route'):
-        output = groups.get('output')
-        if output is None:
+        if self.config.router == 'norm':
           apply = exchange(self.experts.apply) if exchange else self.experts.apply
           output = norm_logits(apply, weights, groups['x'], self.num_experts)
+        else:
+          output = groups['output']
         routing, aux = route(self.config, output, groups['mask'], C)
       with jax.named_scope('dispatch'):
         apply = with_dropout(self.experts, groups.get('keys'), routing,
@@ -83,7 +86,7 @@ class MoELayer(nnx.Module):
         y = dispatch.BY_NAME[self.config.dispatch](routing, groups['x'], weights, apply, exchange)
       return y, jax.tree.map(total, aux)
 
-    y, aux = sharding.over_groups(run)(groups, self.experts.weights())
+    y, aux = sharding.over_groups(route_and_dispatch)(groups, self.experts.weights())
     y = y.reshape(x.shape)
     if self.shared is not None:
       with jax.named_scope('shared_experts'):

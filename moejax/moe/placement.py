@@ -1,6 +1,7 @@
 """Placement: choices of tokens -> slots of experts, in order of priority.
 
-Dimensions: G groups, S tokens per group, E experts, C slots per expert and group, K choices.
+Dimensions: G groups, S tokens per group, E experts, C slots per expert and group, K choices of a
+token.
 """
 
 import jax
@@ -26,11 +27,11 @@ def place(choices: TokenRouting, num_experts: int, capacity: int, *, order: str 
     'token'   first weight   t3 t2 t1      t0             t3 t2 t1      t0
 
   Causality. With order 'choice' all first choices are placed before any second choice (GShard,
-  flaxformer, vmoe): a later token's first choice can take the slot of an earlier token's second
-  choice, so that under a binding capacity the layer is causal only within one order of choice. With
-  order 'token' all choices of a token are placed before those of the next, and no later token can
-  take its slot. A priority other than the sequence is never causal while capacity binds. With C = S
-  nothing is dropped, and everything is causal.
+  flaxformer, vmoe). While capacity binds, first choices are causal among themselves; a second
+  choice is not, since a later token's first choice can take its slot. With order 'token' all
+  choices of a token are placed before those of the next, and no later token can take its slot. A
+  priority other than the sequence is never causal while capacity binds. With C = S nothing is
+  dropped, and everything is causal.
 
   Args:
     choices: TokenRouting of G groups, S tokens, K choices; only valid ones take slots.
@@ -38,8 +39,8 @@ def place(choices: TokenRouting, num_experts: int, capacity: int, *, order: str 
     capacity: C, 1 <= C <= S.
     order: 'choice' or 'token', see above.
     priority: (G, S), tokens with the largest are served first and ties in sequence: batch-
-      prioritised routing (Riquelme et al. 2021) passes the probability of the first choice. None:
-      in sequence.
+      prioritised routing (Riquelme et al. 2021) passes each token's largest probability. None: in
+      sequence.
 
   Returns:
     SlotRouting; the slots of an expert hold its choices in order of priority.
@@ -61,8 +62,8 @@ def place(choices: TokenRouting, num_experts: int, capacity: int, *, order: str 
   start = jnp.cumsum(count, axis=1) - count
   slot = jnp.arange(C)                                              # (C,)
   valid = slot < count                                              # (G, E, C)
-  position = jnp.minimum(start + slot, K * S - 1).reshape(G, E * C)
-  placed = jnp.take_along_axis(ids, position, axis=1)               # (G, E*C) in [0, K*S)
-  weight = jnp.take_along_axis(choices.weight.reshape(G, S * K), placed, axis=1)
-  index = (placed // K).reshape(G, E, C)
+  at = jnp.minimum(start + slot, K * S - 1).reshape(G, E * C)       # in the sorted ids
+  served = jnp.take_along_axis(ids, at, axis=1)                     # (G, E*C) in [0, K*S)
+  weight = jnp.take_along_axis(choices.weight.reshape(G, S * K), served, axis=1)
+  index = (served // K).reshape(G, E, C)
   return SlotRouting(index, jnp.where(valid, weight.reshape(G, E, C), 0.0), valid)

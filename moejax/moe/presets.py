@@ -100,26 +100,27 @@ def st_moe(**changes) -> MoEConfig:
 
 
 def expert_choice(**changes) -> MoEConfig:
-  """Expert choice (Zhou et al. 2022): c = 2, softmax over experts, then top-C tokens (eq. 1-2).
+  """Expert choice (Zhou et al. 2022, eq. 1-2): softmax over experts, then each one's top tokens.
 
-  No auxiliary loss. Encoders and ViT only. E = 64 in the 8B model; every other block.
+  Capacity factor 2. No auxiliary loss. Encoders and ViT only. E = 64 in the 8B model; every other
+  block.
   """
   return _preset(changes, router='expert_choice', num_experts=64, layers='every_2',
                  capacity_factor=2.0, eval_capacity_factor=2.0)
 
 
 def sparse_upcycling(**changes) -> MoEConfig:
-  """Sparse upcycling's encoder and ViT (Komatsuzaki et al. 2023): expert choice, E = 32, C = 2.
+  """Sparse upcycling's encoder and ViT (Komatsuzaki et al. 2023): expert choice, E = 32.
 
-  Half of the MLPs; router N(0, 0.02). Its ViTs renormalise the weights (B.7), its language models
-  do not: set renormalize. Its T5 decoder is `sparse_upcycling_decoder`.
+  Capacity factor 2. Half of the MLPs; router N(0, 0.02). Its ViTs renormalise the weights (B.7),
+  its language models do not: set renormalize. Its T5 decoder is `sparse_upcycling_decoder`.
   """
   return _preset(changes, router='expert_choice', num_experts=32, layers='every_2',
                  capacity_factor=2.0, eval_capacity_factor=2.0, router_init_std=0.02)
 
 
 def sparse_upcycling_decoder(**changes) -> MoEConfig:
-  """Sparse upcycling's T5 decoder (Komatsuzaki et al. 2023): top-2, E = 32, C = 2.
+  """Sparse upcycling's T5 decoder (Komatsuzaki et al. 2023): top-2, E = 32, capacity factor 2.
 
   Loss weight 0.01 of flaxformer, whose fractions sum to k = 2: 0.02 here. Floor of 4 slots.
   """

@@ -1,4 +1,4 @@
-"""The router: tokens -> logits (a module), and logits -> routing and losses (pure functions).
+"""Router: tokens -> logits. route: logits -> choices, placement, losses, telemetry.
 
 Dimensions: B batch, L length, G groups, S tokens per group, D model, E experts, C slots, K choices.
 """
@@ -16,15 +16,18 @@ from moejax.moe.config import MoEConfig
 
 
 class RouterOutput(NamedTuple):
-  """What a routing is made from. As the router returns it, or by groups: (G, S, E) for (B, L, E).
+  """What a routing is made from.
+
+  Router returns the shapes below. `route` takes the same numbers by groups: layer.py reshapes every
+  field from (B, L, ...) to (G, S, ...).
 
   Attributes:
     logits: (B, L, E) float32.
     clean: (B, L, E) float32, the logits before noise; None without noise.
     std: (B, L, E) float32, standard deviation of that noise; None without noise.
     uniform: (B, L) float32 in [0, 1), for routing.keep_second; None: second choices are all kept.
-    bias: (B, 1, E) float32 without gradient, a copy of the balancing bias for each example so that
-      all fields split over devices alike; None without bias balancing.
+    bias: (B, 1, E) float32 without gradient, the balancing bias once per example so that all fields
+      split over devices alike, by groups (G, B/G, E); None without bias balancing.
   """
   logits: jax.Array
   clean: jax.Array | None = None
@@ -100,59 +103,64 @@ def norm_logits(apply: Callable, weights: dict, x: jax.Array, num_experts: int) 
   return RouterOutput(0.5 * jnp.log(squares + 1e-30).T.reshape(G, S, num_experts))
 
 
-def route(config: MoEConfig, output: RouterOutput, mask: jax.Array, capacity: int
+def route(config: MoEConfig, output: RouterOutput, mask: jax.Array, capacity: int | None
           ) -> tuple[routing.SlotRouting | routing.TokenRouting, dict[str, jax.Array]]:
-  """Who goes where by the config's rules, and the losses and telemetry of that.
+  """Chooses experts by the config's rule and places the choices; and the losses and telemetry.
 
   Args:
     config: MoEConfig.
     output: RouterOutput by groups.
     mask: (G, S) bool, False at padding.
-    capacity: C, slots per expert and group; not read by token choice with dispatch='grouped'.
+    capacity: C, slots per expert and group; None: token choice without a capacity.
 
   Returns:
-    The routing that dispatch takes: SlotRouting, or with token choice and dispatch='grouped'
-    TokenRouting. And aux, a dict of float32 sums over groups: `telemetry.sums`; for token choice
-    'asked' (E,), the choices per expert before any drop (the train state keeps it under this name);
-    for each of `losses` its value under its name and, if it has a weight, the weighted value under
-    the name + '_loss'. Divide by 'tokens' for means.
+    The routing that dispatch takes: SlotRouting, or without a capacity TokenRouting. And aux, a
+    dict of float32 sums over groups: `telemetry.sums`; for token choice 'asked' (E,), the choices
+    per expert before any drop, for balance.update_bias; for each of `losses` its value under its
+    name and, if it has a weight, the weighted value under the name + '_loss'. Divide by 'tokens'
+    for means.
   """
   E = output.logits.shape[-1]
   probs = routing.probabilities(output.logits, config.score)        # (G, S, E)
+  choices = placed = choose(config, output, mask, capacity)
   if config.token_choice:
-    choices = chosen = choose(config, output, mask)
-    if config.dispatch != 'grouped':
+    if capacity is not None:
       priority = probs.max(-1) if config.batch_priority else None
-      chosen = placement.place(choices, E, capacity, order=config.order, priority=priority)
+      placed = placement.place(choices, E, capacity, order=config.order, priority=priority)
     asked = telemetry.choices_per_expert(choices, E).sum(0)         # (E,)
-    aux = telemetry.sums(chosen, probs, mask, asked.sum()) | {'asked': asked}
+    aux = telemetry.sums(placed, probs, mask, asked.sum()) | {'asked': asked}
   else:
-    choices = chosen = routing.expert_choice(output.logits, mask, capacity,
-                                             renormalize=config.renormalize)
-    aux = telemetry.sums(chosen, probs, mask)
-  for name, (weight, value) in losses(config, output, probs, choices, mask).items():
+    aux = telemetry.sums(placed, probs, mask)
+  for name, (loss_weight, value) in losses(config, output, probs, choices, mask).items():
     aux[name] = jax.lax.stop_gradient(value)
-    if weight:   # a loss without weight must not count in the mean over layers
-      aux[f'{name}_loss'] = weight * value
-  return chosen, aux
+    if loss_weight:   # a loss without weight must not count in the mean over layers
+      aux[f'{name}_loss'] = loss_weight * value
+  return placed, aux
 
 
-def choose(config: MoEConfig, output: RouterOutput, mask: jax.Array) -> routing.TokenRouting:
-  """Token choice by the config's rule, before any placement."""
-  weights = {'renormalize': config.renormalize, 'scale': config.weight_scale}
-  if config.router == 'top_p':
-    return routing.top_p(output.logits, mask, config.p, config.k, **weights)
-  bias = None if output.bias is None else output.bias[:, :1]        # (G, 1, E) of (G, B/G, E)
-  choices = routing.top_k(output.logits, mask, config.k, score=config.score, bias=bias, **weights)
-  if output.uniform is not None:
-    choices = routing.keep_second(choices, output.uniform, config.second_threshold)
-  return choices
+def choose(config: MoEConfig, output: RouterOutput, mask: jax.Array, capacity: int | None
+           ) -> routing.SlotRouting | routing.TokenRouting:
+  """The choices by the config's rule, before any placement; arguments are those of `route`."""
+  options = {'renormalize': config.renormalize, 'scale': config.weight_scale}
+  match config.router:
+    case 'expert_choice':
+      return routing.expert_choice(output.logits, mask, capacity, renormalize=config.renormalize)
+    case 'top_p':
+      return routing.top_p(output.logits, mask, config.p, config.k, **options)
+    case 'top_k' | 'norm':
+      bias = None if output.bias is None else output.bias[:, :1]    # (G, 1, E)
+      choices = routing.top_k(output.logits, mask, config.k, score=config.score, bias=bias,
+                              **options)
+      if output.uniform is not None:
+        choices = routing.keep_second(choices, output.uniform, config.second_threshold)
+      return choices
+  raise NotImplementedError(f'router.choose has no case for router={config.router!r}')
 
 
 def losses(config: MoEConfig, output: RouterOutput, probs: jax.Array,
            choices: routing.TokenRouting | routing.SlotRouting, mask: jax.Array
            ) -> dict[str, tuple[float, jax.Array]]:
-  """{name: (weight, value)} of auxiliary losses; a value is a scalar sum over real tokens.
+  """{name: (loss weight, value)} of auxiliary losses; a value is a scalar sum over real tokens.
 
   Those with a weight, and whatever their weight 'z' and, for token choice, 'balance', which show
   the health of any router. Arguments are those of `route` and what it derives from them.
@@ -167,10 +175,10 @@ def losses(config: MoEConfig, output: RouterOutput, probs: jax.Array,
   if config.importance_weight:
     # Shazeer sums the weights that are used, V-MoE the noiseless probabilities of all experts.
     clean = output.logits if output.clean is None else output.clean
-    weights = (balance.gates(choices, E) if config.learned_noise
-               else routing.probabilities(clean, config.score))
+    gates = (balance.gates(choices, E) if config.learned_noise
+             else routing.probabilities(clean, config.score))
     values['importance'] = (config.importance_weight,
-                            over_tokens(balance.importance(weights, mask)))
+                            over_tokens(balance.importance(gates, mask)))
   if config.load_weight and output.clean is not None:
     values['smooth_load'] = (config.load_weight, over_tokens(balance.smooth_load(
         output.clean, output.logits, output.std, config.k, mask,

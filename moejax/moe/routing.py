@@ -7,10 +7,11 @@ of two forms:
 - TokenRouting: each token names its K experts.
 
 Expert choice returns the first form. Token choice returns the second, and placement.py converts it
-into the first. Noise is added to the logits before they are passed here; random numbers that a rule
-needs are arguments.
+into the first. Noise is added to the logits before they are passed here; a function that needs
+other random numbers takes them as arguments.
 
-Dimensions: G groups, S tokens per group, E experts, C slots per expert and group, K choices.
+Dimensions: G groups, S tokens per group, E experts, C slots per expert and group, K choices of a
+token.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,7 @@ SORT_INDICES = 'sort_indices'   # name of the results of sorts in the policies o
 
 
 class SlotRouting(NamedTuple):
-  """Each expert's buffer names its tokens.
+  """For each slot of each expert: the token in it and its weight.
 
   Attributes:
     index: (G, E, C) int32 in [0, S), the token's position in its group; arbitrary if not valid.
@@ -36,13 +37,13 @@ class SlotRouting(NamedTuple):
 
 
 class TokenRouting(NamedTuple):
-  """Each token names its experts, best first.
+  """For each token: the experts it chooses, best first, and their weights.
 
   Attributes:
     expert: (G, S, K) int32.
     weight: (G, S, K) float32, factor of that expert's output; 0 where not valid.
-    valid: (G, S, K) bool, False at padding and at choices that a rule withdrew (top_p,
-      keep_second); a real token's first choice is always valid.
+    valid: (G, S, K) bool, False at padding and at choices that top_p or keep_second withdrew; a
+      real token's first choice is always valid.
   """
   expert: jax.Array
   weight: jax.Array
@@ -66,7 +67,7 @@ def save_under_remat(index: jax.Array) -> jax.Array:
 # Scores by which tokens rank experts, from float32 logits (G, S, E).
 SCORES = {
     'softmax': jax.nn.softmax,
-    'softmax_of_chosen': lambda logits: logits,
+    'softmax_of_chosen': lambda logits: logits,   # ranks by logit; `top_k` has the softmax
     'sigmoid': jax.nn.sigmoid,
 }
 
@@ -82,8 +83,8 @@ def probabilities(logits: jax.Array, score: str = 'softmax') -> jax.Array:
 
   Args:
     logits: (G, S, E).
-    score: as of `top_k`. 'softmax' and 'softmax_of_chosen': the softmax of the logits; 'sigmoid':
-      sigmoid scores divided by their sum (DeepSeek-V3).
+    score: `score` as in `top_k` below. 'sigmoid' gives sigmoid scores divided by their sum
+      (DeepSeek-V3), the others the softmax of the logits.
 
   Returns:
     (G, S, E) float32 whatever the dtype of the logits.
@@ -172,7 +173,7 @@ def top_p(logits: jax.Array, mask: jax.Array, p: float, k: int, *, renormalize: 
     logits: (G, S, E) router logits; ties go to the expert with the lower number.
     mask: (G, S) bool, False at padding.
     p: probability to reach, 0 < p <= 1: a choice is valid if those before it sum to less.
-    k: upper limit of experts per token, 1 <= k <= E (K is a static shape; E for no limit).
+    k: upper limit of experts per token, 1 <= k <= E. K must be static; k = E sets no limit.
     renormalize: divide a token's weights by their sum. A token with a single expert then has
       weight 1 and gives its router no gradient.
     scale: factor of all weights, applied last.
@@ -193,8 +194,8 @@ def keep_second(choices: TokenRouting, uniform: jax.Array, threshold: float) -> 
   """Keeps each token's second choice with probability min(1, w2 / (w1 + w2) / threshold).
 
   GShard's random routing: where the second expert would add little, its slot is left to another
-  token (GShard, algorithm 1, where 2 * g2 > uniform is a threshold of 0.5; the default of Mesh
-  TensorFlow and of ST-MoE is 0.2). First choices keep their weights.
+  token. GShard (algorithm 1): threshold 0.5. Mesh TensorFlow and ST-MoE: 0.2. First choices keep
+  their weights.
 
   Args:
     choices: TokenRouting with K = 2.

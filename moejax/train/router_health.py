@@ -131,7 +131,7 @@ def collapse(layer: dict) -> str:
     busiest = (layer['max_violation'] + 1) * k / E
     if busiest > (1 + k / E) / 2:
       return f'one of {E} experts is asked for by {busiest:.0%} of tokens'
-  elif layer['moe'].router == 'expert_choice':
+  elif not layer['moe'].token_choice:
     q, reached = k / E, 1 - layer['unchosen']
     if reached < (q + 1 - (1 - q) ** E) / 2:
       return f'{E} experts together pick {reached:.0%} of tokens, each picks {q:.0%}'

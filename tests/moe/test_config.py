@@ -69,8 +69,8 @@ REFUSED = [
   (dict(TOP, k=1, second_threshold=0.2), ['moe.second_threshold']),
   (dict(router='top_p', second_threshold=0.2), ['moe.second_threshold']),
   (dict(NOISY, learned_noise=True), ['moe.noise_std: got 1.0', '0 with learned_noise']),
-  (dict(router='top_p', score='sigmoid'), ['moe.score', 'softmax with router=top_p', 'top_k']),
-  (dict(router='norm', score='sigmoid'), ['moe.score', 'softmax with router=norm']),
+  (dict(router='top_p', score='sigmoid'), ['moe.score', "'softmax' with router=top_p", 'top_k']),
+  (dict(router='norm', score='sigmoid'), ['moe.score', "'softmax' with router=norm"]),
   (dict(router='top_p', bias_rate=0.1), ['moe.bias_rate: got 0.1', '0 with router=top_p']),
   (dict(router='norm', bias_rate=0.1), ['moe.bias_rate', '0 with router=norm']),
   (dict(router='norm', noise_std=0.5), ['moe.noise_std: got 0.5', '0.0 with router=norm']),
@@ -121,7 +121,7 @@ def test_granularity_divides_the_hidden_units():
 
 
 @pytest.mark.parametrize('settings, words', [
-  (dict(), "model.decoder_moe.router: got 'expert_choice', allowed: top_k. Expert choice lets"),
+  (dict(), "model.decoder_moe.router: got 'expert_choice', allowed: top_k, top_p, norm. A token"),
   (dict(TOP, batch_priority=True), 'model.decoder_moe.batch_priority: got True, allowed: False.')])
 def test_a_decoder_refuses_what_is_not_causal(settings, words):
   moe = MoEConfig(layers='1', **settings)

@@ -53,13 +53,13 @@ def laid_out(load):
 @CASES
 def test_rows_hold_each_valid_assignment_once_and_in_order(load):
   rows, expert, E = laid_out(tuple(load))
-  b = rows.block
-  assert rows.order.shape == rows.valid.shape == (b * len(rows.expert),)
+  b = rows.rows_per_block
+  assert rows.assignment.shape == rows.valid.shape == (b * len(rows.block_expert),)
   np.testing.assert_array_equal(rows.sizes, load[:E])
-  held = [np.asarray(rows.order)[b * i:b * (i + 1)][np.asarray(rows.valid)[b * i:b * (i + 1)]]
-          for i in range(len(rows.expert))]
+  held = [np.asarray(rows.assignment)[b * i:b * (i + 1)][np.asarray(rows.valid)[b * i:b * (i + 1)]]
+          for i in range(len(rows.block_expert))]
   for e in range(E):   # stable: an expert's rows keep the order of the assignments
-    mine = [n for block, owner in zip(held, rows.expert) if owner == e for n in block]
+    mine = [n for block, owner in zip(held, rows.block_expert) if owner == e for n in block]
     np.testing.assert_array_equal(mine, np.flatnonzero(expert == e))
   assert int(rows.valid.sum()) == sum(load[:E])
 
@@ -73,7 +73,7 @@ def test_the_buffer_has_room_for_the_worst_case_and_no_more():
     most = max(sum(-(-n // b) for n in load) for load in loads(N, E))
     rows = jax.eval_shape(lambda e: grouped_matmul.sort_by_expert(e, e >= 0, E),  # noqa: B023
                           jax.ShapeDtypeStruct((N,), jnp.int32))
-    assert rows.expert.shape == (most,)
+    assert rows.block_expert.shape == (most,)
 
 
 def test_block_size_is_an_eighth_of_an_experts_share_within_bounds():
@@ -85,8 +85,8 @@ def test_block_size_is_an_eighth_of_an_experts_share_within_bounds():
 def naive(rows, x, w):
   """Each row times its block's matrix; rows of no run give 0 (NumPy, float64)."""
   x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
-  used = int(rows.blocks.sum()) * rows.block
-  owner = np.repeat(np.asarray(rows.expert), rows.block)
+  used = int(rows.blocks_per_expert.sum()) * rows.rows_per_block
+  owner = np.repeat(np.asarray(rows.block_expert), rows.rows_per_block)
   return np.stack([x[p] @ w[owner[p]] if p < used else np.zeros(w.shape[2])
                    for p in range(len(x))])
 
@@ -103,7 +103,7 @@ def compiled():
 def operands(rows, E, D=5, F=7, dtype=jnp.float32):
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-  P = len(rows.order)
+  P = len(rows.assignment)
   return draw(P, D), draw(E, D, F), draw(P, F)
 
 
@@ -115,8 +115,8 @@ def test_matmul_and_gradients_against_numpy(load):
   y, gx, gw = compiled()(rows, x, w, cotangent)
   np.testing.assert_allclose(y, naive(rows, x, w), rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(gx, naive(rows, cotangent, w.swapaxes(1, 2)), rtol=1e-5, atol=1e-5)
-  used = int(rows.blocks.sum()) * rows.block
-  owner = np.repeat(np.asarray(rows.expert), rows.block)[:used]
+  used = int(rows.blocks_per_expert.sum()) * rows.rows_per_block
+  owner = np.repeat(np.asarray(rows.block_expert), rows.rows_per_block)[:used]
   for e in range(E):
     mine = np.flatnonzero(owner == e)
     want = np.asarray(x, np.float64)[mine].T @ np.asarray(cotangent, np.float64)[mine]
@@ -127,8 +127,9 @@ def test_matmul_in_bfloat16_accumulates_in_float32():
   """The pieces of a run add up to 32 + 3/32 + 3/32 + 3/32. In bfloat16, which resolves 1/4 there,
   32 + 3/32 is 32 for ever: the gradient must not be summed in it."""
   rows, _, E = laid_out((240, 0))
-  P, b = len(rows.order), rows.block
-  assert b == 16 and list(rows.blocks) == [15, 0] and grouped_matmul.PIECES == (8, 4, 2, 1)
+  P, b = len(rows.assignment), rows.rows_per_block
+  assert b == 16 and list(rows.blocks_per_expert) == [15, 0]
+  assert grouped_matmul.PIECES == (8, 4, 2, 1)
   small = [np.full((m * b, 1), 3 / 32 / (m * b)) for m in (4, 2, 1)]
   run = np.concatenate([np.ones((32, 1)), np.zeros((8 * b - 32, 1)), *small])
   x = jnp.zeros((P, 1), jnp.bfloat16).at[:len(run)].set(run.astype(jnp.bfloat16))
@@ -163,7 +164,7 @@ def test_expand_gives_each_row_its_experts_vector(load):
   bias = jnp.asarray(np.random.default_rng(0).normal(size=(E, 3)), jnp.float32)
   cotangent = operands(rows, E, F=3)[2]
   y, grad = expanded(rows, bias, cotangent)
-  owner = np.repeat(np.asarray(rows.expert), rows.block)
+  owner = np.repeat(np.asarray(rows.block_expert), rows.rows_per_block)
   valid = np.asarray(rows.valid)
   np.testing.assert_array_equal(np.asarray(y)[valid], np.asarray(bias)[owner][valid])
   want = np.zeros((E, 3))
@@ -191,8 +192,8 @@ def test_flops_are_those_of_the_blocks_in_use(monkeypatch, load):
   """Not E times those of the rows; forward one product per block, backward two."""
   rows, _, E = laid_out(load)
   x, w, cotangent = operands(rows, E)
-  used = int(rows.blocks.sum())
-  D, F, b, N = 5, 7, rows.block, sum(load)
+  used = int(rows.blocks_per_expert.sum())
+  D, F, b, N = 5, 7, rows.rows_per_block, sum(load)
   assert used == sum(-(-n // b) for n in load)
   assert flops_run(monkeypatch, lambda: rows.gmm(x, w)) == used * 2 * b * D * F
   both = flops_run(monkeypatch, lambda: compiled()(rows, x, w, cotangent))
@@ -259,9 +260,9 @@ def test_the_models_mlp_with_biases(gated):
   drop = lambda h: jnp.where(jnp.arange(10) % 3 > 0, h, 0)
 
   def by_rows(weights, tokens):
-    x = jnp.where(rows.valid[:, None], tokens[rows.order], 0)
+    x = jnp.where(rows.valid[:, None], tokens[rows.assignment], 0)
     y = stacked.apply(weights, x, drop, layout=rows)
-    return jnp.zeros_like(tokens).at[rows.order].add(jnp.where(rows.valid[:, None], y, 0))
+    return jnp.zeros_like(tokens).at[rows.assignment].add(jnp.where(rows.valid[:, None], y, 0))
 
   def by_loop(weights, tokens):
     y = jnp.zeros_like(tokens)

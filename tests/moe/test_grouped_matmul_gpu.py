@@ -33,33 +33,34 @@ tgmm = jax.jit(functools.partial(grouped_matmul_gpu.tgmm, interpret=INTERPRET), 
 def test_kernels_against_numpy(load):
   """D of one tile, F of two, no power of two times 16; rows of no expert are never read."""
   rows, _, E = laid_out(load)
-  b, used = rows.block, int(rows.blocks.sum()) * rows.block
+  b, blocks = rows.rows_per_block, rows.blocks_per_expert
+  used = int(blocks.sum()) * b
   assert b >= 16
   x, w, g = operands(rows, E, D=48, F=256)
   unused = jnp.arange(len(x))[:, None] >= used
   x, g = jnp.where(unused, jnp.nan, x), jnp.where(unused, jnp.nan, g)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
-  close(gmm(x, w, rows.blocks, b), naive(rows, x, w))
-  close(gmm(g, w, rows.blocks, b, True), naive(rows, g, w.swapaxes(1, 2)))
-  owner = np.repeat(np.asarray(rows.expert), b)[:used]
+  close(gmm(x, w, blocks, b), naive(rows, x, w))
+  close(gmm(g, w, blocks, b, True), naive(rows, g, w.swapaxes(1, 2)))
+  owner = np.repeat(np.asarray(rows.block_expert), b)[:used]
   x64, g64 = (np.asarray(a, np.float64)[:used] for a in (x, g))
-  close(tgmm(x, g, rows.blocks, b), [x64[owner == e].T @ g64[owner == e] for e in range(E)])
+  close(tgmm(x, g, blocks, b), [x64[owner == e].T @ g64[owner == e] for e in range(E)])
 
 
 def test_in_bfloat16_sums_are_float32():
   """Of 16 columns that sum to 32 + 224/512, which is nearest to 32.5."""
   rows, _, _ = laid_out((256, 0))
-  P, b = len(rows.order), rows.block
+  P, b = len(rows.assignment), rows.rows_per_block
   x = jnp.where(jnp.arange(P)[:, None] < 32, 1.0, 2.0**-9).astype(jnp.bfloat16)
   assert b == 16   # each block after the first two gives 1/32; bfloat16 resolves 1/4 at 32
-  found = tgmm(jnp.tile(x, 16), jnp.ones((P, 16), jnp.bfloat16), rows.blocks, b)
+  found = tgmm(jnp.tile(x, 16), jnp.ones((P, 16), jnp.bfloat16), rows.blocks_per_expert, b)
   assert found.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(found[0], np.float32), np.full((16, 16), 32.5))
   np.testing.assert_array_equal(np.asarray(found[1], np.float32), np.zeros((16, 16)))
   # Nine tiles of a row sum to 1, 2^-9, 2^-9, ...
   deep = grouped_matmul_gpu.DEPTH_BYTES // 2
   x = jnp.zeros((P, 9 * deep), jnp.bfloat16).at[:, ::deep].set(2.0**-9)
-  y = gmm(x.at[:, 0].set(1), jnp.ones((2, x.shape[1], 16), jnp.bfloat16), rows.blocks, b)
+  y = gmm(x.at[:, 0].set(1), jnp.ones((2, x.shape[1], 16), jnp.bfloat16), rows.blocks_per_expert, b)
   assert y.dtype == jnp.bfloat16
   np.testing.assert_array_equal(np.asarray(y[:256], np.float32), np.full((256, 16), 1 + 2.0**-6))
 
@@ -74,10 +75,10 @@ def test_tiles_fit_the_shared_memory(monkeypatch, capability, dtype, columns):
   monkeypatch.setattr(grouped_matmul_gpu.pl, 'pallas_call', lambda *args, grid, **kwargs:
                       grids.append(grid) or jax.tree_util.Partial(lambda *operands: grid))
   rows, _, E = laid_out((500, 700))
-  assert rows.block == 128
+  assert rows.rows_per_block == 128
   x, w, g = (a.astype(dtype) for a in operands(rows, E, D=256, F=1024))
-  grouped_matmul_gpu.gmm(x, w, rows.blocks, 128)
-  grouped_matmul_gpu.tgmm(x, g, rows.blocks, 128)
+  grouped_matmul_gpu.gmm(x, w, rows.blocks_per_expert, 128)
+  grouped_matmul_gpu.tgmm(x, g, rows.blocks_per_expert, 128)
   assert grids == [(1024 // columns, len(x) // 128), (8, 2, 2)]
 
 
@@ -85,7 +86,7 @@ def test_wide_tiles_against_numpy(monkeypatch):
   monkeypatch.setattr(grouped_matmul_gpu, '_capability', lambda: (9, 0))
   rows, _, E = laid_out((0, 100, 0, 300))
   x, w, _ = (jnp.asarray(a, jnp.bfloat16) for a in operands(rows, E, D=64, F=512))
-  y = grouped_matmul_gpu.gmm(x, w, rows.blocks, rows.block, interpret=INTERPRET)
+  y = grouped_matmul_gpu.gmm(x, w, rows.blocks_per_expert, rows.rows_per_block, interpret=INTERPRET)
   np.testing.assert_allclose(np.asarray(y, np.float32), naive(rows, x, w), rtol=2**-8, atol=1e-3)
 
 
@@ -104,7 +105,7 @@ def test_a_gpu_gets_the_kernels_where_tiles_fit():
   here = jax.jit(run).trace(*operands(rows, E, D=32, F=48)).lower()
   assert KERNEL not in here.as_text()
   rows, _, E = laid_out((7, 8, 9, 16, 17))
-  assert rows.block == 8
+  assert rows.rows_per_block == 8
   assert kernels(run, *operands(rows, E, D=32, F=48)) == 0
 
 

@@ -24,8 +24,8 @@ TRAPS = {
     'balance loss never added to the total': (
         ('make_train_step', 'return (task_objective + aux_loss, ', 'return (task_objective, ',
          'train/test_step.py'),
-        ('moejax.moe', "_loss'] = weight * value",
-         "_loss'] = jax.lax.stop_gradient(weight * value)", 'moe/test_layer.py -k auxiliary')),
+        ('moejax.moe', "_loss'] = loss_weight * value",
+         "_loss'] = jax.lax.stop_gradient(loss_weight * value)", 'moe/test_layer.py -k auxiliary')),
     'padding counted in the balance loss': (
         ('moejax.moe', 'return (@ * @.valid[..., None]).sum((1, 2))', 'return @.sum((1, 2))',
          'moe/test_balance.py -k "load_balance or asked"'),
@@ -116,10 +116,10 @@ TRAPS = {
         ('top_k', 'weight = jnp.take_along_axis(scores', 'weight = jnp.take_along_axis(ranked',
          'moe/test_token_choice.py -k bias'),),
     'loss-free bias moved by its own batch': (
-        ('router.choose', 'score=config.score, bias=bias, **weights)',
+        ('router.choose', 'score=config.score, bias=bias, **options)',
          'score=config.score, bias=None if bias is None else balance.update_bias(bias, '
          'telemetry.choices_per_expert(routing.top_k(output.logits, mask, config.k, '
-         'score=config.score, bias=bias), bias.shape[-1]), config.bias_rate), **weights)',
+         'score=config.score, bias=bias), bias.shape[-1]), config.bias_rate), **options)',
          'moe/test_every.py -k "numpy and bias and drops and gather"'),),
     'loss-free bias moved by local load': (
         ('make_train_step', 'grads, sums = reduce(accumulate($))\n',
@@ -192,7 +192,7 @@ TRAPS = {
 # What this code invites beside them.
 OTHERS = {
     'balance loss diluted by a stack that has none': (
-        ('moejax.moe', '        if weight:', '        if True:', 'train/test_step.py -k dilute'),),
+        ('moejax.moe', 'if loss_weight:', 'if True:', 'train/test_step.py -k dilute'),),
     'padding counted in the z-loss': (
         ('router_z', 'jnp.where(mask, z ** 2, 0.0)', '(z ** 2)',
          'moe/test_balance.py -k router_z'),),
@@ -213,7 +213,7 @@ OTHERS = {
         ('moejax.moe', '@ if train else @.eval_capacity_factor', '@',
          'moe/test_layer.py -k capacity'),),
     'expert choice in a decoder': (
-        ('T5Config', "check(self.decoder_moe.router != 'expert_choice', ", 'check(True, ',
+        ('T5Config', 'check(self.decoder_moe.router in CAUSAL, ', 'check(True, ',
          'models/test_t5.py -k refused'),),
     'decoding drops tokens': (
         ('MoELayer', 'S if no_drop else ', '', 'moe/test_causal.py'),),
@@ -301,13 +301,13 @@ OTHERS = {
          'train/test_memory.py -k evaluation'),),
     'out of memory at the last step': (
         ('Forecast', "'decoding': self.decoding", "'decoding': 0",
-         'train/test_memory_decoding.py -k beams'),),
+         'train/test_memory.py -k beams'),),
     'a teacher nobody counts': (
         ('Forecast', ' + self.optimizer + self.teacher', ' + self.optimizer',
-         'train/test_memory_teacher.py -k parameters'),
+         'train/test_memory.py -k reads'),
         ('Teacher.__init__', "self.outputs = {'teacher_logits$",
          "self.outputs = {'teacher_logits$\n    self.restore()",
-         'train/test_memory_teacher.py -k reads_nothing')),
+         'train/test_teacher.py -k reads_nothing')),
     'page faults at every step': (
         ('keep_freed', 'TRIM_THRESHOLD: NEVER', 'TRIM_THRESHOLD: MOST',
          'train/test_malloc.py -k gigabytes'),
