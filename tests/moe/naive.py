@@ -24,19 +24,23 @@ def best(scores, k):
   return sorted(range(len(scores)), key=lambda e: (-scores[e], e))[:k]
 
 
+def scores(config, logits):
+  return 1 / (1 + np.exp(-logits)) if config.score == 'sigmoid' else softmax(logits)
+
+
 def choose(config, logits, bias):
   """[(expert, weight)] of one token, best first."""
-  scores = 1 / (1 + np.exp(-logits)) if config.score == 'sigmoid' else softmax(logits)
+  shares = scores(config, logits)
   if config.router == 'top_p':
     chosen, total = [], 0.0
-    for e in best(scores, config.k):
+    for e in best(shares, config.k):
       chosen.append(e)
-      total += scores[e]
+      total += shares[e]
       if total >= config.p:
         break
   else:
-    chosen = best((logits if config.score == 'softmax_of_chosen' else scores) + bias, config.k)
-  weights = softmax(logits[chosen]) if config.score == 'softmax_of_chosen' else scores[chosen]
+    chosen = best((logits if config.score == 'softmax_of_chosen' else shares) + bias, config.k)
+  weights = softmax(logits[chosen]) if config.score == 'softmax_of_chosen' else shares[chosen]
   if config.renormalize:
     weights = weights / weights.sum()
   return list(zip(chosen, weights * config.weight_scale))
@@ -69,30 +73,39 @@ def expert_choice(config, probs, real, C):
   return kept
 
 
-def layer(config, E, params, x, mask, train, bias=None):
-  """The output (G, S, D) of groups x (G, S, D) with mask (G, S), and (experts, tokens) loads."""
+def layer(config, E, params, x, mask, train, bias):
+  """The output (G, S, D) of groups x (G, S, D) with mask (G, S), and aux; bias (E,)."""
   x = np.asarray(x, np.float64)
   weights = {name: np.asarray(w, np.float64) for name, w in params['experts'].items()}
-  bias = np.zeros(E) if bias is None else np.asarray(bias, np.float64)
-  y, load = np.zeros_like(x), np.zeros(E)
+  y, token_choice = np.zeros_like(x), config.router != 'expert_choice'
+  aux = dict.fromkeys(('tokens', 'assigned', 'unchosen', 'single', 'entropy', 'z'), 0.0)
+  aux |= {'load': np.zeros(E), **({'asked': np.zeros(E), 'balance': 0.0} if token_choice else {})}
   for g, (group, real) in enumerate(zip(x, np.asarray(mask))):
+    S, tokens = len(group), real.sum()
     if config.router == 'norm':
       logits = np.log([[np.linalg.norm(mlp(weights, e, t)) for e in range(E)] for t in group])
     else:
       logits = group @ np.asarray(params['router']['kernel'], np.float64)
-    probs = np.array([softmax(row) for row in logits])
+    probs = np.array([scores(config, row) / scores(config, row).sum() for row in logits])
     factor = config.capacity_factor if train else config.eval_capacity_factor
-    C = min(max(round(factor * len(group) / E), config.min_capacity), len(group))
-    if config.router == 'expert_choice':
-      kept = expert_choice(config, probs, real, C)
+    C = min(max(round(factor * S / E), config.min_capacity), S)
+    if token_choice:
+      choices = {s: choose(config, logits[s], bias) for s in range(S) if real[s]}
+      kept = placed(config, choices, probs.max(-1), C)
+      asked = np.bincount([e for chosen in choices.values() for e, _ in chosen], minlength=E)
+      aux['asked'] += asked
+      aux['balance'] += E * asked / max(asked.sum(), 1) @ probs[real].sum(0)
+      aux['assigned'] += asked.sum()
     else:
-      choices = {s: choose(config, logits[s], bias) for s in range(len(group)) if real[s]}
-      priority = probs.max(-1)
-      if config.score == 'sigmoid':
-        odds = 1 / (1 + np.exp(-logits))
-        priority = (odds / odds.sum(-1, keepdims=True)).max(-1)
-      kept = placed(config, choices, priority, C)
+      kept = expert_choice(config, probs, real, C)
+      aux['assigned'] += len(kept)
     for s, e, w in kept:
       y[g, s] += w * mlp(weights, e, group[s])
-      load[e] += 1
-  return y, load
+      aux['load'][e] += 1
+    held = np.bincount([s for s, *_ in kept], minlength=S)[real]
+    aux['tokens'] += tokens
+    aux['unchosen'] += (held == 0).sum()
+    aux['single'] += (held == 1).sum()
+    aux['entropy'] -= (probs * np.log(probs))[real].sum()
+    aux['z'] += (np.log(np.exp(logits).sum(-1))**2)[real].sum()
+  return y, aux | {'dropped': aux['assigned'] - aux['load'].sum()}
