@@ -5,45 +5,35 @@ vmoe/moe.py; Mesh TensorFlow: mesh_tensorflow/transformer/moe.py. G groups, S to
 E experts, K choices, C slots.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moejax.moe import balance, placement, routing
 
-from .tables import ODDS, assert_buffers, assert_choices, logs, real
+from .tables import ODDS, assert_buffers, logs, real
 
 # Probabilities, token by token: 3/5 2/5, 2/3 1/3, 1/5 4/5, 3/4 1/4.
 CROWDED = [[3, 2], [2, 1], [1, 4], [3, 1]]
 
 
-@pytest.mark.parametrize('capacity, expected', [
-  (1, [{3: 3/4}, {2: 4/5}]),
-  # e0's first choices t3 t1 t0, e1's t2. Then second choices in order t2 t3 t1 t0.
-  (2, [{3: 3/4, 1: 2/3}, {2: 4/5, 3: 1/4}]),
-  (3, [{3: 3/4, 1: 2/3, 0: 3/5}, {2: 4/5, 3: 1/4, 1: 1/3}]),
+@pytest.mark.parametrize('order, prioritised, capacity, expected', [
+  # flaxformer and vmoe: tokens by their largest probability, but every first choice before any
+  # second. e0's first choices t3 t1 t0, e1's t2; then second choices in order t2 t3 t1 t0.
+  ('choice', True, 1, [{3: 3/4}, {2: 4/5}]),
+  ('choice', True, 2, [{3: 3/4, 1: 2/3}, {2: 4/5, 3: 1/4}]),
+  ('choice', True, 3, [{3: 3/4, 1: 2/3, 0: 3/5}, {2: 4/5, 3: 1/4, 1: 1/3}]),
+  # Without priority e0's first choices t0 t1 (t3 is late), e1's t2; t0's second choice takes e1's
+  # last slot.
+  ('choice', False, 2, [{0: 3/5, 1: 2/3}, {2: 4/5, 0: 2/5}]),
+  # Token order is neither's: t2 comes too late for its own expert.
+  ('token', False, 2, [{0: 3/5, 1: 2/3}, {0: 2/5, 1: 1/3}]),
 ])
-def test_batch_prioritised_order_of_flaxformer_and_vmoe(capacity, expected):
-  """Tokens by their largest probability, but every first choice before any second."""
+def test_order_of_flaxformer_and_vmoe(order, prioritised, capacity, expected):
   logits = logs(CROWDED)
-  priority = routing.probabilities(logits).max(-1)
+  priority = routing.probabilities(logits).max(-1) if prioritised else None
   tokens = routing.top_k(logits, real(logits), 2)
-  assert_buffers(placement.place(tokens, 2, capacity, priority=priority), expected)
-
-
-def test_order_of_flaxformer_and_vmoe_without_batch_priority():
-  logits = logs(CROWDED)
-  tokens = routing.top_k(logits, real(logits), 2)
-  # e0's first choices t0 t1 (t3 is late), e1's t2; t0's second choice takes e1's last slot.
-  assert_buffers(placement.place(tokens, 2, 2), [{0: 3/5, 1: 2/3}, {2: 4/5, 0: 2/5}])
-
-
-def test_token_order_is_neither():
-  logits = logs(CROWDED)
-  tokens = routing.top_k(logits, real(logits), 2)
-  assert_buffers(placement.place(tokens, 2, 2, order='token'),
-                 [{0: 3/5, 1: 2/3}, {0: 2/5, 1: 1/3}])   # t2 comes too late for its own expert
+  assert_buffers(placement.place(tokens, 2, capacity, order=order, priority=priority), expected)
 
 
 @pytest.mark.parametrize('tokens, experts, factor, slots', [
@@ -55,15 +45,11 @@ def test_token_order_is_neither():
   (26, 4, 1.0, 6),      # 6.5
   (16, 8, 1.0, 4),      # 2, but never fewer than 4
   (4, 64, 1.0, 4),      # 1/16
+  (3, 8, 1.0, 3),       # flaxformer: 4, one of them always empty
 ])
 def test_capacity_of_flaxformer(tokens, experts, factor, slots):
   """round(factor * S / E) with K nowhere, and min_expert_capacity 4."""
   assert routing.expert_capacity(tokens, experts, factor, minimum=4) == slots
-
-
-def test_capacity_never_exceeds_the_group_unlike_flaxformers():
-  # flaxformer: 4, one of them always empty
-  assert routing.expert_capacity(3, 8, 1.0, minimum=4) == 3
 
 
 @pytest.mark.parametrize('tokens, experts, k, factor, slots, rounded', [
@@ -178,23 +164,3 @@ def test_second_expert_of_gshard_and_of_mesh_tensorflow(threshold, keeps):
   even = routing.top_k(jnp.zeros((1, 1, 2)), jnp.ones((1, 1), bool), 2)
   refused = routing.keep_second(even, jnp.full((1, 1), 0.5), 1.0)   # 1/2 is not more than 1/2
   assert not refused.valid[0, 0, 1]
-
-
-@pytest.mark.parametrize('published, settings, expected', [
-  ('Switch: the raw probability', dict(k=1), [(2, 1/2)]),
-  ('V-MoE, Grok-1, DeepSeekMoE-16B: raw, best k', dict(k=2), [(2, 1/2), (1, 1/3)]),
-  ('GShard: over the two', dict(k=2, renormalize=True), [(2, 3/5), (1, 2/5)]),
-  ('Mixtral: softmax of the two logits', dict(k=2, score='softmax_of_chosen'),
-   [(2, 3/5), (1, 2/5)]),
-  # Sigmoids 1/2, 2/3, 3/4, the last with a bias of -1/3 to choose by: e1, e0. 4/7, 3/7, times 2.5.
-  ('DeepSeek-V3', dict(k=2, score='sigmoid', renormalize=True, scale=2.5, bias=[0, 0, -1/3]),
-   [(1, 10/7), (0, 15/14)]),
-  # The same without normalisation: the bias is not in the weights.
-  ('Loss-free balancing', dict(k=2, score='sigmoid', bias=[0, 0, -1/3]), [(1, 2/3), (0, 1/2)]),
-])
-def test_weights_of_one_token_of_odds_1_2_3(published, settings, expected):
-  if 'bias' in settings:
-    settings = settings | {'bias': jnp.asarray(settings['bias'])}
-  logits = logs([[1, 2, 3]])
-  found = jax.jit(lambda l: routing.top_k(l, real(l), **settings))(logits)
-  assert_choices(found, [expected])

@@ -15,34 +15,54 @@ from .tables import ODDS, assert_choices, choices, logs, real
 
 # Ties (t1, t2 second; t3 first) go to the expert of lower number.
 TOP_2 = [[(2, 1/2), (1, 1/3)], [(0, 2/3), (1, 1/6)], [(0, 1/2), (1, 1/4)], [(1, 2/5), (2, 2/5)]]
+# 1/2 and 1/3 of 5/6; 2/3 and 1/6 of 5/6; 1/2 and 1/4 of 3/4; 2/5 twice. Of the odds: 3 and 2 of 5;
+# 4 and 1 of 5; 2 and 1 of 3; 2 and 2 of 4.
+TOP_2_TO_ONE = [[(2, 3/5), (1, 2/5)], [(0, 4/5), (1, 1/5)], [(0, 2/3), (1, 1/3)],
+                [(1, 1/2), (2, 1/2)]]
+ALL = [[(2, 1/2), (1, 1/3), (0, 1/6)], [(0, 2/3), (1, 1/6), (2, 1/6)],
+       [(0, 1/2), (1, 1/4), (2, 1/4)], [(1, 2/5), (2, 2/5), (0, 1/5)]]
+# Sigmoids, token by token: 1/2 2/3 3/4, 4/5 1/2 1/2, 2/3 1/2 1/2, 1/2 2/3 2/3.
+SIGMOID = [[(2, 3/4), (1, 2/3)], [(0, 4/5), (1, 1/2)], [(0, 2/3), (1, 1/2)], [(1, 2/3), (2, 2/3)]]
+# Over 17/12, 13/10, 7/6 and 4/3.
+SIGMOID_TO_ONE = [[(2, 9/17), (1, 8/17)], [(0, 8/13), (1, 5/13)], [(0, 4/7), (1, 3/7)],
+                  [(1, 1/2), (2, 1/2)]]
+# Softmax less 1/4 at expert 2: t0 1/6 1/3 1/4, t1 2/3 1/6 <0, t2 1/2 1/4 0, t3 1/5 2/5 3/20.
+# Sigmoids less 1/3 at expert 2: t0 1/2 2/3 5/12, t1 4/5 1/2 1/6, t2 2/3 1/2 1/6, t3 1/2 2/3 1/3.
+QUARTER, THIRD, OF_CHOSEN = [0, 0, -1/4], [0, 0, -1/3], dict(score='softmax_of_chosen')
+TO_ONE, BY_SIGMOID = dict(renormalize=True), dict(score='sigmoid')
 
 
-def test_top_1():
+@pytest.mark.parametrize('published, k, settings, expected', [
+  ('Switch: the raw probability', 1, {}, [c[:1] for c in TOP_2]),
+  ('V-MoE, Grok-1, DeepSeekMoE-16B: raw, best k', 2, {}, TOP_2),
+  ('GShard: over the two', 2, TO_ONE, TOP_2_TO_ONE),
+  ('Mixtral: softmax of the two logits', 2, OF_CHOSEN, TOP_2_TO_ONE),
+  ('its sum is 1 already', 2, OF_CHOSEN | TO_ONE, TOP_2_TO_ONE),
+  ('all experts: the softmax', 3, {}, ALL), ('all, renormalised', 3, TO_ONE, ALL),
+  ('all chosen', 3, OF_CHOSEN, ALL),
+  ('sigmoid: each expert alone', 2, BY_SIGMOID, SIGMOID),
+  ('sigmoid, renormalised', 2, BY_SIGMOID | TO_ONE, SIGMOID_TO_ONE),
+  ('scaled', 1, dict(scale=3.0), [[(2, 3/2)], [(0, 2)], [(0, 3/2)], [(1, 6/5)]]),
+  ('scaled, last of all', 2, BY_SIGMOID | TO_ONE | dict(scale=2.5),
+   [[(e, 2.5 * w) for e, w in token] for token in SIGMOID_TO_ONE]),
+  ('a bias chooses and does not weigh', 2, dict(bias=QUARTER),
+   [[(1, 1/3), (2, 1/2)], [(0, 2/3), (1, 1/6)], [(0, 1/2), (1, 1/4)], [(1, 2/5), (0, 1/5)]]),
+  ('bias, renormalised', 2, dict(bias=QUARTER) | TO_ONE,
+   [[(1, 2/5), (2, 3/5)], [(0, 4/5), (1, 1/5)], [(0, 2/3), (1, 1/3)], [(1, 2/3), (0, 1/3)]]),
+  ('Loss-free balancing', 2, dict(bias=THIRD) | BY_SIGMOID,
+   [[(1, 2/3), (0, 1/2)], [(0, 4/5), (1, 1/2)], [(0, 2/3), (1, 1/2)], [(1, 2/3), (0, 1/2)]]),
+  ('DeepSeek-V3', 2, dict(bias=THIRD, scale=2.5) | BY_SIGMOID | TO_ONE,
+   [[(1, 10/7), (0, 15/14)], [(0, 20/13), (1, 25/26)], [(0, 10/7), (1, 15/14)],
+    [(1, 10/7), (0, 15/14)]]),
+  ('a bias common to all experts', 2, dict(bias=[7, 7, 7]), TOP_2),
+], ids=str)
+def test_top_k(published, k, settings, expected):
   logits = logs(ODDS)
-  tokens = routing.top_k(logits, real(logits), 1)
-  assert_choices(tokens, [c[:1] for c in TOP_2])
-  assert tokens.expert.shape == tokens.weight.shape == tokens.valid.shape == (1, 4, 1)
-
-
-def test_top_2_weights_are_the_raw_probabilities():
-  logits = logs(ODDS)
-  assert_choices(routing.top_k(logits, real(logits), 2), TOP_2)
-
-
-def test_top_2_renormalized():
-  logits = logs(ODDS)
-  # 1/2 and 1/3 of 5/6; 2/3 and 1/6 of 5/6; 1/2 and 1/4 of 3/4; 2/5 twice.
-  assert_choices(routing.top_k(logits, real(logits), 2, renormalize=True),
-                 [[(2, 3/5), (1, 2/5)], [(0, 4/5), (1, 1/5)], [(0, 2/3), (1, 1/3)],
-                  [(1, 1/2), (2, 1/2)]])
-
-
-@pytest.mark.parametrize('renormalize', [False, True])
-def test_top_k_of_all_experts_is_the_softmax(renormalize):
-  logits = logs(ODDS)
-  assert_choices(routing.top_k(logits, real(logits), 3, renormalize=renormalize),
-                 [[(2, 1/2), (1, 1/3), (0, 1/6)], [(0, 2/3), (1, 1/6), (2, 1/6)],
-                  [(0, 1/2), (1, 1/4), (2, 1/4)], [(1, 2/5), (2, 2/5), (0, 1/5)]])
+  if 'bias' in settings:
+    settings = settings | {'bias': jnp.asarray(settings['bias'], jnp.float32)}
+  tokens = routing.top_k(logits, real(logits), k, **settings)
+  assert_choices(tokens, expected)
+  assert tokens.expert.shape == tokens.weight.shape == tokens.valid.shape == (1, 4, k)
 
 
 @pytest.mark.parametrize('renormalize', [False, True])
@@ -54,61 +74,6 @@ def test_top_k_at_padding(renormalize):
                           [(0, 1/2), (1, 1/4), (2, 1/4)], None], group=0)
   assert_choices(tokens, [None] * 4, group=1)
   assert (tokens.expert >= 0).all() and (tokens.expert < 3).all()
-
-
-def test_top_k_weight_carries_the_routers_gradient():
-  logits = logs(ODDS)
-
-  def grad(k, renormalize):
-    def weight(logits):
-      return routing.top_k(logits, real(logits), k, renormalize=renormalize).weight[0, 0, 0]
-    return np.asarray(jax.jit(jax.grad(weight))(logits))[0]
-
-  # p2 = 1/2: dp2/dl = (-1/2 * 1/6, -1/2 * 1/3, 1/2 * 1/2).
-  np.testing.assert_allclose(grad(1, False)[0], [-1/12, -1/6, 1/4], rtol=1e-5)
-  # p2 / (p1 + p2) = 3/5, a softmax over e1 and e2: 3/5 * 2/5.
-  np.testing.assert_allclose(grad(2, True)[0], [0, -6/25, 6/25], rtol=1e-5, atol=1e-7)
-  # The dead router that configs refuse: one renormalised weight is constant.
-  np.testing.assert_allclose(grad(1, True), 0, atol=1e-7)
-
-
-def test_softmax_of_chosen_sees_the_chosen_logits_only():
-  logits = logs(ODDS)
-  # 3 and 2 of 5; 4 and 1 of 5; 2 and 1 of 3; 2 and 2 of 4.
-  expected = [[(2, 3/5), (1, 2/5)], [(0, 4/5), (1, 1/5)], [(0, 2/3), (1, 1/3)],
-              [(1, 1/2), (2, 1/2)]]
-  for renormalize in (False, True):   # sums are 1 already
-    assert_choices(routing.top_k(logits, real(logits), 2, score='softmax_of_chosen',
-                                 renormalize=renormalize), expected)
-  assert_choices(routing.top_k(logits, real(logits), 3, score='softmax_of_chosen'),
-                 [[(2, 1/2), (1, 1/3), (0, 1/6)], [(0, 2/3), (1, 1/6), (2, 1/6)],
-                  [(0, 1/2), (1, 1/4), (2, 1/4)], [(1, 2/5), (2, 2/5), (0, 1/5)]])
-
-
-# Sigmoids, token by token: 1/2 2/3 3/4, 4/5 1/2 1/2, 2/3 1/2 1/2, 1/2 2/3 2/3.
-SIGMOID = [[(2, 3/4), (1, 2/3)], [(0, 4/5), (1, 1/2)], [(0, 2/3), (1, 1/2)], [(1, 2/3), (2, 2/3)]]
-# Over 17/12, 13/10, 7/6 and 4/3.
-SIGMOID_TO_ONE = [[(2, 9/17), (1, 8/17)], [(0, 8/13), (1, 5/13)], [(0, 4/7), (1, 3/7)],
-                  [(1, 1/2), (2, 1/2)]]
-
-
-def test_sigmoid_scores_each_expert_alone():
-  logits = logs(ODDS)
-  assert_choices(routing.top_k(logits, real(logits), 2, score='sigmoid'), SIGMOID)
-  assert_choices(routing.top_k(logits, real(logits), 2, score='sigmoid', renormalize=True),
-                 SIGMOID_TO_ONE)
-
-
-def test_scale_comes_last():
-  logits = logs(ODDS)
-  scaled = [[(e, 2.5 * w) for e, w in token] for token in SIGMOID_TO_ONE]
-  assert_choices(routing.top_k(logits, real(logits), 2, score='sigmoid', renormalize=True,
-                               scale=2.5), scaled)
-  assert_choices(routing.top_k(logits, real(logits), 1, scale=3.0),
-                 [[(2, 3/2)], [(0, 2)], [(0, 3/2)], [(1, 6/5)]])
-  # p = 0.6: the second and the fourth token need two experts, as does the first.
-  assert_choices(routing.top_p(logits, real(logits), 0.6, 2, scale=3.0),
-                 [[(2, 3/2), (1, 1)], [(0, 2)], [(0, 3/2), (1, 3/4)], [(1, 6/5), (2, 6/5)]])
 
 
 @pytest.mark.parametrize('renormalize', [False, True])
@@ -138,46 +103,22 @@ def test_probabilities_sum_to_one_for_every_score():
   np.testing.assert_allclose(low[0, 0], [1/4] * 4)
 
 
-def test_gradients_of_the_scores():
-  logits = logs(ODDS)
-
-  def grad(k, **kwargs):
-    weight = lambda l: routing.top_k(l, real(l), k, **kwargs).weight[0, 0, 0]
-    return np.asarray(jax.jit(jax.grad(weight))(logits))[0]
-
-  # sigmoid 3/4 of its own logit: 3/4 * 1/4; one expert is enough to learn from.
-  found = grad(1, score='sigmoid')
-  np.testing.assert_allclose(found[0], [0, 0, 3/16], rtol=1e-5, atol=1e-7)
-  np.testing.assert_array_equal(found[1:], 0)
+@pytest.mark.parametrize('k, settings, expected', [
+  (1, {}, [-1/12, -1/6, 1/4]),            # p2 = 1/2: (-1/2 * 1/6, -1/2 * 1/3, 1/2 * 1/2)
+  (2, TO_ONE, [0, -6/25, 6/25]),          # p2 / (p1 + p2) = 3/5, a softmax over two: 3/5 * 2/5
+  (2, OF_CHOSEN, [0, -6/25, 6/25]),
+  (1, BY_SIGMOID, [0, 0, 3/16]),          # 3/4 of its own logit: 3/4 * 1/4
   # s2 / (s1 + s2) = 9/17: 9/17 * 8/17 times the logarithmic slopes 1 - 3/4 and -(1 - 2/3).
-  np.testing.assert_allclose(grad(2, score='sigmoid', renormalize=True)[0],
-                             [0, -24/289, 18/289], rtol=1e-5, atol=1e-7)
-  # Softmax over the two chosen: 3/5 * 2/5.
-  np.testing.assert_allclose(grad(2, score='softmax_of_chosen')[0], [0, -6/25, 6/25], rtol=1e-5,
-                             atol=1e-7)
-  # Dead routers, which configs refuse.
-  for dead in (dict(score='softmax_of_chosen'), dict(score='sigmoid', renormalize=True)):
-    np.testing.assert_array_equal(grad(1, **dead), 0)
-
-
-# Scores less 1/4 at expert 2: t0 1/6 1/3 1/4, t1 2/3 1/6 <0, t2 1/2 1/4 0, t3 1/5 2/5 3/20.
-BIAS = [0, 0, -1/4]
-BIASED = [[(1, 1/3), (2, 1/2)], [(0, 2/3), (1, 1/6)], [(0, 1/2), (1, 1/4)], [(1, 2/5), (0, 1/5)]]
-
-
-def test_bias_chooses_and_does_not_weigh():
-  logits, bias = logs(ODDS), jnp.asarray(BIAS)
-  assert_choices(routing.top_k(logits, real(logits), 2, bias=bias), BIASED)
-  assert_choices(routing.top_k(logits, real(logits), 2, bias=bias, renormalize=True),
-                 [[(1, 2/5), (2, 3/5)], [(0, 4/5), (1, 1/5)], [(0, 2/3), (1, 1/3)],
-                  [(1, 2/3), (0, 1/3)]])
-  # Sigmoids less 1/3 at expert 2: t0 1/2 2/3 5/12, t1 4/5 1/2 1/6, t2 2/3 1/2 1/6, t3 1/2 2/3 1/3.
-  assert_choices(routing.top_k(logits, real(logits), 2, score='sigmoid',
-                               bias=jnp.asarray([0, 0, -1/3])),
-                 [[(1, 2/3), (0, 1/2)], [(0, 4/5), (1, 1/2)], [(0, 2/3), (1, 1/2)],
-                  [(1, 2/3), (0, 1/2)]])
-  # A bias common to all experts changes nothing.
-  assert_choices(routing.top_k(logits, real(logits), 2, bias=jnp.full(3, 7.0)), TOP_2)
+  (2, BY_SIGMOID | TO_ONE, [0, -24/289, 18/289]),
+  # Dead routers, which configs refuse: a single weight is constant.
+  (1, TO_ONE, [0, 0, 0]), (1, OF_CHOSEN, [0, 0, 0]), (1, BY_SIGMOID | TO_ONE, [0, 0, 0]),
+], ids=str)
+def test_the_first_weight_has_the_gradient_of_its_score(k, settings, expected):
+  logits = logs(ODDS)
+  weight = lambda l: routing.top_k(l, real(l), k, **settings).weight[0, 0, 0]
+  grad = np.asarray(jax.jit(jax.grad(weight))(logits))[0]
+  np.testing.assert_allclose(grad[0], expected, rtol=1e-5, atol=1e-7)
+  np.testing.assert_array_equal(grad[1:], 0)
 
 
 @pytest.mark.parametrize('renormalize', [False, True])
@@ -231,8 +172,8 @@ def test_top_p(p, k, expected):
   tokens = routing.top_p(logits, real(logits), p, k)
   assert tokens.expert.shape == tokens.weight.shape == tokens.valid.shape == (1, 4, k)
   assert_choices(tokens, [[(e, probs[t, e]) for e in row] for t, row in enumerate(expected)])
-  tokens = routing.top_p(logits, real(logits), p, k, renormalize=True)
-  assert_choices(tokens, [[(e, probs[t, e] / probs[t, row].sum()) for e in row]
+  tokens = routing.top_p(logits, real(logits), p, k, renormalize=True, scale=3.0)
+  assert_choices(tokens, [[(e, 3 * probs[t, e] / probs[t, row].sum()) for e in row]
                           for t, row in enumerate(expected)])
 
 
@@ -282,14 +223,6 @@ def test_keep_second(threshold, uniform, kept, renormalize):
   assert found.expert.shape == (1, 4, 2)
 
 
-def test_keep_second_is_as_frequent_as_it_says():
-  logits = jnp.broadcast_to(logs([[4, 1]]), (1, 100, 2))         # shares 4/5 and 1/5
-  tokens = routing.top_k(logits, real(logits), 2)
-  uniform = jnp.arange(100)[None] / 100
-  for threshold, expected in ((0.3, 67), (0.7, 29), (0.15, 100)):   # 1/5 / 0.3 = 2/3, 2/7, > 1
-    assert routing.keep_second(tokens, uniform, threshold).valid[..., 1].sum() == expected
-
-
 def test_keep_second_at_padding_and_its_gradient():
   logits, mask = logs(ODDS), jnp.asarray([[True, True, False, True]])
   uniform = jnp.full((1, 4), 0.5)
@@ -303,51 +236,3 @@ def test_keep_second_at_padding_and_its_gradient():
   grad = np.asarray(jax.jit(jax.grad(lambda l: weights(l)[..., 1].sum()))(logits))[0]
   np.testing.assert_allclose(grad[0], [-1/18, 2/9, -1/6], rtol=1e-5)
   np.testing.assert_array_equal(grad[1:3], 0)   # refused, padding
-
-
-ROUTERS = {
-    'softmax': lambda l, m: routing.top_k(l, m, 2),
-    'softmax_of_chosen': lambda l, m: routing.top_k(l, m, 2, score='softmax_of_chosen'),
-    'sigmoid': lambda l, m: routing.top_k(l, m, 2, score='sigmoid', renormalize=True, scale=2.5),
-    'bias': lambda l, m: routing.top_k(l, m, 2, bias=jnp.linspace(-.2, .2, l.shape[-1])),
-    'top_p': lambda l, m: routing.top_p(l, m, 0.5, 3, renormalize=True),
-    'second': lambda l, m: routing.keep_second(routing.top_k(l, m, 2),
-                                               jnp.linspace(0, .9, l.shape[1])[None], 0.5),
-}
-
-
-@pytest.mark.parametrize('name', list(ROUTERS))
-def test_bfloat16_logits_and_padding(name):
-  """Computed in float32; what stands at padding changes nothing."""
-  rng = np.random.default_rng(0)
-  route = jax.jit(ROUTERS[name])
-  logits = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.bfloat16)
-  mask = jnp.asarray(rng.random((2, 6)) < 0.6)
-  low, high = (route(l, mask) for l in (logits, logits.astype(jnp.float32)))
-  assert low.weight.dtype == jnp.float32
-  jax.tree.map(np.testing.assert_array_equal, low, high)
-  other = route(jnp.where(mask[..., None], logits, 1e4 * logits[::-1]), mask)
-  for group in range(2):
-    assert choices(other, group) == choices(low, group)
-    assert [c is not None for c in choices(low, group)] == mask[group].tolist()
-
-
-@pytest.mark.parametrize('name', [n for n in ROUTERS if n != 'bias'])
-def test_permuting_experts_permutes_the_choices(name):
-  rng = np.random.default_rng(1)
-  logits = jnp.asarray(rng.normal(size=(1, 8, 5)), jnp.float32)
-  order = np.array([3, 0, 4, 1, 2])   # new expert j is old expert order[j]
-  old, new = (ROUTERS[name](l, real(l)) for l in (logits, logits[..., order]))
-  assert_choices(old, [[(order[e], w) for e, w in token] for token in choices(new)])
-
-
-def test_one_token_and_one_expert():
-  logits = jnp.asarray([[[-3.0]]])
-  for name in ('softmax', 'softmax_of_chosen'):
-    assert_choices(routing.top_k(logits, real(logits), 1, score=name), [[(0, 1)]])
-  assert_choices(routing.top_p(logits, real(logits), 0.4, 1), [[(0, 1)]])
-  # 1 / (1 + e^3): a sigmoid layer of one expert is its MLP only when renormalised.
-  assert_choices(routing.top_k(logits, real(logits), 1, score='sigmoid'),
-                 [[(0, 1 / (1 + np.e ** 3))]])
-  assert_choices(routing.top_k(logits, real(logits), 1, score='sigmoid', renormalize=True),
-                 [[(0, 1)]])
