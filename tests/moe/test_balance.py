@@ -16,78 +16,42 @@ load_balance = jax.jit(balance.load_balance, static_argnames='first_only')
 load = jax.jit(balance.smooth_load, static_argnums=3, static_argnames='exclude_self')
 
 
-def routed(expert, mask=None):
-  """TokenRouting of one group from an (S, K) list of experts."""
-  expert = jnp.asarray([expert], jnp.int32)
-  mask = jnp.ones(expert.shape[:2], bool) if mask is None else jnp.asarray([mask])
-  valid = jnp.broadcast_to(mask[..., None], expert.shape)
-  return routing.TokenRouting(expert, jnp.where(valid, 0.5, 0.0).astype(jnp.float32), valid), mask
-
-
-def loss(probs, expert, mask=None):
-  tokens, mask = routed(expert, mask)
-  found = load_balance(jnp.asarray([probs], jnp.float32), tokens, mask)
-  assert found.shape == (1,) and found.dtype == jnp.float32
-  return float(found[0])
-
-
-# f = (3/4, 1/4); p0 = (3/4 + 3/4 + 1/2 + 1/4) / 4 = 9/16, p1 = 7/16.
-# 2 * (3/4 * 9/16 + 1/4 * 7/16) = 2 * 34/64 = 17/16.
 PROBS = [[3/4, 1/4], [3/4, 1/4], [1/2, 1/2], [1/4, 3/4]]
 TOP_1 = [[0], [0], [0], [1]]
+THREE = [[1/2, 1/3, 1/6], [1/2, 1/6, 1/3], [2/3, 1/6, 1/6]]   # means 5/9, 2/9, 2/9
+FLAT = [[1/4] * 4] * 4
 
 
-def test_load_balance_top_1():
-  assert loss(PROBS, TOP_1) == pytest.approx(17/16, rel=1e-6)
-
-
-def test_load_balance_top_2_fractions_sum_to_one():
-  # f = (3, 2, 1) / 6; p0 = (1/2 + 1/2 + 2/3) / 3 = 5/9, p1 = (1/3 + 1/6 + 1/6) / 3 = 2/9 = p2.
-  # 3 * (1/2 * 5/9 + 1/3 * 2/9 + 1/6 * 2/9) = 3 * (5/18 + 2/18) = 7/6; flaxformer's would be 7/3.
-  probs = [[1/2, 1/3, 1/6], [1/2, 1/6, 1/3], [2/3, 1/6, 1/6]]
-  assert loss(probs, [[0, 1], [0, 2], [0, 1]]) == pytest.approx(7/6, rel=1e-6)
-
-
-@pytest.mark.parametrize('probs, expert', [
-  (PROBS, [[0], [1], [0], [1]]),                  # equal loads, unequal probabilities
-  (PROBS, [[0, 1]] * 4),                          # every expert for every token
-  ([[1/4] * 4] * 4, [[0], [1], [2], [3]]),
-  ([[1/4] * 4] * 4, [[0], [0], [0], [0]]),        # uniform probabilities, collapsed load
-  ([[1/4] * 4] * 4, [[0, 1], [2, 3], [1, 0], [3, 2]]),
-])
-def test_load_balance_is_one_when_either_factor_is_uniform(probs, expert):
-  assert loss(probs, expert) == 1.0
-
-
-@pytest.mark.parametrize('E', [1, 2, 8])
-def test_load_balance_of_a_collapsed_router_is_the_number_of_experts(E):
-  assert loss([[1.0] + [0.0] * (E - 1)] * 3, [[0]] * 3) == E
-
-
-def test_load_balance_of_first_choices_only():
-  # f = (2, 0, 1) / 3 with p = (5, 2, 2) / 9: 3 * (2/3 * 5/9 + 1/3 * 2/9) = 12/9.
-  probs = jnp.asarray([[[1/2, 1/3, 1/6], [1/2, 1/6, 1/3], [2/3, 1/6, 1/6]]])
-  tokens, mask = routed([[0, 1], [2, 0], [0, 1]])
-  found = load_balance(probs, tokens, mask, first_only=True)
-  np.testing.assert_allclose(found, [4/3], rtol=1e-6)
-  # All choices: f = (3, 2, 1) / 6.
-  np.testing.assert_allclose(load_balance(probs, tokens, mask), [7/6], rtol=1e-6)
-
-
-def test_load_balance_counts_valid_choices_only():
-  probs = jnp.asarray([[[1/2, 1/3, 1/6], [1/2, 1/6, 1/3], [2/3, 1/6, 1/6]]])
-  tokens = token_routing([[0, 1], [0, 2], [0, 1]], [[.5, .3]] * 3,
-                         valid=[[True, True], [True, False], [True, False]])
-  # f = (3, 1, 0) / 4: 3 * (3/4 * 5/9 + 1/4 * 2/9) = 17/12.
-  found = balance.load_balance(probs, tokens, jnp.ones((1, 3), bool))
-  np.testing.assert_allclose(found, [17/12], rtol=1e-6)
-
-
-def test_load_balance_does_not_see_padding():
-  probs = [[0.0, 1.0], *PROBS[:2], [1.0, 0.0], *PROBS[2:]]
-  expert = [[1], [0], [0], [0], [0], [1]]
-  mask = [False, True, True, False, True, True]
-  assert loss(probs, expert, mask) == pytest.approx(17/16, rel=1e-6)
+@pytest.mark.parametrize('probs, expert, first_only, expected', [
+  # f = (3/4, 1/4); p0 = (3/4 + 3/4 + 1/2 + 1/4) / 4 = 9/16, p1 = 7/16.
+  # 2 * (3/4 * 9/16 + 1/4 * 7/16) = 2 * 34/64 = 17/16.
+  (PROBS, TOP_1, False, 17/16),
+  # Padding (None) in between.
+  ([[0, 1], *PROBS[:2], [1, 0], *PROBS[2:]], [None, [0], [0], None, [0], [1]], False, 17/16),
+  # f = (3, 2, 1) / 6: 3 * (1/2 * 5/9 + 1/3 * 2/9 + 1/6 * 2/9) = 7/6; flaxformer's would be 7/3.
+  (THREE, [[0, 1], [0, 2], [0, 1]], False, 7/6),
+  (THREE, [[0, 1], [2, 0], [0, 1]], False, 7/6),
+  # Of first choices f = (2, 0, 1) / 3: 3 * (2/3 * 5/9 + 1/3 * 2/9).
+  (THREE, [[0, 1], [2, 0], [0, 1]], True, 4/3),
+  # Second choices taken back, -e for e: f = (3, 1, 0) / 4: 3 * (3/4 * 5/9 + 1/4 * 2/9).
+  (THREE, [[0, 1], [0, -2], [0, -1]], False, 17/12),
+  # Exactly 1 where loads or probabilities are uniform: every expert for every token, or a collapsed
+  # load.
+  (PROBS, [[0], [1], [0], [1]], False, 1), (PROBS, [[0, 1]] * 4, False, 1),
+  (FLAT, [[0], [1], [2], [3]], False, 1), (FLAT, [[0]] * 4, False, 1),
+  (FLAT, [[0, 1], [2, 3], [1, 0], [3, 2]], False, 1),
+  # E for a router that has collapsed.
+  *(([[1.0] + [0.0] * (E - 1)] * 3, [[0]] * 3, False, E) for E in (1, 2, 8)),
+], ids=str)
+def test_load_balance_of_all_and_of_first_choices(probs, expert, first_only, expected):
+  mask = jnp.asarray([[row is not None for row in expert]])
+  K = max(len(row) for row in expert if row)
+  expert = jnp.asarray([[row or [0] * K for row in expert]], jnp.int32)
+  valid = mask[..., None] & (expert >= 0)
+  tokens = routing.TokenRouting(jnp.abs(expert), jnp.where(valid, 0.5, 0.0), valid)
+  found = load_balance(jnp.asarray([probs], jnp.float32), tokens, mask, first_only=first_only)
+  assert found.shape == (1,) and found.dtype == jnp.float32
+  np.testing.assert_allclose(found, [expected], rtol=0 if isinstance(expected, int) else 1e-6)
 
 
 def test_load_balance_is_per_group_and_zero_for_padding():
@@ -195,10 +159,6 @@ def test_gates_are_the_weights_by_expert():
                          valid=[[True, True], [True, False], [False, False]])
   found = balance.gates(tokens, 3)
   np.testing.assert_allclose(found, [[[.4, 0, .6], [0, .7, 0], [0, 0, 0]]], rtol=1e-6)
-  # Shazeer's importance: sums 2/5, 7/10 and 3/5; mean 17/30, squares 101/100.
-  mean = 17/30
-  np.testing.assert_allclose(balance.importance(found, jnp.asarray([[True, True, False]])),
-                             [(1.01 / 3 - mean**2) / mean**2], rtol=1e-5)
 
 
 def normal(x):
@@ -223,18 +183,13 @@ CLEAN, NOISY = [[[0., 1., -1.]]], [[[0.5, 2., -1.]]]
   (3, False, [-1, -1, -1]),
 ])
 def test_load(k, exclude_self, thresholds):
-  mask = jnp.ones((1, 1), bool)
-  for std in (1.0, 0.5):
-    expected = cv_squared([normal((c - t) / std) for c, t in zip(CLEAN[0][0], thresholds)])
-    found = load(jnp.asarray(CLEAN), jnp.asarray(NOISY), std, k, mask,
-                         exclude_self=exclude_self)
+  for std in (1.0, 0.5, [0.5, 2.0, 1.0]):   # the last one learnt, for each token and expert
+    expected = cv_squared([normal((c - t) / s) for c, t, s in zip(
+        CLEAN[0][0], thresholds, np.broadcast_to(std, 3))])
+    found = load(jnp.asarray(CLEAN), jnp.asarray(NOISY), jnp.asarray(std), k,
+                 jnp.ones((1, 1), bool), exclude_self=exclude_self)
     np.testing.assert_allclose(found, [expected], rtol=2e-5)
     assert found.dtype == jnp.float32
-  std = [0.5, 2.0, 1.0]   # learnt, for each token and expert
-  expected = cv_squared([normal((c - t) / s) for c, t, s in zip(CLEAN[0][0], thresholds, std)])
-  found = load(jnp.asarray(CLEAN), jnp.asarray(NOISY), jnp.asarray([[std]]), k, mask,
-                       exclude_self=exclude_self)
-  np.testing.assert_allclose(found, [expected], rtol=2e-5)
 
 
 def test_load_sums_over_real_tokens_first():
@@ -302,52 +257,6 @@ def test_load_gradient_is_finite_when_noise_vanishes():
     np.testing.assert_allclose(value, 2, rtol=1e-5)   # one expert of three has the whole load
     for grad in grads:
       np.testing.assert_allclose(grad, 0, atol=1e-6)
-
-
-def test_load_of_bfloat16_logits_is_computed_in_float32():
-  low = jnp.asarray(NOISY, jnp.bfloat16)
-  found = load(low, low, 0.3, 2, real(low), exclude_self=True)
-  assert found.dtype == jnp.float32
-  high = low.astype(jnp.float32)
-  np.testing.assert_array_equal(
-      found, load(high, high, 0.3, 2, real(low), exclude_self=True))
-
-
-def test_losses_do_not_depend_on_the_order_of_experts_and_asked_follows_it():
-  rng = np.random.default_rng(2)
-  logits = jnp.asarray(rng.normal(size=(2, 8, 5)), jnp.float32)
-  noisy = logits + 0.2 * jnp.asarray(rng.normal(size=logits.shape), jnp.float32)
-  mask = jnp.asarray(rng.random((2, 8)) < 0.8)
-  order = np.array([3, 0, 4, 1, 2])
-
-  @jax.jit
-  def losses(clean, noisy):
-    probs, tokens = jax.nn.softmax(noisy), routing.top_k(noisy, mask, 2)
-    each = [balance.load_balance(probs, tokens, mask),
-            balance.load_balance(probs, tokens, mask, first_only=True),
-            balance.importance(probs, mask), balance.importance(balance.gates(tokens, 5), mask),
-            balance.smooth_load(clean, noisy, 0.2, 2, mask, exclude_self=True),
-            balance.smooth_load(clean, noisy, 0.2, 2, mask, exclude_self=False),
-            balance.entropy_penalty(probs, mask), balance.router_z(noisy, mask)]
-    return jnp.stack(each), telemetry.choices_per_expert(tokens, 5).sum(0)
-
-  old, asked = losses(logits, noisy)
-  new, permuted = losses(logits[..., order], noisy[..., order])
-  np.testing.assert_allclose(old, new, rtol=2e-5)
-  assert old.shape == (8, 2) and (old > 0).all()
-  np.testing.assert_array_equal(asked[order], permuted)
-  # Padding adds nothing to any of them, whatever stands there.
-  junk = lambda l: jnp.where(mask[..., None], l, 7 * l[::-1])
-  np.testing.assert_array_equal(losses(junk(logits), junk(noisy))[0], old)
-
-
-def test_asked_counts_valid_choices_over_groups():
-  tokens = token_routing([[2, 0], [1, 0], [0, 1]], [[.6, .4], [.7, .3], [.8, .2]],
-                         valid=[[True, True], [True, False], [False, False]])
-  two = jax.tree.map(lambda a: jnp.concatenate([a, a]), tokens)
-  found = telemetry.choices_per_expert(two, 4).sum(0)
-  np.testing.assert_array_equal(found, [2, 2, 2, 0])
-  assert found.dtype == jnp.float32
 
 
 def test_update_bias_moves_one_step_against_the_load():

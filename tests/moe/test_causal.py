@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.moe import config
+
 from .layer import ROOM, build, close, tokens
 
-CAUSAL = {
-    'top_k': dict(router='top_k'),
-    'sigmoid': dict(router='top_k', score='sigmoid', renormalize=True, bias_rate=0.1),
-    'softmax of chosen': dict(router='top_k', score='softmax_of_chosen'),
+CAUSAL = {   # with settings of each
+    'top_k': dict(router='top_k', score='sigmoid', renormalize=True, bias_rate=0.1),
     'top_p': dict(router='top_p', k=3, p=0.7),
     'norm': dict(router='norm', renormalize=True),
 }
@@ -19,6 +19,7 @@ TIGHT = dict(eval_capacity_factor=0.1, group_size=12)
 
 @pytest.mark.parametrize('settings', [
   *CAUSAL.values(), dict(router='top_k', dispatch='einsum'),
+  dict(router='top_k', score='softmax_of_chosen'),
   dict(router='top_p', dispatch='grouped', k=3),
   dict(router='top_k', order='token', eval_capacity_factor=1.0)], ids=str)
 def test_a_later_token_changes_no_bit_of_an_earlier_one(settings):
@@ -33,9 +34,10 @@ def test_a_later_token_changes_no_bit_of_an_earlier_one(settings):
   assert (aux['dropped'] > 0) == ('order' in settings)
 
 
-@pytest.mark.parametrize('settings', [CAUSAL[name] for name in ('sigmoid', 'norm')], ids=str)
-def test_decoding_drops_nothing(settings):
+@pytest.mark.parametrize('router', config.CAUSAL)
+def test_decoding_drops_nothing(router):
   """However little capacity there is in evaluation, and however sequences are grouped."""
+  settings = CAUSAL[router]
   run, params = build(4, scale=3.0, **settings, **TIGHT)
   roomy, _ = build(4, scale=3.0, **settings, **ROOM)
   x, mask = tokens(B=5, padding=0.2)                                # not whole groups of two
