@@ -25,3 +25,17 @@ def made(config):
   """(model, params, jitted apply) of a config; equal shapes get equal params."""
   model = models.build(config)
   return model, random_params(model.shapes), jax.jit(model.apply, static_argnames='train')
+
+
+def batch(config, B: int = 4, L: int = 12, M: int = 9) -> dict:
+  """A batch of random examples without padding, as data.Dataset has it: L and M tokens for a T5."""
+  rng = np.random.default_rng(0)
+  index = np.arange(B)
+  if config.family == 'vit':
+    image = rng.standard_normal((B, *config.image_shape)).astype(np.float32)
+    return {'image': image, 'label': index, 'weight': np.ones(B, np.float32), 'index': index}
+  ids = lambda length: rng.integers(1, min(config.vocab_size, 64), (B, length))
+  target = ids(M)
+  return {'encoder_input': ids(L), 'target': target,
+          'decoder_input': np.pad(target, ((0, 0), (1, 0)))[:, :-1],
+          'weight': np.ones((B, M), np.float32), 'index': index}

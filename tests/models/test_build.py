@@ -1,9 +1,10 @@
-"""build(): published sizes, the shape of the tree, routing groups, configs."""
+"""What holds of all models: published sizes, paths, random draws, dtypes, routing groups."""
 
 import dataclasses
 import typing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from moejax import config as config_lib
 from moejax import models, trees
 from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
+from tests.models.helpers import batch, made
 
 # transformers' google/t5-v1_1-* and timm's vit_*_patch*_224, counted.
 T5_PARAMETERS = {'small': 76_961_152, 'base': 247_577_856, 'large': 783_150_080,
@@ -18,6 +20,15 @@ T5_PARAMETERS = {'small': 76_961_152, 'base': 247_577_856, 'large': 783_150_080,
 VIT_PARAMETERS = {'S/32': 22_878_952, 'S/16': 22_050_664, 'B/32': 88_224_232, 'B/16': 86_567_656,
                   'L/32': 306_535_400, 'L/16': 304_326_632, 'H/14': 632_045_800}
 MOE = MoEConfig(layers='1', num_experts=4, router='top_k')
+
+DENSE, GAP = t5.config('tiny'), vit.config('tiny')
+MODELS = {
+    't5': DENSE, 'vit': GAP, 'cls': vit.config('tiny', head='cls'),
+    'sparse t5': dataclasses.replace(
+        DENSE, encoder_moe=MoEConfig(layers='1', num_experts=4),
+        decoder_moe=MoEConfig(layers='0', num_experts=3, router='top_k', capacity_factor=9.0)),
+    'sparse vit': dataclasses.replace(
+        GAP, moe=MoEConfig(layers='last_1', num_experts=4, group_size=8))}
 
 
 @pytest.mark.parametrize('size', t5.SIZES)
@@ -108,3 +119,42 @@ def test_configs_survive_the_edge(model):
   edited.model.num_head = 3
   with pytest.raises(config_lib.ConfigError, match="did you mean 'num_heads'"):
     config_lib.build(Run, edited)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_parameter_is_used(name):
+  model, params, _ = made(MODELS[name])
+  loss = lambda p: jnp.square(model.apply(p, batch(MODELS[name]), train=True)[0]).mean()
+  grads = trees.flatten(jax.jit(jax.grad(loss))(params))
+  largest = max(np.abs(g).max() for g in grads.values())
+  dead = [p for p, g in grads.items() if not np.abs(g).max() > 1e-7 * largest]
+  assert [p for p in dead if not p.endswith('attention/k/bias')] == []   # softmax cancels these
+
+
+@pytest.mark.parametrize('name', ['t5', 'sparse t5', 'sparse vit'])
+def test_dropout_follows_the_key_and_the_example(name):
+  _, params, apply = made(dataclasses.replace(MODELS[name], dropout_rate=0.3))
+  run = lambda given, seed=5: apply(params, given, train=True, key=jax.random.key(seed))[0]
+  given, order = batch(MODELS[name]), np.array([2, 3, 0, 1])         # whole groups change places
+  a = run(given)
+  np.testing.assert_array_equal(a, run(given))
+  np.testing.assert_allclose(
+      a[order], run({k: v[order] for k, v in given.items()}), rtol=1e-4, atol=1e-4)
+  examples = tuple(range(1, a.ndim))
+  for other in (run(given, seed=6), made(MODELS[name])[2](params, given)[0]):
+    assert (np.abs(a - other).max(examples) > (1e-3 if 'vit' in name else 1e-2)).all()
+  same = {k: np.stack([v[0]] * 4) for k, v in given.items()} | {'index': np.array([7, 7, 8, 9])}
+  if 'vit' not in name:   # where an example is a group
+    a = run(same)
+    np.testing.assert_allclose(a[0], a[1], rtol=1e-4, atol=1e-4)
+    assert np.abs(a[0] - a[2]).max() > 1e-2
+
+
+@pytest.mark.parametrize('name', ['t5', 'cls'])
+def test_bfloat16_is_near_float32_and_gives_float32(name):
+  config = MODELS[name]
+  _, params, apply = made(config)
+  a = apply(params, batch(config))[0]
+  b = made(dataclasses.replace(config, dtype='bfloat16'))[2](params, batch(config))[0]
+  assert b.dtype == jnp.float32
+  assert 1e-5 < float(jnp.abs(a - b).max() / jnp.abs(a).max()) < 0.05

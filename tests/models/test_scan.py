@@ -56,6 +56,11 @@ def stacked(params, model):
   return stacking.stack(copy, model.param_paths, lambda path, leaves: jnp.stack(leaves))
 
 
+def stacked_shapes(model):
+  return jax.eval_shape(lambda: stacked(jax.tree.map(
+      lambda s: jnp.zeros(s.shape, s.dtype), model.shapes), model))
+
+
 @pytest.fixture(scope='module', params=CONFIGS)
 def unrolled(request):
   config = CONFIGS[request.param]
@@ -98,8 +103,7 @@ def test_a_scan_compiles_one_repetition_however_deep():
   def size(depth, scan):
     config = vit.config('tiny', num_layers=depth)
     model = models.build(config, Execution(scan))
-    held = jax.eval_shape(lambda: stacked(jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), model.shapes), model))
+    held = stacked_shapes(model)
     return len(str(jax.make_jaxpr(objective(model, config))(held)))
   assert size(12, True) < 1.05 * size(4, True)
   assert size(12, False) > 2 * size(4, False)
@@ -110,8 +114,7 @@ def test_what_is_computed_again_need_not_be_kept():
 
   def kept(remat):
     model = models.build(config, Execution(True, remat))
-    held = jax.eval_shape(lambda: stacked(jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), model.shapes), model))
+    held = stacked_shapes(model)
     residuals = jax.eval_shape(lambda p: jax.vjp(
         lambda p: objective_value(model, config, p), p)[1], held)
     return sum(leaf.size for leaf in jax.tree.leaves(residuals))
@@ -128,8 +131,7 @@ def test_what_routers_sort_is_kept_and_not_sorted_again(remat):
   def sorts(remat):
     config = CONFIGS['t5']
     model = models.build(config, Execution(True, remat))
-    held = jax.eval_shape(lambda: stacked(jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), model.shapes), model))
+    held = stacked_shapes(model)
     text = jax.jit(objective(model, config)).lower(held).as_text()
     return len(re.findall(r'chlo.top_k|stablehlo.sort', text))
   assert sorts(remat) == sorts('none') >= 3   # expert choice, top-k and its placing

@@ -1,6 +1,7 @@
 """ViT: heads, tokens, fillers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,13 @@ from moejax.config import ConfigError
 from moejax.models import vit
 from moejax.models.scan import Execution
 from moejax.moe.layer import MoEConfig
+from tests.models import helpers
 from tests.models.helpers import made
 
 GAP = vit.config('tiny')
 CLS = vit.config('tiny', head='cls')
 SPARSE = vit.config('tiny', moe=MoEConfig(layers='last_1', num_experts=4, group_size=8))
-
-
-def make_batch(B=4):
-  image = np.random.default_rng(0).standard_normal((B, 8, 8, 1)).astype(np.float32)
-  return {'image': image, 'label': np.arange(B), 'weight': np.ones(B, np.float32),
-          'index': np.arange(B)}
+make_batch = functools.partial(helpers.batch, GAP)
 
 
 @pytest.mark.parametrize('config', [GAP, CLS], ids=['gap', 'cls'])
@@ -78,35 +75,6 @@ def test_features_are_what_the_head_reads(config):
   assert features.shape == (4, 16) and features.dtype == jnp.float32
   logits = features @ params['head']['kernel'] + params['head']['bias']
   np.testing.assert_allclose(apply(params, make_batch())[0], logits, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize('config', [GAP, CLS, SPARSE], ids=['gap', 'cls', 'sparse'])
-def test_every_parameter_is_used(config):
-  model, params, _ = made(config)
-  loss = lambda p: jnp.square(model.apply(p, make_batch(), train=True)[0]).mean()
-  grads = trees.flatten(jax.jit(jax.grad(loss))(params))
-  largest = max(np.abs(g).max() for g in grads.values())
-  dead = [p for p, g in grads.items() if not np.abs(g).max() > 1e-7 * largest]
-  assert [p for p in dead if not p.endswith('attention/k/bias')] == []   # softmax cancels these
-
-
-def test_dropout_follows_the_key_and_the_example():
-  _, params, apply = made(dataclasses.replace(SPARSE, dropout_rate=0.3))
-  batch, key = make_batch(), jax.random.key(5)
-  order = np.array([2, 3, 0, 1])                                    # whole groups change places
-  moved = {k: v[order] for k, v in batch.items()}
-  a, b = (apply(params, x, train=True, key=key)[0] for x in (batch, moved))
-  np.testing.assert_allclose(a[order], b, rtol=1e-4, atol=1e-5)
-  plain = made(SPARSE)[2](params, batch)[0]
-  assert (np.abs(a - plain).max(-1) > 1e-3).all()
-
-
-def test_bfloat16_is_near_float32_and_gives_float32():
-  _, params, apply = made(CLS)
-  _, _, half = made(dataclasses.replace(CLS, dtype='bfloat16'))
-  a, b = apply(params, make_batch())[0], half(params, make_batch())[0]
-  assert b.dtype == jnp.float32
-  assert 1e-5 < float(jnp.abs(a - b).max() / jnp.abs(a).max()) < 0.05
 
 
 @pytest.mark.parametrize('change, message', [

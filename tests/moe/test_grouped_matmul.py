@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from moejax import nn, sharding
-from moejax.models.layers import MLP
 from moejax.moe import dispatch, grouped_matmul, routing
 from moejax.moe.experts import Experts
 
@@ -248,31 +247,25 @@ def test_under_pmap():
 
 
 @pytest.mark.parametrize('gated', [True, False])
-def test_the_models_mlp_with_biases(gated):
-  """Experts in rows, against an MLP on each expert's own rows; dropout passes through."""
-  rows, expert, E = laid_out((3, 9, 0, 20))
-  spec = nn.MLPSpec(6, 10, gated=gated, activation='gelu_erf', bias=True, init=nn.fan_in_normal())
-  stacked, mlp = Experts(spec, E, rngs=nnx.Rngs(0)), MLP(spec, rngs=nnx.Rngs(0))
+def test_experts_with_biases(gated):
+  """Experts in rows, against the expert of each row on it alone; dropout passes through."""
+  rows, _, E = laid_out((3, 9, 0, 20))
+  spec = nn.MLPSpec(6, 10, gated=gated, activation='gelu_erf', bias=True)
+  mlps = Experts(spec, E, rngs=nnx.Rngs(0))
   weights = {name: w + 0.1 * jnp.arange(w.size).reshape(w.shape) / w.size
-             for name, w in stacked.weights().items()}
-  tokens = jnp.asarray(np.random.default_rng(3).normal(size=(len(expert), 6)), jnp.float32)
-  cotangent = jnp.cos(tokens)
+             for name, w in mlps.weights().items()}
+  owner = jnp.repeat(rows.block_expert, rows.rows_per_block)
+  x = jnp.asarray(np.random.default_rng(3).normal(size=(len(owner), 6)), jnp.float32)
   drop = lambda h: jnp.where(jnp.arange(10) % 3 > 0, h, 0)
 
-  def by_rows(weights, tokens):
-    x = jnp.where(rows.valid[:, None], tokens[rows.assignment], 0)
-    y = stacked.apply(weights, x, drop, layout=rows)
-    return jnp.zeros_like(tokens).at[rows.assignment].add(jnp.where(rows.valid[:, None], y, 0))
-
-  def by_loop(weights, tokens):
-    y = jnp.zeros_like(tokens)
-    for e in range(E):
-      mine = np.flatnonzero(expert == e)
-      y = y.at[mine].set(mlp.apply({name: w[e] for name, w in weights.items()}, tokens[mine], drop))
-    return y
+  def by_row(weights, x):
+    one = lambda e, row: mlps.apply(
+        {name: w[e][None] for name, w in weights.items()}, row[None, None], drop)[0, 0]
+    return jax.vmap(one)(owner, x)
 
   def both(run):
-    y, pull = jax.vjp(run, weights, tokens)
-    return y, pull(cotangent)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6),
-               jax.jit(lambda: both(by_rows))(), both(by_loop))
+    y, pull = jax.vjp(run, weights, x)
+    return jnp.where(rows.valid[:, None], y, 0), pull(jnp.where(rows.valid[:, None], jnp.cos(x), 0))
+  found, wanted = jax.jit(lambda: (both(lambda *given: mlps.apply(*given, drop, rows)),
+                                   both(by_row)))()
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6), found, wanted)

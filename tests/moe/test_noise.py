@@ -24,23 +24,16 @@ RANDOM = {
 }
 
 
-@pytest.mark.parametrize('settings', [
-  RANDOM['learned noise'] | RANDOM['jitter'] | RANDOM['second choices'], RANDOM['noise']], ids=str)
-def test_nothing_is_drawn_in_evaluation_or_without_keys(settings):
-  x, mask = tokens(padding=0.2)
-  (plain, params), (run, random) = build(4, **TOP), build(4, **TOP, **settings)
-  for train, keys in ((False, keys_of(4)), (True, None)):
-    want, found = (f(p, x, mask, keys, train) for f, p in ((plain, params), (run, random)))
-    np.testing.assert_array_equal(found[0], want[0])
-    jax.tree.map(np.testing.assert_array_equal, found[1], want[1])
-
-
 @pytest.mark.parametrize('name', RANDOM)
-def test_training_draws_anew_for_each_key(name):
+def test_training_draws_for_each_key_and_evaluation_draws_nothing(name):
+  """Nor does training without keys."""
   x, mask = tokens(padding=0.2)
   (plain, params), (run, random) = build(4, **TOP), build(4, **TOP, **RANDOM[name])
+  for train, keys in ((False, keys_of(4)), (True, None)):
+    want, found = (f(p, x, mask, keys, train) for f, p in ((plain, params), (run, random)))
+    jax.tree.map(np.testing.assert_array_equal, found, want)
   trained, again = (run(random, x, mask, keys_of(4, seed), train=True)[0] for seed in (0, 1))
-  assert np.abs(trained - plain(params, x, mask, None, True)[0]).max() > 1e-2
+  assert np.abs(trained - want[0]).max() > 1e-2
   assert np.abs(trained - again).max() > 1e-2
 
 
@@ -120,40 +113,18 @@ def test_learned_noise_is_scaled_for_each_token_and_expert():
   assert normal.std() == pytest.approx(1, rel=0.05) and abs(normal.mean()) < 4 / np.sqrt(3200)
 
 
-def test_the_scale_of_learned_noise_is_learnt():
-  """From the load loss, and from the task through the weights of noisy logits."""
-  run, params = build(4, learned_noise=True, load_weight=0.1, **TOP)
-  x, mask = tokens()
-
-  def both(params):
-    y, aux = run(params, x, mask, keys_of(4), train=True)
-    return jnp.stack([aux['smooth_load_loss'], jnp.sum(jnp.sin(y))])
-
-  grads = jax.jit(jax.jacrev(both))(params)
-  for kernel in ('kernel', 'noise_kernel'):
-    assert (np.abs(grads['router'][kernel]).max((1, 2)) > 1e-5).all()
-
-
-@pytest.mark.parametrize('renormalize', [False, True])
-def test_second_choices_are_kept_as_often_as_they_weigh_and_nothing_else_changes(renormalize):
+def test_second_choices_are_kept_as_often_as_they_weigh():
   # Each token's probabilities are 8/11, 2/11, 1/11: the second's share is 1/5, of 1/2 that is 2/5.
-  settings = dict(router='top_k', k=2, renormalize=renormalize, **ROOM)
-  run, params = build(3, second_threshold=0.5, **settings)
+  run, params = build(3, router='top_k', second_threshold=0.5, **ROOM)
   params['router']['kernel'] = jnp.zeros((D, 3)).at[0].set(jnp.log(jnp.asarray([2., 8., 1.])))
   x, mask = tokens(B=16, L=64)
   x = x.at[..., 0].set(1.0)
   y, aux = run(params, x, mask, keys_of(16), train=True)
   both, _ = run(params, x, mask, train=True)
-  lone, _ = build(3, **dict(settings, k=1, renormalize=False))
-  first, second_aux = lone(params, x, mask, train=True)
-  first = first * (11 / 10 if renormalize else 1.0)
   np.testing.assert_array_equal(aux['load'][:2], [aux['load'][0], 1024])
   assert aux['load'][0] / 1024 == pytest.approx(0.4, abs=4 * np.sqrt(0.24 / 1024))
   assert aux['single'] == 1024 - aux['load'][0] and aux['dropped'] == 0
-  assert second_aux['load'][1] == 1024
-  y, both, first = (np.asarray(a).reshape(1024, D) for a in (y, both, first))
   kept = np.abs(y - both).max(-1) < 1e-5
   assert kept.sum() == aux['load'][0]
-  np.testing.assert_allclose(y[~kept], first[~kept], rtol=1e-4, atol=1e-5)
   # Whose second choice is kept differs from example to example.
-  assert len({tuple(row) for row in kept.reshape(16, 64)}) == 16
+  assert len({tuple(row) for row in kept.tolist()}) == 16

@@ -13,6 +13,7 @@ from moejax.config import ConfigError
 from moejax.models import t5, vit
 from moejax.moe import presets
 from moejax.moe.config import MoEConfig
+from tests.models.helpers import batch
 
 DROPLESS = dict(dispatch='grouped')
 TWICE = dict(capacity_factor=2.0, eval_capacity_factor=2.0)
@@ -133,16 +134,11 @@ def test_a_t5_can_be_trained_with_it(encoder, decoder):
   moes = {'encoder/layers/00': small(encoder), 'decoder/layers/00': small(decoder)}
   config = t5.config('tiny', encoder_layers=1, decoder_layers=1, encoder_moe=small(encoder),
                      decoder_moe=small(decoder))
-  rng = np.random.default_rng(1)
-  batch = {'encoder_input': rng.integers(1, 60, (2, 10)),
-           'decoder_input': rng.integers(1, 60, (2, 8)), 'weight': np.ones((2, 8), np.float32),
-           'index': np.arange(2)}
-  check_trains(config, batch, moes)
+  check_trains(config, batch(config, B=2, L=10, M=8), moes)
 
 
 def test_a_vit_can_be_trained_with_expert_choice():
   assert small('expert_choice') == small('sparse_upcycling')   # but for E
   moe = small('expert_choice')
-  batch = {'image': np.random.default_rng(1).normal(size=(2, 8, 8, 1)).astype(np.float32),
-           'weight': np.ones(2, np.float32), 'index': np.arange(2)}
-  check_trains(vit.config('tiny', num_layers=1, moe=moe), batch, {'encoder/layers/00': moe})
+  config = vit.config('tiny', num_layers=1, moe=moe)
+  check_trains(config, batch(config, B=2), {'encoder/layers/00': moe})

@@ -10,6 +10,7 @@ from moejax.models import layers
 from moejax.models.t5 import T5Config
 from moejax.models.vit import ViTConfig
 from moejax.moe.config import MoEConfig
+from tests.models.helpers import batch
 
 MOE = MoEConfig(layers='1', num_experts=3, shared_experts=1, router='top_k', renormalize=True)
 MODELS = [T5Config(vocab_size=40, d_model=8, d_ff=16, d_kv=4, encoder_moe=MOE, decoder_moe=MOE),
@@ -41,12 +42,7 @@ def matmuls(jaxpr):
 def test_activations_are_two_dimensional_around_matmuls(config):
   """On XLA's CPU (B*L, D) @ (D, F) is nearly twice as fast as (B, L, D) @ (D, F)."""
   model = models.build(config)
-  ids = jnp.ones((2, 5), int)
-  batch = {'encoder_input': ids, 'decoder_input': ids, 'weight': jnp.ones((2, 5)),
-           'image': jnp.zeros((2, 8, 8, 1))}
-  if config.family == 'vit':
-    batch['weight'] = jnp.ones(2)
-  found = list(matmuls(jax.make_jaxpr(model.apply)(model.shapes, batch).jaxpr))
+  found = list(matmuls(jax.make_jaxpr(model.apply)(model.shapes, batch(config)).jaxpr))
   assert len(found) > 10
   assert not [shapes for shapes in found if any(len(shape) != 2 for shape in shapes)]
 
