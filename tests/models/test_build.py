@@ -1,7 +1,6 @@
 """What holds of all models: published sizes, paths, random draws, dtypes, routing groups."""
 
 import dataclasses
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -101,24 +100,6 @@ def test_rows_per_group():
   assert models.examples_per_group(vit.config('tiny', moe=group(8))) == 2
   with pytest.raises(config_lib.ConfigError, match=r'model\.moe\.group_size: got 8.*5 tokens'):
     models.examples_per_group(vit.config('tiny', head='cls', moe=group(8)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """Stands for a run's config, where the model's family chooses its dataclass."""
-  model: t5.T5Config | vit.ViTConfig = t5.T5Config()
-
-
-@pytest.mark.parametrize('model', [
-    t5.config('tiny', encoder_moe=MOE, dropout_rate=0.1), vit.config('tiny', moe=MOE)],
-    ids=['t5', 'vit'])
-def test_configs_survive_the_edge(model):
-  assert typing.get_args(typing.get_type_hints(Run)['model'])       # a union, not a name
-  edited = config_lib.as_config_dict(Run(model))
-  assert config_lib.build(Run, edited) == Run(model)
-  edited.model.num_head = 3
-  with pytest.raises(config_lib.ConfigError, match="did you mean 'num_heads'"):
-    config_lib.build(Run, edited)
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -90,15 +90,6 @@ def test_the_same_values_and_gradients(unrolled, scan, remat):
     np.testing.assert_allclose(slopes[path], grad, atol=1e-5 * largest + 1e-8, err_msg=path)
 
 
-def test_evaluation_without_keys():
-  config = CONFIGS['vit']
-  model, scanned = models.build(config), models.build(config, Execution(scan=True))
-  params = random_params(model.shapes)
-  loss = [jax.jit(objective(m, config, train=False))(p)[0][0]
-          for m, p in ((model, params), (scanned, stacked(params, scanned)))]
-  np.testing.assert_allclose(*loss, rtol=1e-5)
-
-
 def test_a_scan_compiles_one_repetition_however_deep():
   def size(depth, scan):
     config = vit.config('tiny', num_layers=depth)

@@ -106,6 +106,10 @@ def test_aux_is_keyed_by_layer():
 def test_what_cannot_work_is_refused(change, message):
   with pytest.raises(ConfigError, match=message):
     dataclasses.replace(DENSE, **change)
+  moe = change.get('decoder_moe')
+  if moe:   # what a decoder refuses is not causal; elsewhere it may be
+    assert not moe.causal
+    t5.config('tiny', encoder_moe=moe, decoder_moe=dataclasses.replace(moe, layers='none'))
 
 
 def test_unknown_size_names_the_nearest():

@@ -1,25 +1,36 @@
-"""The experts the tests of this folder route to. E experts, N tokens, D model, F ffn."""
+"""The experts that the tests of this folder route to: gated tanh-GELU MLPs without biases.
 
-import jax
+naive.mlp is their formula. E experts, D model, F ffn.
+"""
+
+import types
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax import nn
+from moejax.moe import experts
+
+SPEC = nn.MLPSpec(0, 0, gated=True, activation='gelu_tanh', bias=False)   # sizes are the weights'
+
+
+class Experts(experts.Experts):
+  """With weights by NumPy: compiling an init costs more than a test."""
+
+  def __init__(self, E, D, F, seed=0):
+    self.spec = SPEC
+    for name, value in random_weights(np.random.default_rng(seed), E, D, F).items():
+      setattr(self, name, nnx.Param(value))
+
 
 def apply(weights, x, layout=None):
-  """Gated tanh-GELU MLP of each expert, without biases: (E, N, D) -> (E, N, D) in x's dtype.
-
-  With a layout (grouped_matmul.RowLayout) x is (P, D), and the layout gives each row's expert.
-  """
-  matmul = jnp.matmul if layout is None else layout.gmm
-  w = {name: leaf.astype(x.dtype) for name, leaf in weights.items()}
-  hidden = jax.nn.gelu(matmul(x, w['wi_gate']), approximate=True) * matmul(x, w['wi'])
-  return matmul(hidden, w['wo'])
+  return Experts.apply(types.SimpleNamespace(spec=SPEC), weights, x, layout=layout)
 
 
 def random_weights(rng, E, D, F):
   """Float32 weights with which a unit input gives pre-activations and outputs of order one."""
-  shapes = {'wi_gate': (E, D, F), 'wi': (E, D, F), 'wo': (E, F, D)}
+  shapes = {'wi_gate': (E, D, F), 'wi_up': (E, D, F), 'wo': (E, F, D)}
   return {name: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[1]), jnp.float32)
           for name, shape in shapes.items()}
 
@@ -28,19 +39,3 @@ def mlp(weights, x):
   """The dense twin: expert 0 of weights on (B, L, D)."""
   first = {name: leaf[:1] for name, leaf in weights.items()}
   return apply(first, x.reshape(1, -1, x.shape[-1])).reshape(x.shape)
-
-
-class Experts(nnx.Module):
-  """Experts as MoELayer takes them: stacked weights, and a function that applies them."""
-  dropout_rate = 0.0
-
-  def __init__(self, E, D, F, seed=0):
-    for name, value in random_weights(np.random.default_rng(seed), E, D, F).items():
-      setattr(self, name, nnx.Param(value))
-
-  def weights(self):
-    return {name: getattr(self, name)[...] for name in ('wi_gate', 'wi', 'wo')}
-
-  def apply(self, weights, x, drop=None, layout=None):
-    assert drop is None, 'these experts have no dropout'
-    return apply(weights, x, layout)

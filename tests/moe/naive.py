@@ -14,7 +14,7 @@ def softmax(row):
 
 def mlp(weights, e, token):
   """Expert e, a gated tanh-GELU MLP, on one token (D,)."""
-  gate, up = token @ weights['wi_gate'][e], token @ weights['wi'][e]
+  gate, up = token @ weights['wi_gate'][e], token @ weights['wi_up'][e]
   gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
   return (gelu * up) @ weights['wo'][e]
 

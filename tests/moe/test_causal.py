@@ -1,6 +1,5 @@
 """Who can influence a token: nobody after it where choice is its own, nobody at all in decoding."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,12 +48,3 @@ def test_decoding_drops_nothing(router):
   # One token at a time, as a decoder does.
   alone, _ = run(params, x.reshape(30, 1, -1), jnp.ones((30, 1), bool), no_drop=True)
   close(jnp.where(mask[..., None], alone.reshape(y.shape), 0), want)
-
-
-def test_second_choices_are_all_kept_in_decoding():
-  run, params = build(4, router='top_k', second_threshold=0.9, **TIGHT)
-  plain, _ = build(4, router='top_k', **ROOM)
-  x, mask = tokens()
-  keys = jax.random.split(jax.random.key(0), 4)
-  np.testing.assert_array_equal(run(params, x, mask, keys, no_drop=True)[0],
-                                plain(params, x, mask)[0])

@@ -1,6 +1,5 @@
 """Settings of a MoE stack: what is refused, and which blocks are sparse."""
 
-import dataclasses
 import re
 
 import pytest
@@ -20,8 +19,6 @@ REFUSED = [
   (dict(TOP, k=1, score='softmax_of_chosen'),
    ["moe.score: got 'softmax_of_chosen'", 'softmax or sigmoid at k = 1', 'gradient']),
   (dict(TOP, k=9), ['moe.k: got 9', '1 to num_experts = 8', 'more experts than there are']),
-  (dict(router='top_p', k=9), ['moe.k: got 9']),
-  (dict(router='norm', k=9), ['moe.k: got 9']),
   (dict(TOP, k=0), ['moe.k: got 0', '>= 1']),
   (dict(TOP, k=3, experts_per_layer=(8, 2)), ['moe.k: got 3', 'num_experts = 2']),
   (dict(experts_per_layer=(8, 0)), ['moe.experts_per_layer: got (8, 0)', 'integers >= 1']),
@@ -45,9 +42,7 @@ REFUSED = [
     'balance_weight', 'importance_weight', 'load_weight', 'z_weight', 'entropy_weight',
     'bias_rate')),
   (dict(TOP, jitter=1.0), ['moe.jitter: got 1.0', '0 <= x < 1']),
-  (dict(TOP, jitter=-0.1), ['moe.jitter: got -0.1']),
   (dict(router='top_p', p=0.0), ['moe.p: got 0.0', '0 < p <= 1']),
-  (dict(router='top_p', p=1.5), ['moe.p: got 1.5']),
   (dict(dropout_rate=1.0), ['moe.dropout_rate: got 1.0', '[0, 1)']),
   # What expert choice has no use for.
   *((dict([setting]), [f'moe.{setting[0]}: got {setting[1]!r}', 'with router=expert_choice'])
@@ -59,12 +54,10 @@ REFUSED = [
   (dict(TOP, dispatch='grouped', order='token'), ["moe.order: got 'token'", 'dispatch=grouped']),
   (dict(TOP, dispatch='grouped', batch_priority=True), ['moe.batch_priority: got True', 'grouped']),
   (dict(TOP, p=0.5), ['moe.p: got 0.5', "router='top_p'"]),
-  (dict(p=0.5), ['moe.p: got 0.5', "router='top_p'"]),
   (dict(router='top_p', noise_std=1.0, load_weight=0.1), ['moe.load_weight', 'router=top_p']),
   (dict(router='top_k', noise_std=1.0, load_weight=0.1, bias_rate=0.001),
    ['moe.load_weight', '0 with bias_rate']),
   (dict(TOP, load_weight=0.1), ['moe.load_weight: got 0.1', '0 without noise', 'learned_noise']),
-  (dict(TOP, load_weight=0.1, jitter=0.1), ['moe.load_weight']),
   (dict(TOP, k=3, second_threshold=0.2), ['moe.second_threshold: got 0.2', 'k=2']),
   (dict(TOP, k=1, second_threshold=0.2), ['moe.second_threshold']),
   (dict(router='top_p', second_threshold=0.2), ['moe.second_threshold']),
@@ -118,19 +111,6 @@ def test_granularity_divides_the_hidden_units():
   with pytest.raises(ConfigError, match=r'model\.moe\.granularity: got 3, .*divisor of d_ff = 64'):
     vit.ViTConfig(d_ff=64, moe=MoEConfig(layers='1', granularity=3))
   t5.T5Config(d_ff=64, encoder_moe=MoEConfig(granularity=5))   # no sparse block, no experts
-
-
-@pytest.mark.parametrize('settings, words', [
-  (dict(), "model.decoder_moe.router: got 'expert_choice', allowed: top_k, top_p, norm. A token"),
-  (dict(TOP, batch_priority=True), 'model.decoder_moe.batch_priority: got True, allowed: False.')])
-def test_a_decoder_refuses_what_is_not_causal(settings, words):
-  moe = MoEConfig(layers='1', **settings)
-  assert not moe.causal
-  with pytest.raises(ConfigError) as error:
-    t5.config('tiny', decoder_moe=moe)
-  assert words in str(error.value)
-  t5.config('tiny', encoder_moe=moe)
-  t5.config('tiny', decoder_moe=dataclasses.replace(moe, layers='none'))
 
 
 @pytest.mark.parametrize('layers, depth, expected', [

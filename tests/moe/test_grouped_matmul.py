@@ -217,18 +217,17 @@ def layer_inputs(G=4, S=12, E=4, K=2, D=6, F=10):
   return given, jax.jit(whole)(*given)
 
 
+def over_devices(choices, x, weights):
+  """dispatch.grouped inside shard_map, which checks what varies over devices."""
+  def local(groups, weights, *, exchange, total):
+    y = dispatch.grouped(groups['choices'], groups['x'], weights, experts.apply, exchange)
+    return y, total(y.sum())
+  return sharding.over_groups(local)({'choices': choices, 'x': x}, weights)[0]
+
+
 def test_every_device_its_own_rows():
-  """Inside shard_map, with its check of what varies over devices, as on one device."""
   (choices, x, weights, cotangent), wanted = layer_inputs()
-
-  @jax.jit
-  def run(weight, x, weights):
-    def local(groups, weights, *, exchange, total):
-      y = dispatch.grouped(groups['choices'], groups['x'], weights, experts.apply, exchange)
-      return y, total(y.sum())
-    split = {'choices': choices._replace(weight=weight), 'x': x}
-    return sharding.over_groups(local)(split, weights)[0]
-
+  run = jax.jit(lambda weight, *given: over_devices(choices._replace(weight=weight), *given))
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, model=2))):
     y, pull = jax.vjp(run, choices.weight, x, weights)
     gweight, gx, gw = jax.jit(pull)(cotangent)

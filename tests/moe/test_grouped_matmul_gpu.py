@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from moejax import sharding
-from moejax.moe import dispatch, grouped_matmul_gpu, routing
+from moejax.moe import grouped_matmul_gpu, routing
 
 from . import experts
-from .test_grouped_matmul import compiled, laid_out, naive, operands
+from .test_grouped_matmul import compiled, laid_out, naive, operands, over_devices
 
 # Of one shape: each kernel is interpreted as one compiled program for all.
 LOADS = {'blocks of 16': (70, 90, 140, 0, 0), 'empty experts': (0, 100, 0, 200, 0),
@@ -130,13 +130,7 @@ def test_a_gpu_gets_the_kernels_inside_shard_map():
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   G, S, E, K, D, F = 8, 96, 4, 2, 32, 48
   choices = routing.top_k(draw(G, S, E), jnp.ones((G, S), bool), K)
-
-  def run(x, weights):
-    def local(groups, weights, *, exchange, total):
-      y = dispatch.grouped(groups['choices'], groups['x'], weights, experts.apply, exchange)
-      return y, total(y.sum())
-    return sharding.over_groups(local)({'choices': choices, 'x': x}, weights)[0].sum()
-
+  run = lambda *given: over_devices(choices, *given).sum()
   weights = experts.random_weights(rng, E, D, F)
   with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=4), jax.devices()[:4])):
     assert kernels(jax.grad(run, (0, 1)), draw(G, S, D), weights) >= 5

@@ -81,19 +81,6 @@ def test_losses_do_not_depend_on_padding_or_microbatches():
   close(jax.tree.map(jnp.add, *halves), aux, 1e-5)
 
 
-def test_padding_alone_has_no_losses_and_no_gradient():
-  run, params = build(4, **ALL)
-  x, mask = tokens()
-
-  def total(params):
-    y, aux = run(params, x, jnp.zeros_like(mask), keys_of(4), train=True)
-    return y.sum() + sum(v for k, v in aux.items() if k.endswith('_loss')), (y, aux)
-
-  grads, (y, aux) = jax.jit(jax.grad(total, has_aux=True))(params)
-  for leaf in jax.tree.leaves((grads, y, aux)):
-    np.testing.assert_array_equal(leaf, 0)
-
-
 def test_losses_do_not_depend_on_the_number_of_devices():
   run, params = build(4, **ALL, second_threshold=0.5, group_size=12)
   x, mask = tokens(B=8, padding=0.3)
