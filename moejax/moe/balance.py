@@ -1,9 +1,9 @@
 """Auxiliary losses that keep experts busy, and the bias that balances without a loss.
 
-Losses return one float32 value per group, of two kinds: sums over its tokens (router_z,
-entropy_penalty), and one normalised value (the others), which router.losses multiplies by the
-group's real tokens. Both then add up over groups, devices, microbatches and eval batches, and the
-mean is formed once, from totals.
+Losses take a mask (G, S) bool, False at padding, and return (G,) float32, 0 for a group of padding
+only. They are of two kinds: sums over the group's real tokens (router_z, entropy_penalty), and one
+normalised value (the others), which router.losses multiplies by the group's real tokens. Both then
+add up over groups, devices, microbatches and eval batches; the mean is formed once, from totals.
 
 Dimensions: G groups, S tokens per group, E experts, K choices of a token.
 """
@@ -26,11 +26,8 @@ def load_balance(probs: jax.Array, choices: TokenRouting, mask: jax.Array, *,
   Args:
     probs: (G, S, E) float32 probabilities, as from routing.probabilities.
     choices: TokenRouting before placement.
-    mask: (G, S) bool, False at padding.
+    mask: (G, S).
     first_only: f_e counts first choices only, as GShard, Mesh TensorFlow and vmoe do.
-
-  Returns:
-    (G,) float32; 0 for a group of padding only.
   """
   E = probs.shape[-1]
   if first_only:
@@ -43,33 +40,16 @@ def load_balance(probs: jax.Array, choices: TokenRouting, mask: jax.Array, *,
 
 
 def router_z(logits: jax.Array, mask: jax.Array) -> jax.Array:
-  """Router z-loss: sum over each group's real tokens of logsumexp(logits)^2 (ST-MoE eq. 5).
-
-  Divide the total by the number of real tokens for the loss.
-
-  Args:
-    logits: (G, S, E).
-    mask: (G, S) bool, False at padding.
-
-  Returns:
-    (G,) float32.
-  """
+  """Router z-loss of logits (G, S, E): sum over tokens of logsumexp(logits)^2 (ST-MoE eq. 5)."""
   z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)         # (G, S)
   return jnp.where(mask, z**2, 0.0).sum(1)
 
 
 def entropy_penalty(probs: jax.Array, mask: jax.Array) -> jax.Array:
-  """Sum over each group's real tokens of the entropy of probs (Huang et al. 2024, 2403.07652).
+  """Sum over tokens of the entropy in nats of probs (G, S, E) (Huang et al. 2024, 2403.07652).
 
   As a loss it keeps probabilities of top-p routing from going flat, which would make every token
-  use every expert. Divide the total by the number of real tokens for the loss.
-
-  Args:
-    probs: (G, S, E) float32.
-    mask: (G, S) bool, False at padding.
-
-  Returns:
-    (G,) float32, nats.
+  use every expert.
   """
   return jnp.where(mask, entropy(probs), 0.0).sum(1)
 
@@ -89,10 +69,7 @@ def importance(shares: jax.Array, mask: jax.Array) -> jax.Array:
   Args:
     shares: (G, S, E) float32: Shazeer's are the sparse `gates`, V-MoE's the softmax over all
       experts, before noise.
-    mask: (G, S) bool, False at padding.
-
-  Returns:
-    (G,) float32; 0 for a group of padding only.
+    mask: (G, S).
   """
   return _cv_squared(jnp.where(mask[..., None], shares, 0.0).sum(1))
 
@@ -111,13 +88,10 @@ def smooth_load(clean: jax.Array, noisy: jax.Array, std: jax.Array | float, k: i
     std: > 0, standard deviation of the noise; a number (V-MoE: noise_std / E) or (G, S, E)
       (Shazeer: softplus of a learned map of the token).
     k: experts per token, 1 <= k <= E.
-    mask: (G, S) bool, False at padding.
+    mask: (G, S).
     exclude_self: the threshold is the k-th largest of the other experts' noisy logits (Shazeer;
       at k = E there is no threshold and every probability is 1); else the k-th largest of all,
       this expert's own old draw among them (vmoe).
-
-  Returns:
-    (G,) float32; 0 for a group of padding only.
   """
   E = clean.shape[-1]
   clean, noisy = clean.astype(jnp.float32), noisy.astype(jnp.float32)

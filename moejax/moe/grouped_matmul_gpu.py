@@ -43,18 +43,9 @@ def _capability() -> tuple[int, ...]:
 
 def gmm(x: jax.Array, w: jax.Array, blocks: jax.Array, b: int, transpose: bool = False,
         interpret: bool = False) -> jax.Array:
-  """Each row times the matrix of its expert.
+  """grouped_matmul.gmm, summed in float32.
 
-  Args:
-    x: (P, D), P a multiple of b.
-    w: (E, D, F), or (E, F, D) if transpose; x's dtype.
-    blocks: (E,) int32, RowLayout.blocks_per_expert.
-    b: rows of a block.
-    transpose: whether matrices are transposed before the product.
-    interpret: run the kernel as JAX operations, on any device: for tests.
-
-  Returns:
-    (P, F) in x's dtype, summed in float32; 0 in rows after the last expert's.
+  interpret: run the kernel as JAX operations, on any device: for tests.
   """
   P, D = x.shape
   F = w.shape[1 if transpose else 2]
@@ -80,15 +71,7 @@ def gmm(x: jax.Array, w: jax.Array, blocks: jax.Array, b: int, transpose: bool =
 
 def tgmm(x: jax.Array, g: jax.Array, blocks: jax.Array, b: int, interpret: bool = False
          ) -> jax.Array:
-  """The sum over each expert's rows of x_i g_i^T: gradients of its matrix.
-
-  Args:
-    x, g: (P, D), (P, F) of one dtype.
-    blocks, b, interpret: as in `gmm`.
-
-  Returns:
-    (E, D, F) in x's dtype, summed in float32.
-  """
+  """grouped_matmul.tgmm, summed in float32; interpret as in `gmm`."""
   D, F, E = x.shape[1], g.shape[1], len(blocks)
   d_tile, f_tile, depth = _tile(D, COLUMNS), _tile(F, COLUMNS), _tile(b, _depth(x))
   ends = jnp.cumsum(blocks) * (b // depth)

@@ -58,6 +58,7 @@ REFUSED = [
   (dict(router='top_k', noise_std=1.0, load_weight=0.1, bias_rate=0.001),
    ['moe.load_weight', '0 with bias_rate']),
   (dict(TOP, load_weight=0.1), ['moe.load_weight: got 0.1', '0 without noise', 'learned_noise']),
+  (dict(TOP, load_weight=0.1, jitter=0.1), ['moe.load_weight']),
   (dict(TOP, k=3, second_threshold=0.2), ['moe.second_threshold: got 0.2', 'k=2']),
   (dict(TOP, k=1, second_threshold=0.2), ['moe.second_threshold']),
   (dict(router='top_p', second_threshold=0.2), ['moe.second_threshold']),
