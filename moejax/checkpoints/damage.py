@@ -1,4 +1,4 @@
-"""What is wrong with the files of a damaged checkpoint: missing, cut short, or overwritten."""
+"""Finds what is wrong with the files of a checkpoint: missing, cut short, or overwritten."""
 
 import contextlib
 import json
@@ -20,11 +20,11 @@ _LOCATION = re.compile(r'\w+:(.*):(.*):(\d+):(\d+)')   # kind:folder:file:offset
 
 
 def of_files(state: epath.Path) -> str | None:
-  """Why the files under a step's `state` cannot be all that was saved, or None.
+  """Returns why the files under a step's `state` cannot be all that was saved, or None.
 
-  Reads the metadata and the index, and compares the size of every file in the index; arrays are not
-  read. So all processes get one answer, whichever arrays they are about to read, and get it before
-  Orbax, whose other reads go on when one fails. None where there is no file system.
+  Reads the metadata and the index, and compares the size of every file in the index; it reads no
+  arrays. So all processes get the same answer, whatever arrays they will read. They get it before
+  Orbax reads, whose other reads continue when one fails. None where there is no file system.
   """
   if '://' in str(state):
     return None
