@@ -16,8 +16,7 @@ from moejax.evaluation import evaluate
 from moejax.models import t5
 from moejax.moe.config import MoEConfig
 from moejax.sharding import MeshConfig
-from moejax.train import malloc, parallel
-from moejax.train import memory
+from moejax.train import malloc, memory, parallel
 
 CONFIG = t5.config('tiny', encoder_layers=1, decoder_layers=1,
                    encoder_moe=MoEConfig(layers='0', num_experts=4, group_size=2 * 5),
