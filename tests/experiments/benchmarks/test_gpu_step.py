@@ -55,7 +55,7 @@ def test_a_tiny_dropless_t5_on_synthetic_data_and_random_weights(monkeypatch):
   assert (line['matmuls'], line['attention_alone']) == tuple(
       float(sum(isinstance(x, kind) for x in timed))
       for kind in (gpu_breakdown.Matmul, gpu_breakdown.Attention))
-  assert timed == gpu_breakdown.operations(step.config.model, 16, *gpu_step._lengths(step.config))
+  assert timed == gpu_step._operations(programs.run.config)
 
 
 def line(case, device=H100, **changes):
