@@ -1,1 +1,1 @@
-"""Suites of runs that make tables; nothing in moejax imports this."""
+"""Suites of runs, their tables and verdicts, and benchmarks; moejax imports nothing from here."""

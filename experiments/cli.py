@@ -1,4 +1,4 @@
-"""Command lines of experiments: every mistake is one line and exit code 1."""
+"""Command lines of experiments: a mistake ends the process with one line and exit code 1."""
 
 import argparse
 import os
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
                            'of their folders')
 
   def parse(self, argv: list[str] | None) -> argparse.Namespace:
-    """The flags. Raises ConfigError on a wrong one."""
+    """Returns the flags. Raises ConfigError on a wrong one."""
     args, unknown = self.parse_known_args(argv)
     flags = [flag for action in self._actions for flag in action.option_strings]
     for word in unknown:
@@ -54,7 +54,7 @@ def check_at_least(least: int, flag: str, given: int, fix: str) -> None:
 
 
 def results_folder(args: argparse.Namespace, suite: str) -> pathlib.Path:
-  """Where table and plot of a suite go; `suite` is one of those that args.suite names."""
+  """Returns the folder of a suite's table and plot; `suite` is one of those in args.suite."""
   if args.results and suite == args.suite:
     return args.results
   name = suite if args.scale == 'mini' else f'{suite}-{args.scale}'

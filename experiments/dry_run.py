@@ -1,4 +1,4 @@
-"""What suites would train and how long that may take, before anything is started."""
+"""Tables of what suites would train, and how long that may take; nothing is started."""
 
 import collections
 import pathlib
@@ -16,11 +16,11 @@ HEADER = ('', 'jobs', 'finished', 'steps', 'FLOPs', 'FLOPs left', 'core-hours le
 
 def table(suites: Mapping[str, Sequence[Job]], folder: pathlib.Path, max_workers: int,
           shard: Shard | None = None) -> str:
-  """A line per suite; of all together, shared jobs once; and of this shard's own jobs.
+  """Returns a table: each suite, all suites (shared jobs counted once), this shard's own jobs.
 
-  Core-hours are those of train steps, without compilation and evaluation: a worker keeps its share
-  of the cores busy. They are known for the config files of which `folder` has a finished run or,
-  measured on another machine, the committed results have one.
+  Core-hours count train steps without compilation and evaluation, as if a worker kept its share of
+  the cores busy. They are known for a config file if `folder` has a finished run of it, or if the
+  committed results do, which were measured on another machine.
 
   Args:
     suites: {suite: its jobs}.

@@ -3,13 +3,13 @@
   python -m experiments.main --suite=NAME[,NAME...] [--scale=mini]
   python -m experiments.main --suite=all --shard=1/4 --runs=COMMON_FOLDER
 
-A finished run is not trained again, a stopped one resumes, and suites share the runs that they have
-in common. Ctrl-C saves what is running; the same command goes on. Table and plot are written as
-soon as the last run of their suite is finished; they come from results.jsonl, and
-`python -m experiments.report` makes them again from it. Several machines share the work if each is
-started with its own --shard over a common folder; see experiments/launch/. Machines that share
-nothing can train different --pairs: the arms of a pair start from its own dense parent, and its
-results join those of the pairs that are in --results already.
+A finished run is not trained again, a stopped run resumes, and suites share the runs that they have
+in common. Ctrl-C saves the running jobs; the same command resumes them. A suite's table and plot
+are written as soon as its last run is finished. They are made from results.jsonl;
+`python -m experiments.report` makes them again. Several machines share the work if each is started
+with its own --shard over a common folder; see experiments/launch/. Machines that share no folder
+can train different --pairs: all arms of a pair start from the pair's own dense parent, and the
+results of a pair join those of earlier pairs in --results.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ALL = 'all'
 
 
 class Session:
-  """One call of this command: trains suites, and reports each as soon as it is finished.
+  """Trains suites, and reports each as soon as it is finished: one call of this command.
 
   Args:
     suites: {name: suite}, in order; of all pairs.
@@ -131,7 +131,7 @@ def _list() -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-  """The flags. Raises ConfigError on a wrong one."""
+  """Returns the flags. Raises ConfigError on a wrong one."""
   parser = cli.Parser('python -m experiments.main', __doc__)
   parser.add_suite()
   parser.add_argument('--pairs', metavar='N[,N...]',

@@ -1,7 +1,7 @@
-"""A suite's plot, for each domain: curves and points, points, or a sweep (see suite.Suite.plot).
+"""Draws a suite's plot: for each domain curves and points, points, or a sweep (suite.Suite.plot).
 
 Claims are about differences within a pair, and pairs differ by more than arms do. So a plot aligns
-the pairs at the reference, if there is one (see `offsets`): its bars are then those of Δ.
+the pairs at the reference, if there is one (see `offsets`): error bars are then those of Δ.
 """
 
 import math

@@ -1,10 +1,10 @@
-"""How every suite trains: the sizes of each scale, and the runs of one (dense parent, seed) pair.
+"""The protocol of all suites: sizes of each scale, and runs of one (dense parent, seed) pair.
 
-One protocol for all suites, the paper's (Komatsuzaki et al. 2023): a dense model is pretrained on a
-reciprocal-square-root rate; from its trunk, the checkpoint before any cooldown, branch
-continuations that go on with the parent's step, rate and data; each ends with a cooldown over the
-same fraction of its own steps. A pair is a dense parent and a seed: all arms of a pair start from
-one trunk and see equal batches, so their differences are paired. Pairs differ in everything random:
+It is the paper's protocol (Komatsuzaki et al. 2023). A dense model is pretrained with a
+reciprocal-square-root rate. Its trunk is the checkpoint before any cooldown. Continuations branch
+from the trunk and keep the parent's step, rate and data. Each ends with a cooldown over the same
+fraction of its own steps. A pair is a dense parent and a seed: all arms of a pair start from one
+trunk and see equal batches, so their differences are paired. Pairs differ in everything random:
 initial weights, order of the data, routers' initial weights, noise.
 """
 

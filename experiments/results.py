@@ -1,6 +1,6 @@
-"""From the workdirs of a suite's finished runs to results.jsonl, and what is computed from it.
+"""Collects a suite's finished runs into results.jsonl, and computes what reports show from it.
 
-Every report is made from this file alone. It has one JSON object a line, of a 'kind' each:
+Every report is made from results.jsonl alone. Each of its lines is a JSON object with a 'kind':
 
   suite   first, once: its name, scale, title, command, metrics and plot; the planned number of
           pairs; how many lines of the other kinds follow; and the runs it trained with their
@@ -9,7 +9,7 @@ Every report is made from this file alone. It has one JSON object a line, of a '
   claim   one per claim: the fields of suite.Claim
   arm     one per arm and pair, a `Record`: see `_record`
 
-Nothing in it depends on when it is made, so making it again leaves the file as it is.
+The file does not depend on the time when it is made: made again, it is equal.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""experiments/results/README.md: the verdict on every claim, from the results of all suites."""
+"""Makes experiments/results/README.md: the verdict on every claim, from all suites' results."""
 
 import math
 import pathlib

@@ -1,7 +1,7 @@
-"""Does the jobs of suites: a process per job, several at a time, under one progress bar.
+"""Runs the jobs of suites: one process per job, several at a time, under one progress bar.
 
-In the order of this file: what a job is; the lock on a job's folder, which keeps two processes from
-doing it at once; the shard, one machine's part of the jobs; and the scheduler, which starts
+This file defines, in this order: a job; the lock on a job's folder, so that no two processes do the
+job at once; the shard, which is one machine's part of the jobs; and the scheduler, which starts
 workers, each on its own share of the cores.
 """
 
@@ -155,10 +155,10 @@ class Shard:
     return f'{self.index}/{self.count}'
 
   def own(self, jobs: Iterable[Job]) -> set[str]:
-    """Keys of the jobs this machine does first.
+    """Returns keys of the jobs this machine does first.
 
-    Jobs that descend from one root stay on one machine, which then has its checkpoint at hand.
-    These families are dealt out, the most expensive first, each to the machine with the least.
+    Jobs that descend from one root stay on one machine, which then has the root's checkpoint.
+    These families are assigned from the most expensive on, each to the machine with the least work.
     """
     families: dict[str, list[Job]] = {}
     for job in jobs:
@@ -200,7 +200,7 @@ class Worker:
 
 
 class Scheduler:
-  """Does jobs that are not finished yet.
+  """Runs the jobs that are not finished yet.
 
   A job starts when its parent is finished and a worker is free. Jobs of earlier suites go first;
   within a suite, the most expensive. A shard does its own jobs first; when none of these can start,

@@ -1,4 +1,4 @@
-"""Suites: runs and their parents, the arms that a suite compares, and the claims it tests.
+"""Defines suites: runs and their parents, the arms that a suite compares, and its claims.
 
 A run is a config file with changes, exactly what `python -m moejax.main` takes, so every arm of a
 table can be trained alone. Its workdir is named by a key (a hash of the resolved config, with the

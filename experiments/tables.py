@@ -1,4 +1,4 @@
-"""A suite's tables: Markdown to read, CSV to compute with."""
+"""Makes a suite's tables: Markdown to read, CSV to compute with."""
 
 import csv
 import io

@@ -1,10 +1,10 @@
-"""Models evaluated right after surgery and never trained: what is left of the parent at step 0.
+"""Evaluates models right after surgery, without training: how close they are to their parent.
 
   python -m experiments.untrained --parent=WORKDIR --runs=FILE --workdir=DIR
 
-One process evaluates all runs of one parent, which have in common most of what takes time: reading
-data and compiling. Each becomes a line of DIR/measured.jsonl as soon as it is evaluated; a run that
-has a line there is not evaluated again.
+One process evaluates all runs of one parent, because they share the most expensive work: reading
+data and compiling. Each run becomes a line of DIR/measured.jsonl as soon as it is evaluated; a run
+that has a line there is not evaluated again.
 """
 
 import contextlib

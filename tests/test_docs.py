@@ -118,7 +118,9 @@ def test_what_is_called_a_command_is_one():
       r'python -m\s+((?:moejax|experiments|tests)(?:\.\w+)+)', text)}
   assert len(found) > 8
   for name in found:
-    assert house.is_command((ROOT / f'{name.replace(".", "/")}.py').read_text()), name
+    path = ROOT / name.replace('.', '/')
+    file = path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
+    assert house.is_command(file.read_text()), name
 
 
 @pytest.mark.parametrize('name', ['README.md', 'docs/methods.md', 'moejax/main.py'])

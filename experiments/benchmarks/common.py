@@ -1,7 +1,6 @@
-"""What the benchmarks share: timing in turns, measured lines and their page, tables, flags.
+"""Shared by the benchmarks: timing in turns, measured lines and their page, tables, flags.
 
-Whatever slows the machine down slows works that are timed one after the other alike, so a ratio is
-taken of two times of one round.
+A busy machine slows down all works of one round alike. So a ratio compares two times of one round.
 """
 
 import argparse
@@ -105,7 +104,7 @@ def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
 
 
 def use_cores(number: int) -> None:
-  """Puts this process on `number` cores, as a worker of a suite is; 0: all. Before JAX is used."""
+  """Puts this process on `number` cores, as a suite's worker; 0: all. Call it before JAX."""
   malloc.keep_freed()
   if number and hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])

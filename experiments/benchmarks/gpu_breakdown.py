@@ -1,7 +1,7 @@
-"""Where a GPU's step goes: its matmuls and attentions timed alone, and the kernels of a profile.
+"""Splits the time of a GPU's step: its matmuls and attentions timed alone, kernels of a profile.
 
-A step can be no faster than its matmuls and attentions; the rest is routing, norms, activations,
-the optimizer, and what the compiler makes of them.
+A step can be no faster than its matmuls and attentions. The remaining time goes to routing, norms,
+activations and the optimizer, as the compiler implements them.
 
 Dimensions: B batch, L length (queries), M length (keys), D model, F ffn, H heads, K head width,
 E experts, V vocabulary.

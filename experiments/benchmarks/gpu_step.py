@@ -1,19 +1,19 @@
-"""T5 and ViT of the paper's sizes on one GPU: step time, MFU and memory, dense and upcycled.
+"""Measures step time, MFU and memory of the paper's T5s and ViTs on one GPU, dense and upcycled.
 
   python -m experiments.benchmarks.gpu_step     all cases; an hour or more. It resumes
     --models=vit_b16        t5_base, t5_large, vit_b16, vit_l16
-    --only=top_2,dropless   the cases with that in their names, in this order
-    --scale=smoke           tiny ones on any device, to see that it works; into runs/smoke_gpu
-    --show                  the table of what is measured, and no more
+    --only=top_2,dropless   the cases with one of these in their names, in this order
+    --scale=smoke           tiny cases on any device, as a test; writes to runs/smoke_gpu
+    --show                  only prints the table of what is measured
 
-A case is the real train step of a run of configs/paper (moejax.train.compiled) in bfloat16,
-its blocks neither scanned nor rematerialised, on random tokens or images and random weights, at its
-model's batch or the largest half, quarter, ... of it that the forecast finds room for; in a process
-of its own, since the peak of memory is that of a process. Beside it the table has its own matmuls
-and attentions, each timed alone (gpu_breakdown.py). Compiling takes most of the time, so a few
-cases at a time are compiled side by side, and then measured one after the other.
-Results are lines of gpu.jsonl; a case with a line there, of these settings, device and version of
-JAX, is not measured again: after a change of moejax itself, delete its line.
+A case is the real train step of a run of configs/paper (moejax.train.compiled) in bfloat16, on
+random tokens or images and random weights; blocks are neither scanned nor rematerialised. Its batch
+is that of its model, or the largest half, quarter, ... of it that fits by the forecast. Each case
+runs in its own process, because the peak of memory is that of a process. The table also has the
+step's own matmuls and attentions, each timed alone (gpu_breakdown.py). Compiling takes most of the
+time, so a few cases at a time are compiled side by side, and then measured one after the other.
+Results are lines of gpu.jsonl. A case that has a line there, of these settings, device and version
+of JAX, is not measured again: after a change of moejax itself, delete its line.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What does a dropless grouped matmul cost? Ratios to one batched matmul of equal loads.
+"""Measures what a dropless grouped matmul costs, over one batched matmul of equal loads.
 
   python -m experiments.benchmarks.grouped_matmul [--rounds=9]
       time on this machine, CPU or GPU; 1 to 3 minutes
@@ -6,10 +6,10 @@
       compile for a TPU v5e; no TPU needed, but jax[tpu]
 
 N rows of uneven loads go through E matrices (D, F), forward, and forward with the gradients of rows
-and matrices. Each round runs all ways in turn on equal work; a ratio is a way's time over that of
-the floor in that round: the batched matmul (E, N/E, D) @ (E, D, F), which a dispatch with a
-capacity of exactly N/E would run. Each of the two commands writes its own section of the results
-file.
+and matrices. Each round runs all ways in turn on equal work. A ratio is a way's time over that of
+the floor in that round. The floor is the batched matmul (E, N/E, D) @ (E, D, F), which a dispatch
+with a capacity of exactly N/E would run. Each of the two commands writes its own section of the
+results file.
 """
 
 import os

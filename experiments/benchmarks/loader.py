@@ -1,11 +1,11 @@
-"""Does the data loader outrun the train step? Ratios of the two rates, measured side by side.
+"""Measures whether the data loader is faster than the train step: ratios of the two rates.
 
   python -m experiments.benchmarks.loader [--rounds=15]
 
-For each config, rounds of one and the other in turn: as many train steps on one batch that is
-already in memory, then that many batches from the loader while nothing else runs. The ratio is
-batches per second over steps per second; below 1 the loader would be the bottleneck. In training
-both share the cores, so it should be well above 1.
+For each config, a round runs some train steps on one batch that is already in memory, and then
+reads as many batches from the loader while nothing else runs. The ratio is batches per second over
+steps per second; below 1 the loader would be the bottleneck. In training both share the cores, so
+the ratio should be well above 1.
 """
 
 import dataclasses

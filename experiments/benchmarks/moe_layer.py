@@ -1,16 +1,16 @@
-"""What an MoE layer costs beyond its experts' matmuls, side by side in one process.
+"""Measures what an MoE layer costs beyond its experts' matmuls, side by side in one process.
 
   python -m experiments.benchmarks.moe_layer [--full] [--sizes=32x4096,128x16384]
-    --show             what is measured, and no more
+    --show             only prints what is measured
 
 Times each router with each dispatch, forward and forward with backward, as ratios to the batched
 matmuls of the experts alone (the floor) and to a dense MLP of equal FLOPs; all of them in turns in
 one process. For E = 8, 32, 128 and 1k, 4k, 16k tokens; about 10 minutes on 2 cores with nothing
 else running, and 10 GB. Two sizes have a limit and are timed for --rounds rounds. --full times all
-ways in all sizes for as many rounds, which takes hours and 20 GB; --sizes picks sizes. A size that
-is measured again replaces its earlier lines at once, so a run that is stopped loses one size. With
-torch and transformers installed (pip install -e '.[parity]'), their Mixtral and Switch layers take
-part in some sizes.
+ways in all sizes for as many rounds, which takes hours and 20 GB; --sizes picks sizes. The lines of
+a size replace its earlier lines as soon as it is measured, so a run that is stopped loses one size.
+With torch and transformers installed (pip install -e '.[parity]'), their Mixtral and Switch layers
+take part in some sizes.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Ways of doing the work of an MoE layer: our layers, what they are compared with, transformers'.
+"""The ways that moe_layer.py times: our layers, two baselines, and the layers of transformers.
 
-Every way takes float32 tokens of width 512 through E experts of 2,048 ReLU units, at C = 2: there
-are two slots per token in the experts' buffers, and top-2 has two choices. Forward, and forward
-with the gradients of tokens and all weights. One routing group holds all tokens. Two of the ways
-are compared with the others:
+Every way takes float32 tokens of width 512 through E experts of 2,048 ReLU units, at a capacity
+factor of 2: there are two slots per token in the experts' buffers, and top-2 has two choices. It
+runs forward, and forward with the gradients of tokens and all weights. One routing group holds all
+tokens. Two of the ways are baselines:
 
   floor  the experts alone on 2 x tokens rows that are sorted already, (E, rows / E, D): two batched
          matmuls and the activation between them, and their gradients, by the code of the layer
@@ -12,9 +12,9 @@ are compared with the others:
 
 Layers compute telemetry, losses and the gradient of the balance loss as in training.
 
-Of transformers, on torch, as their models build them by default, on CPU in float32, without jitter
-and dropout: Mixtral (top-2, no capacity, gated: three matrices where the others have two, so 1.5
-times the FLOPs) and Switch (top-1 with capacity, so half the rows).
+The layers of transformers run on torch, on CPU in float32, as their models build them by default,
+without jitter and dropout: Mixtral (top-2, no capacity, gated: three matrices where the others have
+two, so 1.5 times the FLOPs) and Switch (top-1 with capacity, so half the rows).
 
 Dimensions: E experts, D model, F ffn.
 """

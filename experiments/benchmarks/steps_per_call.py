@@ -1,13 +1,13 @@
-"""Does the host keep up? Step times of small models by how many steps one call has.
+"""Measures step times of small models by the number of steps per call: does the host keep up?
 
   python -m experiments.benchmarks.steps_per_call     the mini models, dense and upcycled
     --models=vit     those with that in their names
-    --scale=smoke    tiny ones, to see that it works; into runs/smoke_steps_per_call
-    --show           the table of what is measured, and no more
+    --scale=smoke    tiny models, as a test; writes to runs/smoke_steps_per_call
+    --show           only prints the table of what is measured
 
-For each model, train steps with 1, 5, 25 and 50 steps per call (config.steps_per_call) take turns,
-round by round, all with the train loop's work on the host: batches are joined, sent and handed
-over, and at most two calls are in flight. Batches are made beforehand.
+For each model, train steps with 1, 5, 25 and 50 steps per call (config.steps_per_call) run in
+turns, round by round. All include the train loop's work on the host: it joins batches, sends them
+and starts the call, with at most two calls in flight. Batches are made beforehand.
 """
 
 import collections

@@ -1,17 +1,16 @@
-"""Every configuration of the paper, compiled for its TPU slice: does it fit, and what will it cost?
+"""Compiles every configuration of the paper for its TPU slice: does it fit, and what does it cost?
 
-  python -m experiments.benchmarks.tpu     all of it; hours. It goes on where it was stopped
-    --only=t5_base     the runs whose names have that in them
-    --show             the tables of what is compiled, and no more
+  python -m experiments.benchmarks.tpu     all tables; takes hours, and resumes
+    --only=t5_base     the runs with that in their names
+    --show             only prints the tables of what is compiled
 
-Needs the compiler for TPUs (pip install -e '.[tpu]') and no TPU. `paper` has the runs of
-configs/paper, each on the slice that configs.paper.SLICES names; `ablations` what the paper varies,
-of the Base models; `weak` one upcycled run on slices of 1 to 512 chips with equally many examples
-per chip. Results are lines of ahead.jsonl; a run with a line there, of these settings and this
-version of JAX, is not compiled again: after a change of moejax itself, delete its line. Programs
-are kept (see --programs), so that reading them again (--read_again) takes seconds after a change of
-what is read from them. The assumptions of the time's estimate are in moejax/aot/report.py and
-chips.py.
+It needs the compiler for TPUs (pip install -e '.[tpu]') and no TPU. The table `paper` has the runs
+of configs/paper, each on the slice that configs.paper.SLICES names. `ablations` has what the paper
+varies, for the Base models. `weak` has one upcycled run on slices of 1 to 512 chips, with equally
+many examples per chip. Results are lines of ahead.jsonl. A run that has a line there, of these
+settings and this version of JAX, is not compiled again: after a change of moejax itself, delete its
+line. Programs are kept (see --programs), so --read_again takes only seconds after a change in how
+they are read. moejax/aot/report.py and chips.py state the assumptions of the estimated time.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
-"""What does a train step cost in time? Ratios to the dense base's, measured side by side.
+"""Measures the time of each arm's train step over that of its dense base, side by side.
 
   python -m experiments.benchmarks.train_step --suite=NAME[,NAME] [--scale=mini]
   python -m experiments.benchmarks.train_step --show
 
-Each distinct step of the suites' arms is timed in one process with that of the dense base it
-extends: rounds of a few steps of each in turn, in an order that rotates; a ratio is a step's time
-over the base's in that round, so that what slows the machine down slows both. Steps are timed on as
-many cores as a run has in training (--cores), from fresh weights: a step's time does not depend on
-them, except that the grouped dispatch takes a little less the more even the loads are.
+Each distinct step of the suites' arms is timed in one process with the step of the dense base that
+it extends. A round runs a few steps of each in turn, in an order that rotates. A ratio is a step's
+time over the base's in that round, so a busy machine slows both. Steps are timed on as many cores
+as a run has in training (--cores), from fresh weights. A step's time does not depend on the
+weights, except that grouped dispatch takes a little less time if loads are more even.
 """
 
 import dataclasses

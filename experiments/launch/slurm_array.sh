@@ -1,10 +1,10 @@
 #!/bin/bash
-# Suites spread over a SLURM array: each task is one shard, and any one of them can finish all.
+# Trains suites on a SLURM array. Each task is one shard; any task can finish all shards.
 #
 #   MOEJAX_RUNS=/shared/runs sbatch --array=1-8 experiments/launch/slurm_array.sh
 #
-# is submitted from the root of the repository, with the same .venv seen by all nodes. What else can
-# be set: MOEJAX_SUITE (default all), MOEJAX_SCALE (default mini), MOEJAX_PYTHON.
+# Submit it from the root of the repository. All nodes must see the same .venv. Other variables:
+# MOEJAX_SUITE (default all), MOEJAX_SCALE (default mini), MOEJAX_PYTHON, MOEJAX_JOBS.
 #
 #SBATCH --job-name=moejax
 #SBATCH --array=1-8
@@ -13,13 +13,13 @@
 #SBATCH --mem-per-cpu=4G
 #SBATCH --time=04:00:00
 # The array's indices must be 1-N: task I of N is shard I/N.
-# On CPUs a run takes one core: with --cpus-per-task=C a task does C runs at a time.
-# On GPUs give each task one, and MOEJAX_JOBS=1 since two runs would not share its memory:
+# On CPUs a run takes one core, so a task with --cpus-per-task=C trains C runs at a time.
+# On GPUs give each task one GPU, and MOEJAX_JOBS=1, because two runs cannot share its memory:
 #   sbatch --gpus-per-task=1 --cpus-per-task=4 --export=ALL,MOEJAX_JOBS=1 ...
 #
-# 180 s before the time is up the shell below (B:) is sent USR1: what runs is saved, and the task
-# goes back into the queue. SIGTERM, when preempted or cancelled, saves too; a preempted task is
-# put back by SLURM itself (PreemptMode=REQUEUE), which sends SIGKILL when GraceTime is over.
+# SLURM sends USR1 to the shell below (B:) 180 s before the time limit. The runs then save, and the
+# task returns to the queue. They also save on SIGTERM, after preemption or cancellation. SLURM
+# itself requeues a preempted task (PreemptMode=REQUEUE); it sends SIGKILL when GraceTime is over.
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -1,21 +1,21 @@
 #!/bin/bash
-# One run on several GPU nodes, a process per GPU, put back into the queue until it is finished.
+# Trains one run on several GPU nodes, one process per GPU; requeues the job until it is finished.
 #
 #   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 experiments/launch/slurm_run.sh \
 #     --config=configs/paper/t5_base_upcycled.py --workdir=/shared/runs/t5_base_upcycled \
 #     --config.init.parent=/shared/runs/t5_base --config.data.data_dir=/shared/tfds \
 #     --config.data.text.vocabulary=/shared/sentencepiece.model
 #
-# is submitted from the root of the repository, with the same .venv and the workdir seen by all
-# nodes. What else can be set: MOEJAX_PYTHON, MOEJAX_RESTARTS (default 20).
+# Submit it from the root of the repository. All nodes must see the same .venv and the workdir.
+# Other variables: MOEJAX_PYTHON, MOEJAX_RESTARTS (default 20).
 #
 #SBATCH --job-name=moejax
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-# 180 s before the time is up the shell below (B:) is sent USR1 and passes TERM on: the processes
-# save at the same step and end with 143, and the job goes back into the queue. When preempted or
-# cancelled they are sent TERM too; a preempted job is put back by SLURM itself
-# (PreemptMode=REQUEUE), a cancelled one is not.
+# SLURM sends USR1 to the shell below (B:) 180 s before the time limit. The shell sends TERM to the
+# processes; they save at the same step and end with 143, and the job returns to the queue. They
+# also get TERM after preemption or cancellation. SLURM itself requeues a preempted job
+# (PreemptMode=REQUEUE), but not a cancelled one.
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -25,13 +25,13 @@ set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 source experiments/launch/until_saved.sh
 
-# --wait: when one process has ended, a frozen one has 120 s; srun would wait for it for ever.
-# Since SLURM 22.05 srun no longer reads the job's own --cpus-per-task.
+# --wait: after the first process ends, the others have 120 s; without it, srun would wait for a
+# frozen process for ever. Since SLURM 22.05, srun does not read the job's own --cpus-per-task.
 until_saved srun --wait=120 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" \
   "${MOEJAX_PYTHON:-.venv/bin/python}" -m moejax.main --distributed=slurm "$@"
-# 0: finished. 1, 2: an error that the same command would meet again. 130, 143: told to stop, and by
-# USR1 alone to come again. Anything else, as 75 (another process was lost) and 137 (killed), is
-# worth another try.
+# 0: finished. 1, 2: an error that the same command would meet again. 130, 143: stopped by a signal;
+# only USR1 requeues the job. All other codes, such as 75 (another process was lost) and 137
+# (killed), requeue it.
 case $code in
   0 | 1 | 2 | 130) exit "$code" ;;
   143) [[ $requeue ]] || exit "$code" ;;

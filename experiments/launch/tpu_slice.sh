@@ -1,5 +1,5 @@
 #!/bin/bash
-# One run on a TPU slice, spot or not, asked for again until the run is finished.
+# Trains one run on a TPU slice, spot or not; requests a new slice until the run is finished.
 #
 #   MOEJAX_BUCKET=my-bucket MOEJAX_ZONE=us-east5-a MOEJAX_TYPE=v5p-256 \
 #     experiments/launch/tpu_slice.sh t5_xl_upcycled --config=configs/paper/t5_xl_upcycled.py \
@@ -7,18 +7,20 @@
 #     --config.data.data_dir=../moejax_bucket/tfds \
 #     --config.data.text.vocabulary=../moejax_bucket/sentencepiece.model
 #
-# is started from the root of the repository, on any machine with gcloud, and may be started again:
-# what an earlier start left running is told to save, and ended. The first argument names the queued
-# resource, its TPU node, and the workdir, gs://BUCKET/runs/NAME. What HEAD is at the start is what
-# runs, on each host in ~/moejax, beside which the bucket is mounted as ~/moejax_bucket: so paths in
-# it begin with ../moejax_bucket. Further:
+# Start it from the root of the repository, on any machine with gcloud. You may start it again:
+# processes of an earlier start get a signal to save, and end. The first argument names the queued
+# resource, its TPU node, and the workdir gs://BUCKET/runs/NAME. The script copies the current HEAD
+# to ~/moejax on each host and mounts the bucket as ~/moejax_bucket beside it, so paths in the
+# bucket begin with ../moejax_bucket. Other variables:
 #   MOEJAX_RUNTIME   version of the TPU VMs (default v2-alpha-tpuv5; v6e: v2-alpha-tpuv6e)
 #   MOEJAX_TIER      --spot (default), or empty for on-demand
-#   MOEJAX_POLL      seconds between looks at the queue (default 60)
-#   MOEJAX_TRIES     how often in a row the slice may not be created or set up (default 5)
+#   MOEJAX_POLL      seconds between two queries of the queue (default 60)
+#   MOEJAX_TRIES     failures in a row to create or set up the slice, after which the script gives
+#                    up (default 5)
 #
-# When it is done the slice is deleted. On an error of the run, which the same command would meet
-# again, and after MOEJAX_TRIES, it stays, to be looked at: delete it yourself.
+# The script deletes the slice when the run is finished. After an error of the run, which the same
+# command would meet again, and after MOEJAX_TRIES failures, the slice stays so that you can inspect
+# it: delete it yourself.
 
 set -euo pipefail
 : "${MOEJAX_BUCKET:?set it to a bucket (without gs://), best one with a hierarchical namespace}"
@@ -31,7 +33,7 @@ where=(--zone="$MOEJAX_ZONE" --quiet)
 code=$(mktemp) said=$(mktemp)
 trap 'rm -f "$code" "$said"' EXIT
 
-# NONE if there is none; UNKNOWN if gcloud cannot say, which is no reason to ask for another.
+# Prints the state of the slice. NONE: there is none; UNKNOWN: gcloud failed, so create no other.
 state() {
   "${tpus[@]}" queued-resources describe "$name" "${where[@]}" --format='value(state.state)' \
     2>"$said" && return
@@ -44,7 +46,7 @@ state() {
 }
 
 failed=0
-again() {   # gives up when it was called MOEJAX_TRIES times in a row
+again() {   # gives up when it is called MOEJAX_TRIES times in a row
   failed=$((failed + 1))
   if [ "$failed" -ge "${MOEJAX_TRIES:-5}" ]; then
     echo "$1, $failed times in a row. If there is a slice it is still there: $name" >&2
@@ -64,8 +66,8 @@ delete() {
   "${tpus[@]}" queued-resources delete "$name" "${where[@]}" --force
 }
 
-# On every host: ends what an earlier start left, mounts the bucket, installs what is not there yet,
-# trains. (The pattern is that of Python's own command line, not of the shell's that runs this.)
+# Runs on every host: ends processes of an earlier start, mounts the bucket, installs what is
+# missing, trains. (The pattern matches Python's own command line, not that of the shell.)
 remote="set -e
 old='^[^ ]*venv/bin/python -m moejax'
 if pkill -TERM -f \"\$old\"; then
@@ -79,7 +81,7 @@ if ! command -v gcsfuse; then
   echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc]\" \
     \"https://packages.cloud.google.com/apt \$release main\" |
     sudo tee /etc/apt/sources.list.d/gcsfuse.list
-  wait='-o DPkg::Lock::Timeout=300'   # new machines update themselves at first
+  wait='-o DPkg::Lock::Timeout=300'   # a new machine first updates itself
   sudo apt-get \$wait update -qq && sudo apt-get \$wait install -qq gcsfuse
 fi
 bucket=\$HOME/moejax_bucket
@@ -106,11 +108,11 @@ while :; do
   case $now in
     NONE) create || again 'The slice was not created' ;;
     ACTIVE)
-      # A host that freezes ends its connection, or the others would be waited for in vain.
+      # The keep-alive ends the connection of a frozen host; otherwise ssh would wait for ever.
       "${tpus[@]}" tpu-vm ssh "$name" "${where[@]}" --worker=all \
         --ssh-flag=-oServerAliveInterval=15 --ssh-flag=-oServerAliveCountMax=4 \
         --command="$remote" | tee "$code" || :
-      if grep -Eq '^moejax ended with (1|2)$' "$code"; then   # the workdir may be of another run
+      if grep -Eq '^moejax ended with (1|2)$' "$code"; then   # the workdir may be another run's
         echo "The run ended with an error; see above. The slice is still there: $name" >&2
         exit 1
       elif finished; then
@@ -121,7 +123,7 @@ while :; do
       else
         again 'The run was not set up, or its hosts were lost'
       fi ;;
-    FAILED | SUSPENDED) delete ;;   # preempted, for one
+    FAILED | SUSPENDED) delete ;;   # preempted, for example
   esac
   sleep "${MOEJAX_POLL:-60}"
 done

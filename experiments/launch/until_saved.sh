@@ -1,7 +1,7 @@
-# Sourced by the SLURM scripts, whose shell is sent USR1 (`--signal=B:`) when its time is up.
+# Sourced by the SLURM scripts. SLURM sends USR1 to their shell (`--signal=B:`) when time is short.
 
-# Runs a command and waits for it. TERM and USR1 reach it as TERM, and it may take its time to save.
-# Leaves its exit code in `code`; `requeue` is yes if it was USR1, so that it should go on later.
+# Runs a command and waits until it ends. The command gets TERM for TERM and USR1, and then has time
+# to save. Sets `code` to its exit code, and `requeue` to yes after USR1: it should continue later.
 until_saved() {
   requeue=
   "$@" &
@@ -11,6 +11,6 @@ until_saved() {
   while :; do
     told='' code=0
     wait "$child" || code=$?
-    [[ $told ]] || break   # a signal ends a wait before the command has saved: wait again
+    [[ $told ]] || break   # a signal ends `wait` before the command has saved: wait again
   done
 }

@@ -1,7 +1,7 @@
-"""TPU chips and slices.
+"""Speed, memory and links of TPU chips, and JAX's description of their slices.
 
-Figures are Google's published ones (cloud.google.com/tpu/docs); bandwidths of links are those of
-"How to Scale Your Model" (jax-ml.github.io/scaling-book, chapters 2 and 3).
+Figures are published by Google (cloud.google.com/tpu/docs); bandwidths of links are from "How to
+Scale Your Model" (jax-ml.github.io/scaling-book, chapters 2 and 3).
 """
 
 import dataclasses

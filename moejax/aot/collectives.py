@@ -1,4 +1,4 @@
-"""The communication of a compiled program: kinds, bytes, and which devices take part."""
+"""Finds the communication of a compiled program: kinds, bytes, and the devices that take part."""
 
 import dataclasses
 import math

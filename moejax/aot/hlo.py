@@ -1,7 +1,7 @@
 """Reads the text of a compiled program (HLO): how often instructions run, their FLOPs and bytes.
 
-The cost analysis of the compiler counts the body of a loop once; here an instruction counts as
-often as it runs. Sizes are those of one device.
+The compiler's own cost analysis counts the body of a loop once; here an instruction counts as often
+as it runs. Sizes are those on one device.
 """
 
 import dataclasses

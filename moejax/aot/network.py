@@ -1,7 +1,7 @@
-"""Time that communication takes on the links of a TPU slice.
+"""Estimates the time of communication on the links of a TPU slice.
 
-A slice is a grid of chips, each with a link to its neighbours along two or three dimensions; a
-dimension whose ends are linked too is a ring. The rules are those of "How to Scale Your Model"
+A slice is a grid of chips. Links connect each chip to its neighbours along two or three dimensions;
+a dimension whose ends are also linked is a ring. The rules are from "How to Scale Your Model"
 (jax-ml.github.io/scaling-book, chapters 2 and 3). Latency and other traffic are left out.
 """
 

@@ -1,11 +1,13 @@
-"""python -m moejax.main --config=FILE --compile_for=v5p:4x4x8: will it fit, and what will it cost?
+"""Reports whether a run fits a TPU slice, and how long its step should take.
 
-Compiles the train step for the slice, and evaluation and decoding where they may take more memory
-(train/memory.py); no TPU and no data are needed. The estimate of the step's time is a roofline:
-each operation takes the longer of its FLOPs at the chip's peak and its HBM traffic at full
-bandwidth; communication takes the time of network.py. `serial` adds all of it up, `overlapped`
-hides the shorter of computation and communication behind the other. A real step takes longer than
-`overlapped`, since no operation reaches its roof.
+  python -m moejax.main --config=FILE --compile_for=v5p:4x4x8
+
+Compiles the train step for the slice, and evaluation and decoding where they may need more memory
+(train/memory.py). It needs no TPU and no data. The step's time is a roofline estimate: each
+operation takes the longer of its FLOPs at the chip's peak and its HBM traffic at full bandwidth;
+network.py estimates communication. `serial` is computation plus communication; `overlapped` is the
+longer of the two. A real step takes longer than `overlapped`, because no operation reaches its
+roof.
 """
 
 import dataclasses

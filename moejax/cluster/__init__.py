@@ -1,1 +1,1 @@
-"""Several processes that train one model: start together, agree, notice that one is gone."""
+"""Several processes train one model: they start together, agree, and notice a lost process."""

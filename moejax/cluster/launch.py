@@ -1,7 +1,7 @@
-"""How a process was started among others, as the flags of a command line give it.
+"""The flags of moejax.main about processes, checked: how this process finds the others.
 
-Apart from processes.py because importing JAX takes a second or more, and a wrong flag is answered
-before that.
+This file is separate from processes.py, because importing JAX takes a second or more, and a wrong
+flag is reported before that.
 """
 
 import dataclasses

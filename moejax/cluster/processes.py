@@ -1,8 +1,7 @@
-"""Several processes, usually one a host, that train one model together.
+"""Connects several processes, usually one per host, that train one model together.
 
-`join` makes them find each other. `Hosts` lets them stop at the same step and checks that all were
-given the same config, data and folder; with a single process it does nothing. watchdog.py notices
-that one of them is gone.
+`join` connects them. `Hosts` makes them stop at the same step, and checks that all have the same
+config, data and folder; with a single process it does nothing. watchdog.py notices a lost process.
 """
 
 import collections

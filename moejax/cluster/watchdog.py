@@ -1,21 +1,22 @@
-"""Notices that one of several processes is gone or hangs, and ends the others.
+"""Notices that one of several processes is lost or hangs, and ends the others.
 
-A collective waits for all processes, so when one dies or hangs the others wait for as long as their
-transport allows, and none knows for which. Therefore every process sends process 0 a sign of life
-once a second over TCP, with where it is; process 0 answers. A process that sees trouble prints one
-line about it and ends, whatever its other threads wait for:
+A collective waits for all processes. So if one process dies or hangs, the others wait for as long
+as their transport allows, and do not know for which process. Therefore every process sends a sign
+of life to process 0 once a second over TCP, with the phase and step where it is; process 0 answers.
+A process that sees trouble prints one line and ends, whatever its other threads wait for:
 
   a process that died            at once, by its closed connection
   a host that died or froze      `lost` seconds after its last sign of life
   a process that hangs           `stall` seconds after any process last got further
-  a process that failed          once it has sent why
+  a process that failed          once it has sent the reason
 
-with exit code LOST, which tells a scheduler to start again; for the last with FAILED, since what it
-failed of is likely to happen again.
+The exit code is LOST, after which a scheduler should start the command again. For a process that
+failed it is FAILED, because the same error is likely to happen again.
 
-JAX's own heartbeats (jax.distributed) do not suffice. A process whose peer is gone is aborted after
-100 seconds, with SIGABRT and a stack trace, so a scheduler cannot tell a lost machine from a bug;
-the message names a task, but neither its host nor its step; and a process that hangs beats on.
+JAX's own heartbeats (jax.distributed) do not suffice. JAX aborts a process whose peer is gone after
+100 seconds, with SIGABRT and a stack trace, so a scheduler cannot tell a lost machine from a bug.
+The message names a task, but neither its host nor its step. A process that hangs still sends
+heartbeats.
 
 Messages are one JSON object a line: {'token', 'process', 'host', 'at', 'count'} from a process, in
 its last one also 'failed' or 'done'; {} from process 0, in the end {'trouble', 'code', 'grace'} or

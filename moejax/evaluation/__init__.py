@@ -1,1 +1,1 @@
-"""How good a trained model is: losses over a split, scores of decoded text, few-shot probes."""
+"""Measures a trained model: losses over a split, scores of decoded text, few-shot probes."""

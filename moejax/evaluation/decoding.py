@@ -1,8 +1,8 @@
 """Autoregressive decoding: greedy and beam search over a model's cached steps.
 
-Each is one jax.lax.while_loop that ends when all sequences have ended, and runs under jit, a mesh
-or a pmap. The decoder starts from pad, as in training. Pad is never chosen (our choice: every loss
-weighs it 0, so its logit means nothing); it only follows eos.
+Each search is one jax.lax.while_loop that ends when all sequences have ended. It runs under jit, a
+mesh or a pmap. The decoder starts from pad, as in training. Pad is never chosen; it only follows
+eos. (That is our choice: every loss gives pad weight 0, so its logit has no meaning.)
 
 B batch, M source length, N beams, L tokens at most, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Few-shot linear probe: how well a linear classifier of frozen features does with few examples.
+"""Few-shot linear probe: accuracy of a linear classifier of frozen features, from few examples.
 
 Ridge regression in float64 on the host, repeated for several draws of the few examples, as
 Komatsuzaki et al. 2023 report for 10 shots and 5 draws.
@@ -57,7 +57,7 @@ class Features(NamedTuple):
   labels: np.ndarray
 
   def of_classes(self, classes: np.ndarray) -> 'Features':
-    """Those of the examples of some classes."""
+    """Returns the features of the examples of some classes."""
     chosen = np.isin(self.labels, classes)
     return Features(self.values[chosen], self.labels[chosen])
 

@@ -1,6 +1,6 @@
-"""Scores of decoded texts against the right answers; all are fractions or rates.
+"""Scores decoded texts against the right answers; all scores are fractions or rates.
 
-Texts are compared as they are, without normalisation.
+Texts are compared without normalisation.
 """
 
 from collections import Counter, defaultdict

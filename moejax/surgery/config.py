@@ -20,7 +20,7 @@ USED_BY = {**dict.fromkeys(EXPERTS, ('upcycle',)), 'tiling': ('depth_tile',),
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-  """What a token's expert weights sum to at step 0, when the router prefers no expert.
+  """The sum of a token's expert weights at step 0, when the router prefers no expert.
 
   Attributes:
     k: experts per token; for expert choice its capacity factor, which is the average.

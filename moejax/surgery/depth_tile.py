@@ -1,7 +1,7 @@
 """Depth tiling: a deeper model whose blocks are the parent's, each n times.
 
-Depth growth as in Gopher (Rae et al. 2021; recalled, not checked against its text) and the baseline
-of Komatsuzaki et al. (2023), Fig. 5. Two ways to order n copies of the blocks A B:
+This is depth growth as in Gopher (Rae et al. 2021; recalled, not checked against its text), and the
+baseline of Komatsuzaki et al. (2023), Fig. 5. There are two orders for n copies of the blocks A B:
 
 - 'stack': the whole stack again, A B A B.
 - 'layer': each block n times, A A B B.
@@ -12,9 +12,9 @@ which may be 1. The new model is not the parent's function at step 0: every bloc
 residual stream, now n times, and the loss starts well above the parent's.
 
 The learning rate follows `schedule.start`, as in any run with a parent. Optimizer state has the
-shapes of its leaves, so it may be carried, to each copy the parent's moments and count. They are
-moments of another function's gradient, though: a re-warmed learning rate (schedule.start='rewarm')
-or optimizer='reset' are as plausible.
+shapes of its leaves, so it may be carried: each copy gets the parent's moments and count. But these
+are moments of another function's gradient, so a re-warmed learning rate (schedule.start='rewarm')
+or optimizer='reset' are plausible too.
 """
 
 import re

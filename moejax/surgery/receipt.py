@@ -1,4 +1,4 @@
-"""The receipt of a surgery: the fate of every leaf, and measurements at step 0."""
+"""The receipt of a surgery: the fate of every leaf, and measurements at step 0; JSON and text."""
 
 import dataclasses
 import json

@@ -1,7 +1,7 @@
-"""The programs of a run: train step, evaluation, decoding, teacher, compiled when first needed.
+"""The programs of a run: train step, evaluation, decoding, teacher; compiled on first use.
 
-Shapes are known before anything is allocated, so that memory can be forecast (memory.py) and
-programs can be compiled for devices that are not there (moejax/aot).
+Shapes are known before anything is allocated. So memory.py can forecast memory, and moejax/aot can
+compile programs for devices that are not there.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from moejax.train.step import StepSettings, TrainState, make_train_step, scan_st
 from moejax.train.validate import ValidatedRun, of_size
 from moejax.trees import stacking
 
-# On one H200 a step of a mini ViT takes 3 to 5 ms if it is handed over by itself, in which the GPU
-# could do about a TFLOP; of 25 at once 0.6 to 0.7, and 50 gain no more (experiments/results/gpu).
+# On one H200 a step of a mini ViT takes 3 to 5 ms with one step per call, in which the GPU could do
+# about a TFLOP; 0.6 to 0.7 with 25 steps per call, and no less with 50 (experiments/results/gpu).
 SMALL, MOST = 1e12, 25
 
 

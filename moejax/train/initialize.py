@@ -1,7 +1,7 @@
-"""A run's first state: fresh parameters, a parent's, or surgery on a parent's.
+"""Makes a run's first state: fresh, a parent's, or the result of surgery on a parent's.
 
-The one place where checkpoints, surgery and models meet. A parent is the workdir of another run of
-moejax; by default its trunk is taken, the last step before its cooldown.
+Only this file imports checkpoints, surgery and models together. A parent is the workdir of another
+run of moejax. The default step is the parent's trunk, the last step before its cooldown.
 """
 
 import dataclasses

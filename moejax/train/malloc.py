@@ -1,10 +1,10 @@
-"""The host's memory: what is free, and how malloc keeps it between train steps.
+"""Measures the host's free memory, and sets whether malloc keeps buffers between train steps.
 
-XLA's CPU backend takes the buffers of a step from malloc and frees them after it. glibc returns
-freed memory to the system where it can, large buffers always, and the system hands out zeroed pages
-at their next touch. For a small T5 with experts that was thousands of page faults a step, and two
-fifths of its time (measured in experiments/LOG.md). glibc has no other switch for a running process
-than mallopt, hence ctypes.
+XLA's CPU backend allocates the buffers of a step by malloc and frees them after it. glibc returns
+freed memory to the system where it can (large buffers always), and the system then provides zeroed
+pages on the next access. For a small T5 with experts this caused thousands of page faults a step,
+and took two fifths of the step's time (measured in experiments/LOG.md). In a running process only
+mallopt changes this, hence ctypes.
 """
 
 import ctypes

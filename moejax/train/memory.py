@@ -1,7 +1,7 @@
-"""Memory that a run takes on each device, known before anything is allocated there.
+"""Forecasts the memory that a run needs on each device, before anything is allocated there.
 
-The programs of a run are compiled first: the compiler then knows how much they ask for. A run that
-does not fit is refused with the numbers and the cheapest remedies, each of them compiled too.
+The programs of a run are compiled first, because the compiler reports how much memory they need. A
+run that does not fit is refused with the numbers and the cheapest remedies, each compiled too.
 """
 
 import dataclasses

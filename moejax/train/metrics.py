@@ -1,4 +1,4 @@
-"""Turns sums into the metrics people read, and writes them to JSON-lines files.
+"""Turns sums into named means, and writes them to JSON-lines files.
 
 `metrics.jsonl` holds what a rerun must reproduce bit for bit, hence no time; `timing.jsonl` holds
 the seconds. Both are cut back to the restored step on resume.

@@ -1,11 +1,10 @@
-"""Two ways to run one pure step on many devices: 'mesh' and 'pmap'.
+"""Runs one pure step on many devices, in one of two ways: 'mesh' or 'pmap'.
 
 'mesh': arrays are split over the four axes of moejax.sharding; the compiler and the MoE layer's
 shard_map place the communication.
-'pmap': every device runs the step on its share of the batch and adds sums with psum; data-parallel
-only, every device holds the whole state. This is what jax.pmap does, written out. Since JAX 0.10
-jax.pmap is jit of shard_map too, but it takes arrays of one process, and so cannot be compiled from
-shapes where there are several.
+'pmap': data-parallel only. Every device holds the whole state, runs the step on its share of the
+batch, and adds sums with psum. It is jit of shard_map, as jax.pmap is since JAX 0.10. But jax.pmap
+takes the arrays of one process, so it cannot be compiled from shapes where there are several.
 
 Both take a batch as global arrays whose examples are split over the devices.
 """
@@ -67,7 +66,8 @@ class MeshParallel:
     host, hosts: which of how many equal parts of a batch this process loads.
     reduce: adds a tree over devices, inside a jitted function; the identity where arrays are
       global.
-    gather: collects the examples of all devices on each, inside a jitted function; likewise.
+    gather: collects the examples of all devices on each, inside a jitted function; the identity
+      where arrays are global.
   """
 
   def __init__(self, mesh: Mesh, axes: tuple[str, ...]):

@@ -1,4 +1,4 @@
-"""The steps of a run, when something is due, and its cost; known before anything is allocated."""
+"""Plans a run before anything is allocated: its steps, when something is due, its FLOPs."""
 
 import dataclasses
 import math

@@ -1,7 +1,7 @@
 """Warns, once per kind and in one line, of routers that have failed in a known way.
 
-A sparse model whose router has failed still trains: it is a worse dense model, and its load may
-even be uniform. So gradients, logits and choices are watched, not load alone. The thresholds are
+A sparse model whose router has failed still trains, as a worse dense model, and its load may even
+be uniform. So this file checks gradients, logits and choices, not load alone. The thresholds are
 our own; the comments give their reasons.
 """
 

@@ -1,4 +1,4 @@
-"""The log of a run (progress bar, metrics.jsonl, TensorBoard, timing), and signals to stop it."""
+"""Writes the log of a run (progress bar, metrics, TensorBoard, timing), and catches its signals."""
 
 import collections
 import contextlib

@@ -1,7 +1,7 @@
-"""A run's data, model, devices and parent, validated together, once, before anything is allocated.
+"""Validates a run's data, model, devices and parent together, once, before any allocation.
 
-`start` says at which step the run begins; `validate` opens all that it reads and returns one value
-that the rest of moejax/train works with.
+`start` returns the run's plan and its parent. `validate` opens all that the run reads, and returns
+one value for the rest of moejax/train.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class ValidatedRun:
 
   @property
   def fingerprint(self) -> str:
-    """Of all data that the run reads."""
+    """The fingerprint of all data that the run reads."""
     return ' '.join(d.fingerprint for d in (self.dataset, self.probe_data) if d)
 
 

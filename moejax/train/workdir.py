@@ -1,9 +1,9 @@
-"""A run's directory: its files, and who may write there.
+"""A run's directory: its files, and the process that writes them.
 
   config.json     every key of the resolved config; a workdir belongs to one config
   run.json        command, package versions, data fingerprint, parameters, FLOPs, memory, steps
   status.json     phase and step right now, for whoever waits; CPU seconds so far
-  metrics.jsonl   one line per log and per evaluation; the same bit for bit on a rerun
+  metrics.jsonl   one line per log and per evaluation; a rerun writes equal bytes
   timing.jsonl    seconds of train steps and of evaluations
   receipt.json/.txt   what surgery did to every leaf, and the step-0 gap
   checkpoints/    Orbax, by step          tensorboard/

@@ -45,8 +45,8 @@ def config(B, mesh, layers=LAYERS, dispatch='gather', remat='none', scan=False, 
 @functools.cache
 def communication(B, way='plain', remat='', **mesh):
   run = config(B, mesh, **WAYS[way] | ({'remat': remat} if remat else {}))
-  step = report.step_of(run, parallel.make('mesh', run.mesh))
-  return collectives.of(hlo.Module(step.lower().compile().as_text()))
+  programs = report.programs_of(run, parallel.make('mesh', run.mesh))
+  return collectives.of(hlo.Module(programs.train.compiled.as_text()))
 
 
 MESHES = [dict(data=1, expert=8), dict(data=2, expert=4)]
@@ -91,8 +91,8 @@ def test_nor_in_a_dense_model_whose_parameters_are_split(execution):
     run = config(B, dict(data=2, fsdp=4))
     run = dataclasses.replace(run, execution=execution, model=t5.config(
         'tiny', d_model=D, d_ff=F, encoder_layers=4, decoder_layers=4))
-    step = report.step_of(run, parallel.make('mesh', run.mesh))
-    found = collectives.of(hlo.Module(step.lower().compile().as_text()))
+    programs = report.programs_of(run, parallel.make('mesh', run.mesh))
+    found = collectives.of(hlo.Module(programs.train.compiled.as_text()))
     return sum(c.sent for c in found if c.kind != 'collective-permute')
   assert moved(64) == pytest.approx(moved(16), rel=0.01)
 

@@ -18,8 +18,7 @@ from moejax.evaluation.evaluate import DecodeConfig
 from moejax.models import t5, vit
 from moejax.models.scan import Execution
 from moejax.train import config as run_config
-from moejax.train import memory as forecast
-from moejax.train import parallel, remedies
+from moejax.train import memory, parallel
 from moejax.train.optimizer import OptimizerConfig
 
 SLICE = 'v5e:2x4'
@@ -56,25 +55,25 @@ def evaluated(eval_batch_size=4096):
       data=DataConfig(batch_size=16, eval_batch_size=eval_batch_size))
 
 
-def test_moments_are_the_forecasts(slices):
+def test_phases_are_the_forecasts(slices):
   found, _ = report.compile_for(scored(), SLICE)
   devices = parallel.make('mesh', scored().mesh)
-  memory, step = found['memory'], report.step_of(scored(), devices, decodes=True)
-  said = forecast.compile_step(step, None)[1]
-  assert memory['total'] == said.resident + said.gradients + said.activations
-  assert memory['phases'].keys() == {'evaluating', 'decoding'}   # nothing is scanned
-  assert memory['phases']['decoding'] == said.needed > memory['total']
+  asked, said = found['memory'], memory.check(
+      report.programs_of(scored(), devices, decodes=True), None)
+  assert asked['total'] == said.resident + said.gradients + said.activations
+  assert asked['phases'].keys() == {'evaluating', 'decoding'}   # nothing is scanned
+  assert asked['phases']['decoding'] == said.needed > asked['total']
   assert json.loads(json.dumps(found)) == found
 
 
-@pytest.mark.parametrize('config, moment', [(scored, 'decoding'), (evaluated, 'evaluating')])
-def test_a_step_that_fits_is_not_enough(config, moment, slices, monkeypatch):
-  monkeypatch.setattr(remedies, 'WANTED', 0)
+@pytest.mark.parametrize('config, phase', [(scored, 'decoding'), (evaluated, 'evaluating')])
+def test_a_step_that_fits_is_not_enough(config, phase, slices, monkeypatch):
+  monkeypatch.setattr(memory, 'WANTED', 0)
   found, _ = report.compile_for(config(), SLICE)
-  step, worst = found['memory']['total'], found['memory']['phases'][moment]
+  step, worst = found['memory']['total'], found['memory']['phases'][phase]
   slices((step + worst) // 2)
   with pytest.raises(ConfigError, match=rf'--compile_for: {SLICE}: does not fit on a device: .*'
-                                        rf'while {moment} of '):
+                                        rf'while {phase} of '):
     report.compile_for(config(), SLICE)
 
 

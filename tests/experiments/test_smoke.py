@@ -80,7 +80,8 @@ def check_quickstart(folder):
   assert list(records) == ['dense parent, cooled', 'dense, equal steps', 'dense, equal FLOPs',
                            'upcycled', 'MoE from scratch']
   steps, up = records['dense, equal steps'], records['upcycled']
-  assert results.extra_flops(steps) == pytest.approx(20) < results.extra_flops(up)
+  assert results.extra_flops(steps) == pytest.approx(20)
+  assert results.extra_flops(up) > 20
   assert steps['step0']['step0_gap'] == 0.0 != up['step0']['step0_gap']
   assert records['MoE from scratch']['step0'] is None
   final = lambda record: record['final']['validation']['loss']

@@ -16,8 +16,7 @@ from moejax.evaluation import evaluate
 from moejax.models import t5
 from moejax.moe.config import MoEConfig
 from moejax.sharding import MeshConfig
-from moejax.train import malloc, parallel
-from moejax.train import memory as forecast
+from moejax.train import malloc, memory, parallel
 
 CONFIG = t5.config('tiny', encoder_layers=1, decoder_layers=1,
                    encoder_moe=MoEConfig(layers='0', num_experts=4, group_size=2 * 5),
@@ -41,11 +40,11 @@ def decoded(devices) -> dict:
   own = {k: v[devices.host * rows:][:rows] for k, v in sources().items()}
   model = models.build(CONFIG)
   params = devices.init(model.init, jax.random.key(0))
-  step = devices.compile(evaluate.make_decode_step(model, evaluate.DecodeConfig(), devices.gather))
+  step = devices.jit(evaluate.make_decode_step(model, evaluate.DecodeConfig(), devices.gather))
   out = jax.device_get(step(params, devices.put(own)))
   return {'host': [devices.host, devices.hosts], 'ids': out['ids'].tolist(),
           'real': out['real'].tolist(),
-          'index': parallel.all_rows(devices, {'index': own['index']})['index'].tolist()}
+          'index': parallel.all_examples(devices, {'index': own['index']})['index'].tolist()}
 
 
 def stops(hosts) -> list:
@@ -66,9 +65,9 @@ def free(hosts) -> list:
   """What a device may take of 1,000 bytes, on one host and on a host for each process."""
   malloc.free, host = lambda: 1000, malloc.host
   devices = parallel.make('mesh', MeshConfig())
-  shared = forecast.free(devices)
+  shared = memory.free(devices)
   malloc.host = lambda: f'{host()} {hosts.process}'
-  return [shared, forecast.free(devices)]
+  return [shared, memory.free(devices)]
 
 
 def main(port: str, process: str, file: str) -> None:

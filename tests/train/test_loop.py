@@ -105,7 +105,7 @@ def test_branches_start_where_the_trunk_was_and_end_elsewhere(trunk, tmp_path, c
 
 @pytest.mark.parametrize('moe, init, message', [
     (MoEConfig(), {}, 'do not account for every leaf'),
-    (MOE, {'init.mode': 'upcycle'}, 'no layer of the wanted model is a new')],
+    (MOE, {'init.mode': 'upcycle'}, 'no layer of the model is a new')],
     ids=['sparse to dense', 'sparse upcycled once more'])
 def test_surgery_that_cannot_be_is_refused_before_the_workdir_is_claimed(
     moe, init, message, trunk, tmp_path, monkeypatch):

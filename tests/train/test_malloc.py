@@ -7,14 +7,14 @@ import pytest
 
 from configs.pretrain import vit_glyphs
 from moejax.train import config as run_config
-from moejax.train import loop, malloc
-from moejax.train import memory as forecast
+from moejax.train import loop, malloc, memory
 from moejax.train.plan import Plan
+from moejax.train.validate import validate
 
 FAULTS = """
 import ctypes, resource, sys
-from moejax.train import memory
-if {keep}: assert memory.keep_freed()
+from moejax.train import malloc
+if {keep}: assert malloc.keep_freed()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
@@ -44,8 +44,8 @@ def test_what_a_step_frees_is_there_for_the_next():
 
 GIGABYTES = """
 import ctypes
-from moejax.train import memory
-assert memory.keep_freed()
+from moejax.train import malloc
+assert malloc.keep_freed()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
@@ -68,9 +68,9 @@ def test_more_than_two_gigabytes_are_kept_too():
 
 GROWTH = """
 import ctypes, pathlib
-from moejax.train import memory
-memory.keep_freed()
-if {large}: assert memory.free_large(1, 7)
+from moejax.train import malloc
+malloc.keep_freed()
+if {large}: assert malloc.free_large(1, 7)
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
@@ -111,10 +111,10 @@ def test_where_there_is_room_or_nobody_knows_they_are_kept(needed, available, mo
 
 def test_a_run_says_what_it_needs_and_what_there_is(monkeypatch):
   config = run_config.resolve(vit_glyphs.get_config('runlocal'))
-  found, said = forecast.Forecast(params=3, optimizer=4, saving=2, available=50), []
-  monkeypatch.setattr(forecast, 'compile_step', lambda step, available: (None, found))
+  found, said = memory.Forecast(params=3, optimizer=4, saving=2, available=50), []
+  monkeypatch.setattr(memory, 'check', lambda programs, available: found)
   monkeypatch.setattr(malloc, 'free_large', lambda *args: said.append(args))
-  loop.Program(config, Plan.make(config, 0)).compile()
+  loop.Trainer(validate(config, Plan.make(config, 0))).compile()
   assert said == [(3 + 4 + 2, 50)]
 
 
@@ -137,7 +137,7 @@ CALLED = """
 import sys
 from absl import app
 from moejax import main
-main.memory.keep_freed = lambda: sys.exit('kept')
+main.malloc.keep_freed = lambda: sys.exit('kept')
 app.run(main.main, flags_parser=main.parse_flags)
 """
 

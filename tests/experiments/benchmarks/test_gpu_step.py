@@ -31,17 +31,17 @@ def test_cases_are_what_they_are_called():
 
 def test_a_tiny_dropless_t5_on_synthetic_data_and_random_weights(monkeypatch):
   case = gpu_step.Case('t5_base', 'dropless', 4, 'plain')
-  compiled, step, _ = largest = gpu_step._largest(case, SMOKE)
-  batch = gpu_step.synthetic(step.config)
+  programs, _ = largest = gpu_step._largest(case, SMOKE)
+  batch = gpu_step.synthetic(programs.run.config)
   assert batch['encoder_input'].shape == (16, 114) and batch['target'].shape == (16, 32)
   assert batch['encoder_input'].min() > 0 and (batch['weight'] == 1).all()
   np.testing.assert_array_equal(batch['index'], np.arange(16))
 
-  state = gpu_step.random_state(step.shapes)
+  state = gpu_step.random_state(programs.shapes)
   same = lambda s, x: (s.shape, s.dtype, s.sharding) == (x.shape, x.dtype, x.sharding)
-  assert jax.tree.all(jax.tree.map(same, step.shapes, state))
+  assert jax.tree.all(jax.tree.map(same, programs.shapes, state))
   assert all(float(abs(x).max()) > 0 for x in jax.tree.leaves(state.params))
-  after, _ = compiled(state, step.devices.put(batch))
+  after, _ = programs.train(state, programs.run.devices.put(batch))
   assert int(after.step) == 1
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))
 
@@ -55,7 +55,7 @@ def test_a_tiny_dropless_t5_on_synthetic_data_and_random_weights(monkeypatch):
   assert (line['matmuls'], line['attention_alone']) == tuple(
       float(sum(isinstance(x, kind) for x in timed))
       for kind in (gpu_breakdown.Matmul, gpu_breakdown.Attention))
-  assert timed == gpu_breakdown.operations(step.config.model, 16, *gpu_step._lengths(step.config))
+  assert timed == gpu_step._operations(programs.run.config)
 
 
 def line(case, device=H100, **changes):
@@ -219,17 +219,16 @@ def test_the_next_batch_that_is_tried_is_the_one_that_should_fit(monkeypatch):
   """Of 64 examples at 10 bytes each beside 100 fixed ones, in 300 bytes: 16 fit."""
   tried = []
 
-  def measure(step, available):
-    size = step.config.data.batch_size
+  def measure(programs, available):
+    size = programs.run.config.data.batch_size
     tried.append(size)
-    forecast = gpu_step.memory.Forecast(100, 0, activations=10 * size, available=available,
-                                        compiled=True)
-    return object(), forecast
+    return gpu_step.memory.Forecast(100, 0, activations=10 * size, available=available,
+                                    compiled=True)
   monkeypatch.setattr(gpu_step.memory, 'free', lambda devices: 300)
   monkeypatch.setattr(gpu_step.memory, 'measure', measure)
   scale = dataclasses.replace(SMOKE, batches={'vit_b16': 64})
-  step = gpu_step._largest(DENSE, scale)[1]
-  assert tried == [64, 16] and step.config.data.batch_size == 16
+  programs, _ = gpu_step._largest(DENSE, scale)
+  assert tried == [64, 16] and programs.run.config.data.batch_size == 16
   monkeypatch.setattr(gpu_step.memory, 'free', lambda devices: 150)
   with pytest.raises(ConfigError, match='a batch of 8'):
     gpu_step._largest(DENSE, scale)
