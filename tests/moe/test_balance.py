@@ -41,7 +41,7 @@ FLAT = [[1/4] * 4] * 4
   (FLAT, [[0, 1], [2, 3], [1, 0], [3, 2]], False, 1),
   # E for a router that has collapsed.
   *(([[1.0] + [0.0] * (E - 1)] * 3, [[0]] * 3, False, E) for E in (1, 2, 8)),
-], ids=str)
+])
 def test_load_balance_of_all_and_of_first_choices(probs, expert, first_only, expected):
   mask = jnp.asarray([[row is not None for row in expert]])
   K = max(len(row) for row in expert if row)

@@ -62,7 +62,7 @@ IMPOSSIBLE = [[1, 1], [1, 1e-130], [1, 1e20]]
   # Ties go to the earlier token; equal padding in front changes nothing.
   (FLAT, [True] * 5, 3, False, [{0: 1/2, 1: 1/2, 2: 1/2}] * 2),
   (FLAT, [False, True, False, True, True], 2, False, [{1: 1/2, 3: 1/2}] * 2),
-], ids=str)
+])
 def test_expert_choice_with_padding_and_without(odds, mask, capacity, renormalize, expected):
   logits, mask = logs(odds), jnp.asarray([mask])
   slots = routing.expert_choice(logits, mask, capacity, renormalize=renormalize)

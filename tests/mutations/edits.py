@@ -114,8 +114,6 @@ TRAPS = {
          'moe/test_grouped_matmul.py -k flops'),),
     'three-dimensional activations around matmuls': (
         ('dense', '@ = x.reshape(-1, x.shape[-1])', '@ = x',
-         'moe/test_traps.py -k two_dimensional'),
-        ('MLP.__call__', 'x.reshape(B * L, D), drop).reshape(B, L, D)', 'x, drop)',
          'moe/test_traps.py -k two_dimensional')),
     'loss-free bias entering the weights': (
         ('top_k', 'weight = jnp.take_along_axis(scores', 'weight = jnp.take_along_axis(ranked',
