@@ -114,7 +114,7 @@ TRAPS = {
          'moe/test_grouped_matmul.py -k flops'),),
     'three-dimensional activations around matmuls': (
         ('dense', '@ = x.reshape(-1, x.shape[-1])', '@ = x',
-         'moe/test_traps.py -k two_dimensional')),
+         'moe/test_traps.py -k two_dimensional'),),
     'loss-free bias entering the weights': (
         ('top_k', 'weight = jnp.take_along_axis(scores', 'weight = jnp.take_along_axis(ranked',
          'moe/test_token_choice.py -k bias'),),
@@ -253,7 +253,7 @@ OTHERS = {
         ('layers', 'x.reshape(-1, x.shape[-1]).astype(', 'x.astype(',
          'moe/test_traps.py -k norms_scale'),),
     'experts computed again': (
-        ('REMAT', ', @.EXPERT_MATMUL', '', 'models/test_scan.py -k experts'),),
+        ('REMAT', ', @.EXPERT_MATMULS', '', 'models/test_scan.py -k experts'),),
     'tokens sent again': (
         ('sharding.exchange', 'checkpoint_name(x, @)', 'x',
          'aot/test_expert_parallel.py -k sends_again'),),
