@@ -301,13 +301,13 @@ OTHERS = {
          'train/test_memory.py -k evaluation'),),
     'out of memory at the last step': (
         ('Forecast', "'decoding': self.decoding", "'decoding': 0",
-         'train/test_memory_decoding.py -k beams'),),
+         'train/test_memory.py -k beams'),),
     'a teacher nobody counts': (
         ('Forecast', ' + self.optimizer + self.teacher', ' + self.optimizer',
-         'train/test_memory_teacher.py -k parameters'),
+         'train/test_teacher.py -k parameters'),
         ('Teacher.__init__', "self.outputs = {'teacher_logits$",
          "self.outputs = {'teacher_logits$\n    self.restore()",
-         'train/test_memory_teacher.py -k reads_nothing')),
+         'train/test_teacher.py -k reads_nothing')),
     'page faults at every step': (
         ('keep_freed', 'TRIM_THRESHOLD: NEVER', 'TRIM_THRESHOLD: MOST',
          'train/test_malloc.py -k gigabytes'),

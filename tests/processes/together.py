@@ -44,7 +44,7 @@ def decoded(devices) -> dict:
   out = jax.device_get(step(params, devices.put(own)))
   return {'host': [devices.host, devices.hosts], 'ids': out['ids'].tolist(),
           'real': out['real'].tolist(),
-          'index': parallel.all_rows(devices, {'index': own['index']})['index'].tolist()}
+          'index': parallel.all_examples(devices, {'index': own['index']})['index'].tolist()}
 
 
 def stops(hosts) -> list:
