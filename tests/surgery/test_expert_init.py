@@ -167,18 +167,6 @@ def test_drop_of_nothing_is_a_copy(config):
   assert entries == expected
 
 
-@pytest.mark.parametrize('init', [ExpertInit(), ExpertInit('random'), ExpertInit('drop'),
-                                  ExpertInit('subset', 2), ExpertInit('noise', 0, 0.1)],
-                         ids=lambda init: init.experts)
-def test_a_reset_optimizer_is_zero_whatever_the_experts(init):
-  source, made, _ = upcycled(VIT, ADAMW, 'reset', init)
-  assert not any(np.any(leaf) for path, leaf in made.items() if path.startswith('opt_state/'))
-  carried = upcycled(VIT, ADAMW, 'carry', init)[1]
-  for path in made:
-    if path.startswith('params/'):
-      np.testing.assert_array_equal(made[path], carried[path])
-
-
 @OPTIMIZERS
 @pytest.mark.parametrize('init', [ExpertInit(), ExpertInit('random'), ExpertInit('subset', 2)],
                          ids=lambda init: init.experts)
