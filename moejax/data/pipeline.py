@@ -10,7 +10,6 @@ position is the step; nothing else is stored.
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -235,19 +234,3 @@ def build(config: DataConfig, *, seed: int, host: int = 0, hosts: int = 1) -> Da
       many classes, a source that is missing or cannot be read.
   """
   return Dataset(config, seed, host, hosts)
-
-
-def throughput(dataset: Dataset, steps: int, *, threads: bool = False) -> float:
-  """Batches per second over `steps` training batches.
-
-  threads: whether background threads make them ahead, as in training, or this thread.
-  """
-  dataset.train_batch(0)   # imports and first reads do not count
-  start = time.perf_counter()
-  if threads:
-    for _ in dataset.train_batches(1, steps + 1):
-      pass
-  else:
-    for step in range(1, steps + 1):
-      dataset.train_batch(step)
-  return steps / (time.perf_counter() - start)

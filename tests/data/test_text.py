@@ -78,14 +78,6 @@ def test_lengths_follow_the_t5_library():
   assert text.corrupted_lengths(127, 0.14, 6.0) == (127 - 18 + 3 + 1, 18 + 3 + 1)
 
 
-def test_default_window_fills_both_sides():
-  processor = text.TextProcessor(TextConfig())
-  draw = processor.draw({'text': b'x' * 500}, np.random.default_rng(0))
-  batch = processor.finish({k: v[None] for k, v in draw.items()})
-  assert (batch['encoder_input'] > 0).all() and batch['weight'].all()
-  assert batch['encoder_input'][0, -1] == batch['target'][0, -1] == text.EOS
-
-
 def test_byte_vocabulary():
   vocabulary = text.ByteVocabulary()
   ids = vocabulary.encode('aé'.encode())
