@@ -20,8 +20,7 @@ def greedy(model, params: dict, batch: dict, max_length: int) -> jax.Array:
   """Decodes the most probable token at each step.
 
   Args:
-    model: models.Model of a T5.
-    params: its parameters.
+    model, params: models.Model of a T5 and its parameters.
     batch: with 'encoder_input' (B, M), 0 at padding; a filler example, which is all padding,
       decodes to padding.
     max_length: L.

@@ -105,13 +105,9 @@ def layer_rules(source: Mapping[str, Any], target: Mapping[str, Any], layer: str
 
 
 def _moment_rules(layer: str, name: str, how: Transform | None, shared: bool) -> list[Rule]:
-  """The rules for the optimizer state of one leaf.
+  """The rules for the optimizer state of one leaf; `layer` is its path there.
 
-  Args:
-    layer: path of the layer in the optimizer state.
-    name: of the leaf.
-    how: how the experts' leaf is made; None: fresh.
-    shared: whether there are shared experts.
+  how: how the experts' leaf is made; None: fresh.
   """
   source, experts = f'{re.escape(layer)}/mlp/{name}/(.+)', f'{layer}/moe/experts/{name}'
   if isinstance(how, Tile | Noise | Subset):

@@ -59,17 +59,6 @@ def accuracy(train, test, shots, seed=0, **settings):
   return few_shot.accuracy(train, test, shots, ProbeConfig(**settings), seed)
 
 
-def test_digits_pixels_are_told_apart():
-  """Chance is 10 %; more shots do better."""
-  train, test = digits()
-  one, five, ten = (accuracy(train, test, shots) for shots in (1, 5, 10))
-  assert 0.4 < one[0] < five[0] < ten[0] < 0.9
-  assert ten[0] > 0.75 and five[0] > 0.7
-  assert one[1] > ten[1] > 0   # fewer examples, more luck
-  shuffled = np.random.default_rng(0).permutation(train.labels)
-  assert accuracy(train._replace(labels=shuffled), test, 10)[0] < 0.2
-
-
 def test_a_draw_takes_shots_of_each_class(monkeypatch):
   """Features name their example, so the examples of a fit show what was drawn."""
   labels = np.repeat([3, 4, 9], [5, 20, 6])
