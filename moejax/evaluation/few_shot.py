@@ -82,27 +82,17 @@ def run(config: ProbeConfig, feature_step: Callable, params: dict, train_batches
   train = extract(feature_step, params, train_batches, config.examples)
   test = extract(feature_step, params, test_batches)
   if config.drop_rare:
-    classes = common_classes(train.labels, max(config.shots))
-    train, test = train.of_classes(classes), test.of_classes(classes)
+    classes, counts = np.unique(train.labels, return_counts=True)
+    common = classes[counts >= max(config.shots)]
+    check(len(common) >= 2, 'probe.shots', max(config.shots),
+          f'what two classes have (the most frequent has {counts.max()} examples)',
+          'Set fewer shots.')
+    train, test = train.of_classes(common), test.of_classes(common)
   results = {}
   for shots in config.shots:
     mean, std = accuracy(train, test, shots, config, seed)
     results |= {f'{shots}shot_accuracy': mean, f'{shots}shot_accuracy_std': std}
   return results
-
-
-def common_classes(labels: np.ndarray, shots: int) -> np.ndarray:
-  """The classes with at least `shots` examples among labels (N,).
-
-  Raises:
-    ConfigError: there are fewer than two.
-  """
-  classes, counts = np.unique(labels, return_counts=True)
-  common = classes[counts >= shots]
-  check(len(common) >= 2, 'probe.shots', shots,
-        f'what two classes have (the most frequent has {counts.max()} examples)',
-        'Set fewer shots.')
-  return common
 
 
 def extract(feature_step: Callable, params: dict, batches: Iterable[dict],

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config import ConfigError, check_choice, fail
+from moejax.config import ConfigError, fail
 from moejax.surgery import depth_tile, expert_init
 from moejax.surgery.config import ExpertInit
 from moejax.surgery.expert_init import OPT_STATE
@@ -124,7 +124,6 @@ def _head_rules(carry: bool, rest: str) -> tuple[list[Rule], str]:
 def _optimizer_rules(source: Shapes, target: Shapes,
                      optimizer: str) -> tuple[list[Rule], str, bool]:
   """(rules that reset optimizer state, expression for other paths, whether it is carried)."""
-  check_choice('config.init.optimizer', optimizer, ('carry', 'reset'))
   in_source, in_target = (any(p.startswith(OPT_STATE) for p in state) for state in (source, target))
   if optimizer == 'carry':
     if in_target and not in_source:

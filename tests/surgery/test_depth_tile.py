@@ -66,5 +66,3 @@ def test_refusals():
       (state(2), state(4, (3,)), r'does not exist(.|\n)*layers/03/mlp(.|\n)*nothing makes')):
     with pytest.raises(ConfigError, match=message):
       tile(old, new)
-  with pytest.raises(ConfigError, match="config.init.tiling: got 'blocks', allowed: stack, layer"):
-    tile(state(2), state(4), 'blocks')

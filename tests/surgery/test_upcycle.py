@@ -6,6 +6,7 @@ import pytest
 from moejax import trees
 from moejax.config import ConfigError
 from moejax.surgery import upcycle
+from moejax.surgery.config import InitConfig
 from tests.surgery import states
 from tests.surgery.states import ADAFACTOR, ADAMW, T5, VIT, E, make_params, make_state, surgery
 
@@ -115,7 +116,7 @@ def test_optimizer_choice():
   dense, moe = make_params(T5, {}), make_params(T5, {'encoder': (1,)})
   bare = trees.flatten({'params': dense})
   with pytest.raises(ConfigError, match="config.init.optimizer: got 'keep'.*carry, reset"):
-    upcycle.upcycle_rules(bare, bare, 'keep')
+    InitConfig(mode='upcycle', parent='dense', optimizer='keep')
   with pytest.raises(ConfigError, match="no optimizer state; set config.init.optimizer to 'reset'"):
     upcycle.upcycle_rules(bare, make_state(moe, ADAMW), 'carry')
   target = make_state(moe, ADAMW, steps=0)
