@@ -83,8 +83,13 @@ TRAPS = {
          'models/test_layers.py -k experts'),),
     'resume picking an unfinished save': (
         ('finished_steps', ' and _finished(d)', '', 'checkpoints/test_orbax.py -k listed'),
-        ('orbax._finished', "bool(metadata.get('commit_timestamp_nsecs')) and ", '',
+        ('orbax._finished', "whole and bool(metadata.get('commit_timestamp_nsecs'))", 'whole',
          'checkpoints/test_orbax.py -k listed')),
+    'a damaged file read as it is': (
+        ('digests.damage', 'found[name] != expected[name]', 'False',
+         'checkpoints/test_digests.py -k guarded'),
+        ('digests.damage', 'if saved_as != step:', 'if False:',
+         'checkpoints/test_digests.py -k called')),
     'resume losing rng': (
         ('restore', 'state = TrainState($',
          'state = TrainState($\n    '

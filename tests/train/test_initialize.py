@@ -63,7 +63,7 @@ def parent(request, tmp_path_factory):
 
 def with_writer(workdir, step, tree, keep=1):
   writer = orbax.Writer(workdir, keep)
-  writer.save(step, tree, {})
+  writer.save(step, tree)
   writer.close()
 
 

@@ -137,7 +137,7 @@ def test_a_damaged_step_is_not_resumed_nor_passed_over(config, uninterrupted, tm
 def test_a_step_that_is_not_finished_is_renamed_and_said(config, uninterrupted, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(uninterrupted, workdir)
-  (workdir / orbax.SUBDIR / str(STEPS) / 'state/_METADATA').unlink()
+  (workdir / orbax.SUBDIR / str(STEPS) / '_CHECKPOINT_METADATA').unlink()
   for name in ('metrics.jsonl', 'timing.jsonl'):
     with (workdir / name).open('a') as file:
       file.write('{"step": 30, "tor')
