@@ -1,4 +1,4 @@
-"""Measures the code: rooms, imports, sizes; and prints sizes, before and after.
+"""Measures the code: rooms, imports, sizes; and prints them, before and after.
 
     python -m tests.house            the working tree
     python -m tests.house REVISION   that revision of git beside the working tree
@@ -183,6 +183,22 @@ def within(files: dict[str, File], *packages: str) -> dict[str, File]:
   return {name: file for name, file in files.items() if file.path.split('/')[0] in packages}
 
 
+def totals(files: dict[str, File]) -> dict[str, int]:
+  """What the tree is measured by, beside its lines."""
+  code = within(files, 'moejax', 'experiments')
+  return {
+      'circles between files': len(circles(code)),
+      f'functions with over {MANY} parameters': sum(
+          parameters(node) > MANY for file in code.values() for _, node, _ in functions(file)),
+      '... and no reason given': sum(len(many_parameters(file)) for file in code.values()),
+      'functions of 60 lines or more': sum(len(long_functions(f)) for f in code.values()),
+      'files over 500 lines': sum(file.lines > 500 for file in files.values()),
+      'fragments (under 60 lines, one importer)': len(fragments(code)),
+      'branches on the family outside models/': sum(
+          len(family_branches(file)) for name, file in code.items()
+          if not name.startswith('moejax.models'))}
+
+
 def rooms(files: dict[str, File]) -> dict[str, tuple[int, int]]:
   """{room: (files, lines)}."""
   found = collections.defaultdict(lambda: (0, 0))
@@ -193,7 +209,7 @@ def rooms(files: dict[str, File]) -> dict[str, tuple[int, int]]:
 
 
 def table(*trees: dict[str, File]) -> str:
-  """Markdown: files and lines of each room and package; trees side by side."""
+  """Markdown: files and lines of each room and package, and the totals; trees side by side."""
   measured = [rooms(files) for files in trees]
   for files, measure in zip(trees, measured):
     for package in PACKAGES:
@@ -203,6 +219,9 @@ def table(*trees: dict[str, File]) -> str:
   names = sorted(set().union(*measured), key=lambda room: (room.startswith('*'), room))
   rows = [[name, *(str(n) for measure in measured for n in measure.get(name, ('', '')))]
           for name in names]
+  every = [totals(files) for files in trees]
+  rows += [[name, *(text for total in every for text in ('', str(total[name])))]
+           for name in every[0]]
   head = [['room', *(['files', 'lines'] * len(trees))], ['---', *['---:'] * (2 * len(trees))]]
   return '\n'.join(f'| {" | ".join(row)} |' for row in head + rows)
 
