@@ -45,9 +45,17 @@ class Receipt:
     return counts
 
   def to_json(self) -> str:
-    """JSON text of all attributes and counts."""
+    """JSON text, from which `from_json` makes an equal receipt."""
     return json.dumps({'about': self.about, 'measured': self.measured, 'counts': self.counts,
                        'entries': [dataclasses.asdict(e) for e in self.entries]}, indent=1)
+
+  @classmethod
+  def from_json(cls, text: str) -> 'Receipt':
+    """The inverse of to_json."""
+    data = json.loads(text)
+    entries = tuple(Entry(**e | {'sources': tuple(e['sources']), 'shape': tuple(e['shape'])})
+                    for e in data['entries'])
+    return cls(entries, data['about'], data['measured'])
 
   def to_text(self) -> str:
     """Text for people: origin, measurements, a summary by fate, then a line per leaf."""
