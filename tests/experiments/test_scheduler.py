@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import threading
@@ -34,52 +35,34 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
   def start():
     return fork_server.Popen([sys.executable, '-m', 'tests.experiments.tiny', *flags], text=True,
                              env=tiny.environment(), stdout=-1, stderr=-1)
-  flags = ['--suite=chain,alone', f'--runs={tmp_path}', '--jobs=1']
-  parent, child = tiny.chain().runs()
-  path = tmp_path / parent.name
+  flags = ['--suite=alone', f'--runs={tmp_path}', '--jobs=1']
+  run, = tiny.alone().runs()
+  path = tmp_path / run.name
   first = start()
-  wait_for(lambda: parent.done(tmp_path) >= 20, first)
+  wait_for(lambda: run.done(tmp_path) >= 10, first)
   first.send_signal(signal.SIGINT)
   _, err = first.communicate()
   assert first.returncode == 130 and 'stopped; what was running is saved' in err, err
-  assert f'python -m experiments.main --suite=chain,alone --scale=mini --runs={tmp_path}' in err
+  assert f'python -m experiments.main --suite=alone --scale=mini --runs={tmp_path}' in err
   status = json.loads((path / 'status.json').read_text())
-  assert status['phase'] == 'stopped' and 20 <= status['step'] < tiny.STEPS
-  assert not (tmp_path / 'chain').exists()
+  assert status['phase'] == 'stopped' and 10 <= status['step'] < tiny.STEPS
+  assert not (tmp_path / 'alone').exists()
 
   out, err = (second := start()).communicate()
-  assert second.returncode == 0, err
-  assert f'resumed at step {status["step"]} of {tiny.STEPS}' in (path / scheduler.LOG).read_text()
-  assert parent.finished(tmp_path) and child.finished(tmp_path)
-  assert '| child ' in (tmp_path / 'chain' / 'chain.md').read_text()
-  assert (tmp_path / 'chain' / 'chain.png').read_bytes().startswith(b'\x89PNG')
-  assert (tmp_path / 'alone' / 'alone.md').exists()
-  assert [line.split(':')[0] for line in out.splitlines()] == ['alone', 'chain']
-  # A suite's results are written as soon as its last run is finished.
-  assert err.index('alone: results written') < err.index('child of parent 0: finished')
-  for record in results.read(tmp_path / 'chain').records:
-    workdir, = tmp_path.glob(f'*-{record["key"]}-*')
-    *_, last = metrics.read_lines(workdir / 'metrics.jsonl')
-    assert record['final']['test']['loss'] == last['test/loss']
-    assert (workdir / scheduler.LOG).read_text().count('finished at step') == 1
+  assert second.returncode == 0 and run.finished(tmp_path), err
+  log = (path / scheduler.LOG).read_text()
+  assert f'resumed at step {status["step"]} of {tiny.STEPS}' in log
+  assert log.count('finished at step') == 1
+  assert '| parent *' in out and 'alone: 1 jobs; no claims. Written to' in out
+  assert '| parent *' in (tmp_path / 'alone' / 'alone.md').read_text()
+  record, = results.read(tmp_path / 'alone').records
+  *_, last = metrics.read_lines(path / 'metrics.jsonl')
+  assert record['final']['test']['loss'] == last['test/loss']
 
   before = contents(tmp_path)   # once more: no worker is started, and the report is the same
   tiny.use(monkeypatch.setattr)
   assert main.main(flags) == 0
   assert contents(tmp_path) == before
-
-
-def test_a_failed_run_stops_the_suite_with_its_last_lines_and_its_command(tmp_path, monkeypatch):
-  monkeypatch.delenv('XLA_FLAGS', raising=False)   # one device, as a user has
-  bad = tiny.parent(**{'model.num_classes': 10})
-  with pytest.raises(JobFailed) as caught:
-    Scheduler({'s': [bad]}, tmp_path, 1).do_all()
-  message = str(caught.value)
-  assert 'parent 0: failed with exit code 1' in message
-  assert '  | moejax: config.model.num_classes: got 10, allowed: at least ' in message
-  assert '  python -m moejax.main --config=configs/pretrain/vit_glyphs.py:runlocal ' in message
-  assert f'--workdir={tmp_path / bad.name}' in message
-  assert not bad.finished(tmp_path)
 
 
 @pytest.fixture
@@ -135,6 +118,7 @@ def test_a_failed_job_stops_the_others_without_keep_going(tmp_path, quick):
   with pytest.raises(JobFailed, match='bad: failed with exit code 1') as error:
     Scheduler(suites, tmp_path, 1).do_all()
   assert '| no luck in bad' in str(error.value) and order(tmp_path) == ['bad']
+  assert f'  python {shlex.join(bad.command(tmp_path))}' in str(error.value)
 
   reported = []
   with pytest.raises(JobFailed) as error:

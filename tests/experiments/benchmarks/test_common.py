@@ -1,7 +1,6 @@
 """What benchmarks share: turns on a made-up clock, bounds of made-up ratios, lines and pages."""
 
 import importlib
-import json
 
 import numpy as np
 import pytest
@@ -126,8 +125,3 @@ def test_the_list_names_every_benchmark_and_what_it_asks(capsys):
   assert names == ['gpu_step', 'grouped_matmul', 'loader', 'moe_layer', 'steps_per_call', 'tpu',
                    'train_step']
   assert all(line.startswith('    ') and line.strip() for line in lines[1::2])
-
-
-def test_a_table_escapes_nothing_and_aligns_by_column():
-  assert common.table(['a', 'b', 'c'], [[1, 'x', json.dumps({})]], left=(1,)) == [
-      '| a | b | c |', '|---:|---|---:|', '| 1 | x | {} |']

@@ -20,17 +20,6 @@ def test_a_small_one_is_measured_and_shown(tmp_path, capsys):
   assert '## cpu: cpu' in capsys.readouterr().out
 
 
-def test_what_is_measured_again_replaces_its_line(tmp_path, monkeypatch):
-  numbers = iter((1, 2, 3))
-  monkeypatch.setattr(steps_per_call, 'measure', lambda name, scale, tick=None: {
-      'model': name, 'device': 'gpu: A', 'versions': {'jax': '1'}, 'rounds': next(numbers),
-      'seconds': {'1': [1, 2e-3, 3]}, 'ratios': {'1': [1, 1, 1]}})
-  for model in ('vit_glyphs_upcycled', 't5_stdlib_upcycled', 'vit_glyphs_upcycled'):
-    assert steps_per_call.main(['--scale=smoke', f'--models={model}', f'--results={tmp_path}']) == 0
-  assert sorted((x['model'], x['rounds']) for x in metrics.read_lines(
-      tmp_path / steps_per_call.FILE)) == [('t5_stdlib_upcycled', 2), ('vit_glyphs_upcycled', 3)]
-
-
 def test_a_tiny_scale_replaces_nothing_that_was_measured(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(steps_per_call, 'FOLDER', tmp_path)
