@@ -10,6 +10,7 @@ import pytest
 from experiments.benchmarks import common, gpu_breakdown, gpu_step
 from moejax.config import ConfigError
 from moejax.train import metrics
+from tests import fork_server
 
 H100 = 'gpu: NVIDIA H100 80GB HBM3'
 SMOKE = gpu_step.SCALES['smoke']
@@ -29,14 +30,15 @@ def test_cases_are_what_they_are_called():
   assert config.execution.remat == 'none' and config.mesh.expert == 1
 
 
-def test_a_tiny_dropless_t5_on_synthetic_data_and_random_weights(monkeypatch):
-  case = gpu_step.Case('t5_base', 'dropless', 4, 'plain')
-  programs, _ = largest = gpu_step._largest(case, SMOKE)
-  batch = gpu_step.synthetic(programs.run.config)
+def test_a_tiny_dropless_model_on_synthetic_data_and_random_weights(monkeypatch):
+  batch = gpu_step.synthetic(gpu_step.Case('t5_base', 'dense', 0, 'plain').config(SMOKE, 16))
   assert batch['encoder_input'].shape == (16, 114) and batch['target'].shape == (16, 32)
   assert batch['encoder_input'].min() > 0 and (batch['weight'] == 1).all()
   np.testing.assert_array_equal(batch['index'], np.arange(16))
 
+  case = gpu_step.Case('vit_b16', 'dropless', 4, 'plain')
+  programs, _ = largest = gpu_step._largest(case, SMOKE)
+  batch = gpu_step.synthetic(programs.run.config)
   state = gpu_step.random_state(programs.shapes)
   same = lambda s, x: (s.shape, s.dtype, s.sharding) == (x.shape, x.dtype, x.sharding)
   assert jax.tree.all(jax.tree.map(same, programs.shapes, state))
@@ -168,6 +170,7 @@ def test_what_cannot_be_measured_is_refused(flags, words, children, tmp_path):
 def test_a_tiny_case_from_the_command_to_the_page(tmp_path, monkeypatch):
   """And what is prepared is what is then run: matmuls, attentions, the step."""
   cache, compiled, real = tmp_path / 'cache', {}, gpu_step._child
+  monkeypatch.setattr(gpu_step.subprocess, 'run', fork_server.run)
 
   def child(*flags, **options):
     before = set(cache.glob('*-cache'))

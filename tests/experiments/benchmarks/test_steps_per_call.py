@@ -1,13 +1,20 @@
 """Steps per call: a tiny measurement for real, and its table."""
 
+import functools
+
+import jax
 import pytest
 
 from experiments.benchmarks import steps_per_call
 from moejax.config import ConfigError
-from moejax.train import metrics
+from moejax.train import metrics, parallel
 
 
-def test_a_small_one_is_measured_and_shown(tmp_path, capsys):
+def test_a_small_one_is_measured_and_shown(tmp_path, monkeypatch, capsys):
+  # On one device: virtual ones would mostly wait for each other.
+  monkeypatch.setattr(parallel, 'make', functools.partial(parallel.make,
+                                                          devices=jax.devices()[:1]))
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
   flags = ['--scale=smoke', '--models=vit_glyphs_upcycled', f'--results={tmp_path}']
   assert steps_per_call.main(flags) == 0
   (line,) = metrics.read_lines(tmp_path / steps_per_call.FILE)
