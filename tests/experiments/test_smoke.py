@@ -3,9 +3,9 @@
 Every job is done as its own process would do it, but for imports and compilation, which are shared.
 Compilation takes most of the time, so each suite has one of its claims: of those about ViT, if
 there are any (T5 takes twice as long), the one that needs the fewest runs that no suite before it
-had, at least one. And only the core suites train new models: of a model that is new in another
-suite the surgery is done and its result evaluated, as untrained.py does it. What such a model does
-in training is tested in tests/moe and tests/train.
+had, at least one. And only the core suites train continuations. Those of the others are evaluated
+before their first step, as untrained.py does it: what a setting does in training is tested in
+tests/moe and tests/train.
 """
 
 import dataclasses
@@ -45,27 +45,25 @@ def chosen(name: str, known: set[str]) -> Suite:
   return min(filter(new, map(only, suite.claims)), key=lambda suite: (is_t5(suite), new(suite)))
 
 
-def without_new_models(suite: Suite, trained: set) -> Suite:
-  """A suite whose upcycled models are evaluated before training, unless they are in `trained`."""
-  def untrained_if_new(run):
-    if run.settings.init.mode != 'upcycle' or run.settings.model in trained:
-      return run
-    return UntrainedRun(run.label, run.config, run.changes, run.parent, run.arg)
+def untrained_arms(suite: Suite) -> Suite:
+  """A suite whose runs that start from a checkpoint are evaluated there and not trained."""
+  def first_state(run):
+    return UntrainedRun(run.label, run.config, run.changes, run.parent, run.arg) if (
+        run.parent) else run
   return dataclasses.replace(suite, arms=tuple(
-      dataclasses.replace(arm, run=untrained_if_new(arm.run)) for arm in suite.arms))
+      dataclasses.replace(arm, run=first_state(arm.run)) for arm in suite.arms))
 
 
 def test_suites_run_from_surgery_to_verdict(tmp_path, monkeypatch):
   # One device, as a laptop has: several would each compile for themselves.
   monkeypatch.setattr(parallel, 'make', functools.partial(parallel.make,
                                                           devices=jax.devices()[:1]))
-  known, trained = set(), set()   # keys of runs; models
+  known = set()
   for name in NAMES:
     suite = chosen(name, known)
     known |= {run.key for run in suite.runs()}
-    if name in ('quickstart', *suites.CORE):
-      trained |= {run.settings.model for run in suite.runs()}
-    suite = without_new_models(suite, trained)
+    if name not in ('quickstart', *suites.CORE):
+      suite = untrained_arms(suite)
     for job in untrained.jobs(suite.runs()):
       if isinstance(job, EvaluationJob):
         assert untrained.main(job.command(tmp_path)[2:]) == 0
