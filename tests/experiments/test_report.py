@@ -1,4 +1,7 @@
-"""Tables, CSV, plots and page from hand-made results, with numbers worked out by hand."""
+"""Tables, CSV, plots and page from hand-made results, with numbers worked out by hand.
+
+What columns, legends and axes the committed results have, tests/test_docs.py compares byte for byte.
+"""
 
 import csv
 import io
@@ -67,68 +70,6 @@ def test_a_diverged_arm_is_said_in_the_table():
       'undecided; validation/loss of sparse is nan in pair 1')
   rows[0]['final']['validation']['loss'] = math.inf
   assert tables.mean([math.inf], '{:.4f}') == 'inf'
-
-
-def test_the_score_of_the_commonest_answer_stands_below_the_table():
-  rows = [made_up.record('a', pair=pair, exact_match=0.5, accuracy=0.75) for pair in (0, 1)]
-  for row in rows:
-    row['final']['test']['commonest/exact_match'] = 0.125
-  text = tables.to_markdown(made_up.results(rows, metrics=('test/exact_match', 'test/accuracy')))
-  assert 'Always giving the commonest answer: test exact match 0.1250.\n' in text
-  other = tables.to_markdown(made_up.results(rows, metrics=('test/accuracy',)))
-  assert 'commonest' not in other
-
-
-def test_a_held_out_family_stands_beside_the_verdicts_where_it_was_measured():
-  rows = made_up.three_pairs()
-  for row in rows:
-    row['final']['test_seen'] = {'loss': row['final']['validation']['loss']}
-    row['final']['test']['loss'] = 5.0 + (row['arm'] == 'dense') * (0.1 * row['pair'] - 0.3)
-  found = made_up.results(rows, made_up.claim(metric='test_seen/loss'), made_up.claim())
-  seen, other = (line.split(' | ') for line in tables.to_markdown(found).splitlines()
-                 if line.startswith('| sparse beats dense'))
-  # Sparse minus dense is 0.3, 0.2, 0.1 there.
-  assert seen[-1].strip(' |') == '+0.2000 (-0.0484 to +0.4484)'
-  assert other[-1].strip(' |') == tables.NONE
-  assert tables.HELD_OUT_LEGEND in ' '.join(tables.to_markdown(found).split())
-  assert ' '.join(results_page.to_markdown({'s': found, 't': found}).split()).count(
-      tables.HELD_OUT_LEGEND) == 1
-  assert 'held-out' not in tables.to_markdown(made_up.results(rows, made_up.claim()))
-
-
-def test_extra_steps_of_a_fine_tuning_are_called_its_own():
-  tuned = made_up.record('tuned', start=1200, end=1300)
-  assert tables.TUNED in (text := ' '.join(tables.to_markdown(made_up.results([tuned])).split()))
-  assert tables.TUNED not in text.replace(tables.TUNED, '', 1)
-  assert tables.TUNED not in ' '.join(tables.to_markdown(
-      made_up.results(made_up.one_pair())).split())
-
-
-def test_the_page_has_the_suites_in_the_order_they_are_run(tmp_path):
-  for name in ('zebra', 'balancing', 'initial_drop', 'finetuning', 'aardvark'):
-    results.write(made_up.results(made_up.one_pair()), tmp_path / name)
-  assert [path.name for path in results_page.find(tmp_path)] == [
-      'finetuning', 'initial_drop', 'balancing', 'aardvark', 'zebra']
-
-
-def test_metrics_that_a_domain_lacks_are_left_out_and_delta_is_of_the_first_it_has():
-  rows = [made_up.record('a', reference=True, exact_match=0.5),
-          made_up.record('b', exact_match=0.75),
-          made_up.record('a', domain='e', reference=True, accuracy=0.125),
-          made_up.record('b', domain='e', accuracy=0.5)]
-  text = tables.to_markdown(made_up.results(rows, metrics=('test/exact_match', 'test/accuracy')))
-  first, second = text.split('**e**')
-  assert cells(first, 'arm')[:3] == ['arm', 'test exact match', 'Δ']
-  assert cells(first, 'b')[1:3] == ['0.7500', '+0.2500']
-  assert cells(second, 'arm')[:3] == ['arm', 'test acc.', 'Δ']
-  assert cells(second, 'b')[1:3] == ['0.5000', '+0.3750']
-
-
-def test_a_metric_of_step_0_takes_the_place_of_the_column():
-  text = tables.to_markdown(made_up.results(made_up.one_pair(), metrics=['step0/step0_gap']))
-  assert cells(text, 'arm').count('step-0 gap') == 1
-  assert cells(text, 'sparse')[1:3] == ['0.2500', '+0.2500']
-  assert cells(text, 'scratch')[1:3] == ['–', '–']
 
 
 def test_the_csv_has_every_arm_and_pair_unrounded():
@@ -277,16 +218,6 @@ def test_a_plot_draws_the_numbers_and_says_what_is_outside(plot, tmp_path, monke
   else:
     assert (2.0, 2.0) in found and (1.0,) in found   # the control across, the series' one point
     assert left.get_xscale() == 'log' and left.get_xlabel() == 'experts'
-
-
-def test_a_sweep_over_other_numbers_has_an_even_axis(tmp_path, monkeypatch):
-  drawn = []
-  monkeypatch.setattr(plots.Figure, 'savefig', lambda figure, *_, **__: drawn.append(figure))
-  rows = [made_up.record(f'C={x}', series='upcycled', x=x) for x in (1.0, 1.5, 2.0)]
-  plots.plot(made_up.results(rows, plot='sweep'), tmp_path / 'p.png')
-  panel, = drawn[0].axes
-  assert panel.get_xscale() == 'linear'
-  assert [text.get_text() for text in panel.get_xticklabels()] == ['1', '1.5', '2']
 
 
 def test_no_two_of_many_arms_look_alike():
