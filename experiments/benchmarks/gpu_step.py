@@ -22,6 +22,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -50,7 +51,7 @@ from moejax.train.compiled import Programs
 from moejax.train.step import TrainState
 
 MODULE = 'experiments.benchmarks.gpu_step'
-FOLDER = common.RESULTS / 'gpu'
+FOLDER, SMOKE_FOLDER = common.RESULTS / 'gpu', pathlib.Path('runs') / 'smoke_gpu'
 FILE, PAGE = 'gpu.jsonl', 'README.md'
 MODELS = ('t5_base', 't5_large', 'vit_b16', 'vit_l16')
 ROUTINGS = ('expert_choice', 'top_2', 'dropless', 'einsum')
@@ -363,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
                       help='cases with one of these in their names, in this order')
   parser.add_argument('--scale', choices=tuple(SCALES), default='gpu',
                       help='how large (default: %(default)s)')
-  common.add_measurement_flags(parser, FOLDER, 'gpu')
+  common.add_measurement_flags(parser, FOLDER, SMOKE_FOLDER)
   parser.add_argument('--case', help='measure this one here and print its line (used by itself)')
   parser.add_argument('--prepare', help='compile this one, into the folder of '
                       'JAX_COMPILATION_CACHE_DIR (used by itself)')
@@ -371,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse(argv)
   if args.device or args.case or args.prepare:
     return _as_child(args)
-  folder = args.results or (FOLDER if args.scale == 'gpu' else common.smoke_folder('gpu'))
+  folder = common.folder_of(args, FOLDER, SMOKE_FOLDER)
   output = common.Measurements(folder / FILE, ('name', 'device', 'command'), page, folder / PAGE)
   chosen = _chosen(args)
   return output.finish(lambda: measure_missing(chosen, args.scale, output), args.show)

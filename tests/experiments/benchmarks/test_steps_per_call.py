@@ -27,20 +27,6 @@ def test_a_small_one_is_measured_and_shown(tmp_path, monkeypatch, capsys):
   assert '## cpu: cpu' in capsys.readouterr().out
 
 
-def test_a_tiny_scale_replaces_nothing_that_was_measured(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(steps_per_call, 'FOLDER', tmp_path)
-  monkeypatch.setattr(steps_per_call, 'measure', lambda name, scale, tick=None: {
-      'model': name, 'device': 'gpu: A', 'versions': {'jax': '1'}, 'rounds': scale.rounds,
-      'seconds': {'1': [1, 2e-3, 3]}, 'ratios': {'1': [1, 1, 1]}})
-  models = '--models=vit_glyphs_upcycled'
-  for flags in ([models], [models, '--scale=smoke'],
-                [models, '--scale=smoke', f'--results={tmp_path}']):
-    assert steps_per_call.main(flags) == 0
-  rounds = lambda folder: [x['rounds'] for x in metrics.read_lines(folder / steps_per_call.FILE)]
-  assert rounds(tmp_path) == [11, 2] and rounds(tmp_path / 'runs/smoke_steps_per_call') == [2]
-
-
 def test_every_number_of_steps_is_of_the_same_run():
   for name in steps_per_call.MODELS:
     for per in steps_per_call.SCALES['mini'].steps:
