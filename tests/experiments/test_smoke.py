@@ -3,7 +3,7 @@
 Every job is done as its own process would do it, but for imports and compilation, which are shared.
 Compilation takes most of the time, so each suite has one of its claims: of those about ViT, if
 there are any (T5 takes twice as long), the one that needs the fewest runs that no suite before it
-had, at least one. And only the core suites train continuations. Those of the others are evaluated
+had, at least one. And only four suites train continuations. Those of the others are evaluated
 before their first step, as untrained.py does it: what a setting does in training is tested in
 tests/moe and tests/train.
 """
@@ -24,6 +24,7 @@ from moejax.train import config as run_config
 from moejax.train import loop, parallel
 
 NAMES = ('quickstart', *suites.ORDER)
+TRAINED = ('quickstart', 'dense_vs_upcycled', 'finetuning', 'scratch_vs_upcycled')
 load = functools.cache(functools.partial(suite_lib.load, scale='smoke'))
 
 
@@ -62,7 +63,7 @@ def test_suites_run_from_surgery_to_verdict(tmp_path, monkeypatch):
   for name in NAMES:
     suite = chosen(name, known)
     known |= {run.key for run in suite.runs()}
-    if name not in ('quickstart', *suites.CORE):
+    if name not in TRAINED:
       suite = untrained_arms(suite)
     for job in untrained.jobs(suite.runs()):
       if isinstance(job, EvaluationJob):
