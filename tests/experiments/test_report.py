@@ -1,6 +1,6 @@
 """Tables, CSV, plots and page from hand-made results, with numbers worked out by hand.
 
-What columns, legends and axes the committed results have, tests/test_docs.py compares byte for byte.
+tests/test_docs.py compares what the committed results have, byte for byte: more columns and axes.
 """
 
 import csv

@@ -3,10 +3,8 @@
 import functools
 
 import jax
-import pytest
 
 from experiments.benchmarks import steps_per_call
-from moejax.config import ConfigError
 from moejax.train import metrics, parallel
 
 
@@ -42,9 +40,3 @@ def test_a_device_has_a_table_of_its_own():
   text = steps_per_call.page([line, {**line, 'device': 'gpu: B'}])
   assert text.count('| vit_glyphs | 2.00 | 0.50 (0.25, 0.20 to 0.30) |') == 2
   assert text.index('## gpu: A') < text.index('## gpu: B')
-
-
-def test_no_such_model(tmp_path):
-  with pytest.raises(ConfigError, match="--models: got 'bert'.*vit_glyphs_upcycled"):
-    steps_per_call.main(['--models=bert', f'--results={tmp_path}'])
-  assert not list(tmp_path.iterdir())

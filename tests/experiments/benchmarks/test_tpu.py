@@ -109,13 +109,6 @@ def test_every_case_has_a_command_and_a_key_of_its_own():
   assert {case.name for case in found if case.table == 'paper'} >= {'t5_xl', 't5_xl_upcycled'}
 
 
-def test_a_name_that_is_none_is_refused():
-  with pytest.raises(ConfigError, match="--only: got 'vit_x'.*t5_base"):
-    tpu.main(['--only=vit_x'])
-  with pytest.raises(ConfigError, match="--only: got 't5_xl', allowed: 1 chip, 2 chips, 4 chips"):
-    tpu.main(['--table=weak', '--only=t5_xl'])
-
-
 @pytest.mark.parametrize('code, output, shown', [
     (1, 'noise\nmoejax: --compile_for: no such slice\n', 'moejax: --compile_for: no such slice'),
     (-9, '', 'ended with -9 and no message')])   # as where memory was short
