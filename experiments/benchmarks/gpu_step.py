@@ -53,7 +53,6 @@ from moejax.train.step import TrainState
 MODULE = 'experiments.benchmarks.gpu_step'
 FOLDER, SMOKE_FOLDER = common.RESULTS / 'gpu', pathlib.Path('runs') / 'smoke_gpu'
 FILE, PAGE = 'gpu.jsonl', 'README.md'
-MODELS = ('t5_base', 't5_large', 'vit_b16', 'vit_l16')
 ROUTINGS = ('expert_choice', 'top_2', 'dropless', 'einsum')
 MEMORY = '0.92'   # of the device's, which JAX takes at once
 WARM = 3          # steps before any is timed
@@ -87,7 +86,7 @@ class Case:
   """One step to measure.
 
   Attributes:
-    model: of MODELS.
+    model: of Scale.batches.
     routing: 'dense', or of ROUTINGS. In a T5's decoder, where experts cannot choose tokens,
       'expert_choice' has the paper's top-2. 'einsum' is 'expert_choice' by the einsum dispatch.
     experts: of each sparse layer; 0 for a dense model.
@@ -358,8 +357,8 @@ def _row(line: Line, dense: dict[tuple[str, str], float]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
   """Measures, or shows; returns the exit code. Raises ConfigError on a wrong flag."""
   parser = cli.Parser(f'python -m {MODULE}', __doc__)
-  parser.add_argument('--models', metavar='NAME[,NAME]', default=','.join(MODELS),
-                      help='(default: %(default)s)')
+  parser.add_argument('--models', metavar='NAME[,NAME]',
+                      help=f'of {", ".join(SCALES["gpu"].batches)} (default: all)')
   parser.add_argument('--only', metavar='TEXT[,TEXT]', default='',
                       help='cases with one of these in their names, in this order')
   parser.add_argument('--scale', choices=tuple(SCALES), default='gpu',
@@ -380,10 +379,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _chosen(args) -> list[Case]:
   """The cases of --models and --only. Raises ConfigError if one of these names none."""
-  scale, models = SCALES[args.scale], args.models.split(',')
-  if args.models != ','.join(MODELS):   # the default is all that the scale has
-    for model in models:
-      check_choice('--models', model, list(scale.batches))
+  scale = SCALES[args.scale]
+  models = list(scale.batches) if args.models is None else args.models.split(',')
+  for model in models:
+    check_choice('--models', model, scale.batches)
   known = [case for case in all_cases(scale) if case.model in models]
   named = {text: [case for case in known if text in case.name] for text in args.only.split(',')}
   for text, cases in named.items():

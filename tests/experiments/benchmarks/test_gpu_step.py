@@ -1,5 +1,6 @@
 """Cases on a GPU: their configs, the page's numbers, resuming, a tiny one for real."""
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -183,7 +184,9 @@ def test_a_tiny_case_from_the_command_to_the_page(tmp_path, monkeypatch):
       compiled[flags[0].partition('=')[0]] = {
           path.name.split('-')[0] for path in set(cache.glob('*-cache')) - before}
   monkeypatch.setattr(gpu_step, '_child', child)
-  monkeypatch.setattr(gpu_step.tempfile, 'TemporaryDirectory', lambda: Folder(cache))
+  cache.mkdir()
+  monkeypatch.setattr(gpu_step.tempfile, 'TemporaryDirectory',
+                      lambda: contextlib.nullcontext(str(cache)))
   flags = ['--scale=smoke', '--models=vit_b16', '--only=fused', f'--results={tmp_path}']
   assert gpu_step.main(flags) == 0
   assert {'jit_train_step', 'jit_both'} <= compiled['--prepare']
@@ -197,20 +200,6 @@ def test_a_tiny_case_from_the_command_to_the_page(tmp_path, monkeypatch):
   assert all(0 < measured['attention_errors'][how] < 0.02 for how in ('fused', 'plain'))
   page = (tmp_path / gpu_step.PAGE).read_text()
   assert '| vit_b16-dense-fused |' in page and 'Attention, output and gradients, is off' in page
-
-
-class Folder:
-  """A folder that stays, in place of a temporary one."""
-
-  def __init__(self, path):
-    self.path = path
-
-  def __enter__(self):
-    self.path.mkdir()
-    return str(self.path)
-
-  def __exit__(self, *_):
-    pass
 
 
 @pytest.mark.parametrize('device, peak', [
