@@ -9,16 +9,18 @@ from moejax.models import vit
 from moejax.moe.config import MoEConfig
 from moejax.train import config as run_config
 
-STEPS = 40
+STEPS = 20
+AT_STEP = 13   # between two checkpoints and inside a window of train metrics
+AT_EVAL = 10   # an evaluation, and then a checkpoint
 
 
 def write(path: pathlib.Path, moe: dict[str, Any], **changes: Any) -> pathlib.Path:
-  """config.json of a ViT with dropout, two dense blocks, a sparse one and a cooldown: its path."""
+  """config.json of a ViT with dropout, a dense block, a sparse one and a cooldown: its path."""
   config = vit_glyphs.get_config('runlocal')
   config.steps = STEPS
-  config.schedule.cooldown_steps = 10
-  config.eval_every, config.checkpoint_every = 20, 10
-  config.model.update(d_model=16, d_ff=32, num_layers=3, dropout_rate=0.1)
+  config.schedule.cooldown_steps = 5
+  config.log_every, config.eval_every, config.checkpoint_every = 5, AT_EVAL, 5
+  config.model.update(d_model=16, d_ff=32, num_layers=2, dropout_rate=0.1)
   config.model.moe.update(layers='last_1', num_experts=4, **moe)
   config.update_from_flattened_dict(changes)
   path.write_text(run_config.to_json(run_config.resolve(config)))
