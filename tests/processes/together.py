@@ -1,10 +1,12 @@
 """One of two processes of two devices each: checks what processes hand to each other.
 
-python -m tests.processes.together PORT PROCESS FILE; process 0 writes what it found as JSON.
+python -m tests.processes.together PORT PROCESS FILE. Each writes what it found as JSON; then process
+1 fails, and process 0 waits as in a collective.
 """
 
 import json
 import sys
+import time
 
 import jax
 import numpy as np
@@ -35,16 +37,16 @@ def sources(B=8):
 
 
 def decoded(devices) -> dict:
-  """Texts of all rows; and the rows as put together on the host."""
-  rows = 8 // devices.hosts
-  own = {k: v[devices.host * rows:][:rows] for k, v in sources().items()}
+  """Texts of all examples; and the examples as put together on the host."""
+  size = 8 // devices.hosts
+  own = {k: v[devices.host * size:][:size] for k, v in sources().items()}
   model = models.build(CONFIG)
   params = devices.init(model.init, jax.random.key(0))
   step = devices.jit(evaluate.make_decode_step(model, evaluate.DecodeConfig(), devices.gather))
   out = jax.device_get(step(params, devices.put(own)))
   return {'host': [devices.host, devices.hosts], 'ids': out['ids'].tolist(),
           'real': out['real'].tolist(),
-          'index': parallel.all_rows(devices, {'index': own['index']})['index'].tolist()}
+          'index': parallel.all_examples(devices, {'index': own['index']})['index'].tolist()}
 
 
 def stops(hosts) -> list:
@@ -72,7 +74,7 @@ def free(hosts) -> list:
 
 def main(port: str, process: str, file: str) -> None:
   hosts = hosts_lib.join(hosts_lib.Launch(
-      coordinator=f'localhost:{port}', processes=2, process=int(process), lost_seconds=60))
+      coordinator=f'localhost:{port}', processes=2, process=int(process), lost_seconds=20))
   with hosts.leaving():
     found = {name: decoded(parallel.make('mesh', MeshConfig(**axes)))
              for name, axes in MESHES.items()}
@@ -82,6 +84,9 @@ def main(port: str, process: str, file: str) -> None:
     found['free'] = free(hosts)
     with open(f'{file}.{process}', 'w', encoding='utf-8') as out:
       json.dump(found, out)
+    if hosts.process == 1:
+      raise ConfigError('config.data: no such file')
+    time.sleep(60)
 
 
 if __name__ == '__main__':
