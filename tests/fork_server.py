@@ -64,7 +64,7 @@ class Popen:
       raise ValueError(f'fork_server: got {for_jax(env)}, allowed: {_start_server()}, which JAX '
                        'read when it was imported. Use subprocess.')
     self._piped = [stream == subprocess.PIPE for stream in (stdout, stderr)]
-    self._files = [tempfile.NamedTemporaryFile() if piped else stream
+    self._files = [tempfile.NamedTemporaryFile() if piped else stream   # noqa: SIM115
                    for piped, stream in zip(self._piped, (stdout, stderr))]
     paths = [file if file in (None, subprocess.STDOUT) else file.name for file in self._files]
     self._process = CONTEXT.Process(target=_become, daemon=True, args=(

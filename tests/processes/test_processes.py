@@ -215,10 +215,9 @@ def test_all_examples_reach_all_processes(way, ended_together):
   assert expected['index'] == list(range(8))
 
 
-def test_what_processes_agree_on_and_share(ended_together):
+def test_what_processes_agree_on(ended_together):
   for seen in ended_together[0]:
     assert seen['stops'] == [None] * 5 + [15] * 3   # two steps later, so that none waits for a step
-    assert seen['free'] == [1000 // 4, 1000 // 2]   # two devices each, on one host and on two
     assert seen['differing'] == (
         "data: got 'another in process 1 than in process 0', allowed: the same in all. "
         'Install the same.')

@@ -1,7 +1,7 @@
 """One of two processes of two devices each: checks what processes hand to each other.
 
-python -m tests.processes.together PORT PROCESS FILE. Each writes what it found as JSON; then process
-1 fails, and process 0 waits as in a collective.
+python -m tests.processes.together PORT PROCESS FILE. Each writes what it found as JSON; then
+process 1 fails, and process 0 waits as in a collective.
 """
 
 import json
@@ -18,7 +18,8 @@ from moejax.evaluation import evaluate
 from moejax.models import t5
 from moejax.moe.config import MoEConfig
 from moejax.sharding import MeshConfig
-from moejax.train import malloc, memory, parallel
+from moejax.train import parallel
+from tests.train import killed
 
 CONFIG = t5.config('tiny', encoder_layers=1, decoder_layers=1,
                    encoder_moe=MoEConfig(layers='0', num_experts=4, group_size=2 * 5),
@@ -63,25 +64,16 @@ def differing(hosts) -> str:
   return 'nothing'
 
 
-def free(hosts) -> list:
-  """What a device may take of 1,000 bytes, on one host and on a host for each process."""
-  malloc.free, host = lambda: 1000, malloc.host
-  devices = parallel.make('mesh', MeshConfig())
-  shared = memory.free(devices)
-  malloc.host = lambda: f'{host()} {hosts.process}'
-  return [shared, memory.free(devices)]
-
-
 def main(port: str, process: str, file: str) -> None:
   hosts = hosts_lib.join(hosts_lib.Launch(
       coordinator=f'localhost:{port}', processes=2, process=int(process), lost_seconds=20))
+  killed.keep_compiled()
   with hosts.leaving():
     found = {name: decoded(parallel.make('mesh', MeshConfig(**axes)))
              for name, axes in MESHES.items()}
     found['pmap'] = decoded(parallel.make('pmap', MeshConfig()))
     found['stops'] = stops(hosts)
     found['differing'] = differing(hosts)
-    found['free'] = free(hosts)
     with open(f'{file}.{process}', 'w', encoding='utf-8') as out:
       json.dump(found, out)
     if hosts.process == 1:

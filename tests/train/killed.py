@@ -14,6 +14,9 @@ import signal
 import sys
 import threading
 import time
+from unittest import mock
+
+from jax._src import compiler
 
 from moejax.checkpoints import orbax
 from moejax.cluster import processes as hosts
@@ -38,6 +41,19 @@ def before(owner, name, action):
     return original(self, *args, **kwargs)
 
   setattr(owner, name, patched)
+
+
+def keep_compiled():
+  """Makes every process write to the compile cache, as each has programs of its own.
+
+  JAX lets process 0 alone write, and the others would compile everything anew in every test.
+  """
+  write = compiler._cache_write
+
+  def patched(*args):
+    with mock.patch.object(compiler.distributed.global_state, 'process_id', 0):
+      write(*args)
+  compiler._cache_write = patched
 
 
 def die_while_saving(step, directory):
@@ -83,6 +99,7 @@ if __name__ == '__main__':
   moment, config, path, *among = sys.argv[1:]
   port, processes, process = map(int, among or (0, 0, -1))
   run = run_config.from_dict(json.loads(pathlib.Path(config).read_text()))
+  keep_compiled()
   note_batches(f'{path}.{max(process, 0)}.batches')
   joined = hosts.join(hosts.Launch(
       coordinator=f'localhost:{port}' if port else '', processes=processes, process=process,

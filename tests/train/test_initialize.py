@@ -372,7 +372,6 @@ def test_sparse_layers_depth_and_a_new_head_may_differ_from_the_parent(parent):
 
 
 def test_a_parent_stopped_before_its_trunk(parent, tmp_path):
-  """And one whose files are damaged."""
   _, workdir, _ = parent
   other = tmp_path / 'other'
   shutil.copytree(workdir, other)
@@ -380,7 +379,4 @@ def test_a_parent_stopped_before_its_trunk(parent, tmp_path):
   (other / 'run.json').write_text(json.dumps(run | {'trunk_step': 3996}))
   init = InitConfig(mode='upcycle', parent=str(other))
   with pytest.raises(ConfigError, match='config.init.parent.*trunk_step, 3996.*are of steps 7'):
-    initialize.open_parent(init)
-  (other / 'run.json').write_text('{"a')
-  with pytest.raises(ConfigError, match='config.init.parent.*run.json can be read.*damaged'):
     initialize.open_parent(init)

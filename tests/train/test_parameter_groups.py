@@ -15,7 +15,6 @@ from moejax.train import config as settings
 from moejax.train import optimizer
 from moejax.train import parameter_groups as groups
 from moejax.train.optimizer import AdafactorConfig, OptimizerConfig
-from moejax.train.step import StepSettings, TrainState, make_train_step
 
 MOE = MoEConfig(layers='1', num_experts=4)
 T5_PATHS = list(trees.flatten(models.build(t5.config('tiny', encoder_moe=MOE)).shapes))
@@ -123,39 +122,6 @@ def test_state_without_gradient_has_a_count_and_stays(choice):
   assert trees.flatten(new_state)[f'{BIAS}/count'] == 0
 
 
-class Linear:
-  """Two linear maps of the image, added: their gradients are the same."""
-
-  def apply(self, params, batch, train, key):
-    del train, key
-    return batch['image'] @ (params['head']['kernel'] + params['attention']['w']), {}
-
-  def token_counts(self, batch):
-    del batch
-    return {}
-
-
-@pytest.mark.parametrize('freeze, halves', [('', 2), ('attention', 1), ('head', 1)])
-def test_the_gradient_norm_is_of_what_is_trained(freeze, halves):
-  """Two leaves share one gradient: frozen, one takes neither part in the norm nor in clipping."""
-  # Two classes, logits 0, one example x = (3, 4) of class 0: the gradient of a kernel is
-  # x (p - y) = (3, 4) x (-1/2, 1/2), of norm 5 / sqrt(2); of both kernels together 5.
-  params = {name: {leaf: jnp.zeros((2, 2))} for name, leaf in (('head', 'kernel'),
-                                                               ('attention', 'w'))}
-  config = OptimizerConfig(name='sgd', clip_norm=1.0, freeze=freeze)
-  state = TrainState(jnp.int32(0), params, optimizer.init(config, params),
-                     jax.random.key_data(jax.random.key(0)), {})
-  batch = {'image': jnp.array([[3.0, 4.0]]), 'label': jnp.array([0]), 'weight': jnp.ones(1),
-           'index': jnp.zeros(1, jnp.int32)}
-  settings = StepSettings(config, lambda step: jnp.float32(1.0))
-  new, _ = make_train_step(Linear(), settings)(state, batch)
-  np.testing.assert_allclose(new.window['grad_norm'], 5 * (halves / 2) ** 0.5, rtol=1e-6)
-  # Clipped to norm 1 over what is trained, the update of every trained kernel is 1 / sqrt(halves).
-  for path, leaf in trees.flatten(new.params).items():
-    still = bool(freeze) and path.startswith(freeze)
-    np.testing.assert_allclose(jnp.linalg.norm(leaf), 0 if still else halves ** -0.5, rtol=1e-6)
-
-
 # Leaves of the tiny T5 whose encoder layer 1 is MoE. Its 4 layers have 6 attentions of 4 kernels (a
 # decoder layer has 2), and each stack a relative bias; norms 2 and 2 in the encoder, 3 and 3 in the
 # decoder, 1 after each; 3 MLPs and the experts of 3 kernels each.
@@ -206,13 +172,6 @@ def test_a_router_is_frozen_with_its_bias():
 def test_patterns_that_do_nothing(settings, message):
   with pytest.raises(ConfigError, match=message):
     groups.check_groups(OptimizerConfig(**settings), [*T5_PATHS, BIAS])
-
-
-@pytest.mark.parametrize('freeze', ['experts', 'all_but_experts', 'moe'])
-def test_a_dense_model_has_no_experts_to_freeze(freeze):
-  dense = [p for p in T5_PATHS if '/moe/' not in p]
-  with pytest.raises(ConfigError, match=f"optimizer.freeze: got '{freeze}'.*matches none"):
-    groups.check_groups(OptimizerConfig(freeze=freeze), dense)
 
 
 @pytest.mark.parametrize('settings, message', [

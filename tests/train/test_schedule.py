@@ -89,17 +89,6 @@ def test_continuing_a_trunk_has_no_jump(name):
   assert rates[-1] == 0
 
 
-def test_learning_rate_reads_the_step_given_not_a_count():
-  """The state's counts do not move the rate: the same state, other steps, other updates."""
-  config = OptimizerConfig(name='sgd', learning_rate=1.0)
-  rate = schedule(ScheduleConfig(warmup_steps=10), 1.0, start_step=0, end_step=100)
-  params, grads = {'w': jnp.zeros(1)}, {'w': jnp.ones(1)}
-  state = optimizer.init(config, params)
-  for step in (1, 5, 7):
-    new, _ = optimizer.update(config, grads, state, params, rate(step))
-    np.testing.assert_allclose(new['w'], [-step / 10], rtol=1e-6)
-
-
 # Rates at steps 100, 102 and 104 of a run that starts at 100, with peak 1.
 CURVE = {step: (25 / step) ** 0.5 for step in (100, 102, 104)}
 RATES = {'continue': CURVE, 'rewarm': {100: 0.0, 102: CURVE[102] / 2, 104: CURVE[104]},
