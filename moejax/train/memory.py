@@ -19,7 +19,7 @@ from moejax.config import ConfigError
 from moejax.train import config as run_config
 from moejax.train import malloc, parallel, validate
 from moejax.train.compiled import Program, Programs
-from moejax.train.parameter_groups import untouched
+from moejax.train.optimizer import untouched
 from moejax.trees import stacking
 
 WANTED = 3   # remedies in a refusal

@@ -13,7 +13,6 @@ from moejax.models import t5, vit
 from moejax.moe.layer import MoEConfig
 from moejax.train import config as settings
 from moejax.train import optimizer
-from moejax.train import parameter_groups as groups
 from moejax.train.optimizer import AdafactorConfig, OptimizerConfig
 
 MOE = MoEConfig(layers='1', num_experts=4)
@@ -61,11 +60,11 @@ def test_rates_and_decays_by_hand():
 def test_the_first_match_wins():
   narrow, wide = ('experts/wo', 0.5, 1.0), ('experts', 0.25, 3.0)
   config = OptimizerConfig(groups=(narrow, wide))
-  assert groups.group(config, 'layers/01/moe/experts/wo') == groups.Group(0.5, 1.0)
-  assert groups.group(config, 'layers/01/moe/experts/wi') == groups.Group(0.25, 3.0)
-  assert groups.group(config, 'layers/01/mlp/wo') == groups.Group(1.0, 1.0)
+  assert optimizer.group(config, 'layers/01/moe/experts/wo') == optimizer.Group(0.5, 1.0)
+  assert optimizer.group(config, 'layers/01/moe/experts/wi') == optimizer.Group(0.25, 3.0)
+  assert optimizer.group(config, 'layers/01/mlp/wo') == optimizer.Group(1.0, 1.0)
   swapped = OptimizerConfig(groups=(wide, narrow))
-  assert groups.group(swapped, 'layers/01/moe/experts/wo') == groups.Group(0.25, 3.0)
+  assert optimizer.group(swapped, 'layers/01/moe/experts/wo') == optimizer.Group(0.25, 3.0)
 
 
 @pytest.mark.parametrize('choice', OPTIMIZERS, ids=lambda c: c['name'])
@@ -129,33 +128,33 @@ SIZES = {'experts': 3, 'router': 1, 'moe': 4, 'mlp': 9, 'attention': 26, 'norm':
          'head': 1}
 
 
-@pytest.mark.parametrize('name', groups.PARTS)
+@pytest.mark.parametrize('name', optimizer.PARTS)
 def test_named_parts(name):
   def still(freeze):
     config = OptimizerConfig(freeze=freeze)
-    groups.check_groups(config, T5_PATHS)
-    return {p for p in T5_PATHS if groups.frozen(config, p)}
+    optimizer.check_groups(config, T5_PATHS)
+    return {p for p in T5_PATHS if optimizer.frozen(config, p)}
   assert len(still(name)) == SIZES[name]
   assert still(f'all_but_{name}') == set(T5_PATHS) - still(name)
-  assert still(f're:{groups.PARTS[name][0]}') == still(name)
+  assert still(f're:{optimizer.PARTS[name][0]}') == still(name)
 
 
 @pytest.mark.parametrize('paths', [T5_PATHS, VIT_PATHS])
 def test_parts_cover_a_model_without_overlap(paths):
   """Every leaf is in one part; moe holds experts and routers."""
-  parts = [name for name in groups.PARTS if name not in ('experts', 'router')]
+  parts = [name for name in optimizer.PARTS if name not in ('experts', 'router')]
   for path in paths:
-    found = [n for n in parts if groups.frozen(OptimizerConfig(freeze=n), path)]
+    found = [n for n in parts if optimizer.frozen(OptimizerConfig(freeze=n), path)]
     assert len(found) == 1, (path, found)
-  assert groups.frozen(OptimizerConfig(freeze='moe'), 'encoder/layers/01/moe/shared/wi')
-  assert not groups.frozen(OptimizerConfig(freeze='experts'), 'encoder/layers/01/moe/shared/wi')
+  assert optimizer.frozen(OptimizerConfig(freeze='moe'), 'encoder/layers/01/moe/shared/wi')
+  assert not optimizer.frozen(OptimizerConfig(freeze='experts'), 'encoder/layers/01/moe/shared/wi')
 
 
 def test_a_router_is_frozen_with_its_bias():
-  assert groups.frozen(OptimizerConfig(freeze='router'), BIAS)
-  assert groups.frozen(OptimizerConfig(freeze='all_but_experts'), BIAS)
-  assert not groups.frozen(OptimizerConfig(freeze='experts'), BIAS)
-  assert groups.untouched(OptimizerConfig(freeze='experts'), BIAS)
+  assert optimizer.frozen(OptimizerConfig(freeze='router'), BIAS)
+  assert optimizer.frozen(OptimizerConfig(freeze='all_but_experts'), BIAS)
+  assert not optimizer.frozen(OptimizerConfig(freeze='experts'), BIAS)
+  assert optimizer.untouched(OptimizerConfig(freeze='experts'), BIAS)
 
 
 @pytest.mark.parametrize('settings, message', [
@@ -171,7 +170,7 @@ def test_a_router_is_frozen_with_its_bias():
     (dict(freeze='re:.'), r"optimizer\.freeze: got 're:\.', allowed: a set that leaves something")])
 def test_patterns_that_do_nothing(settings, message):
   with pytest.raises(ConfigError, match=message):
-    groups.check_groups(OptimizerConfig(**settings), [*T5_PATHS, BIAS])
+    optimizer.check_groups(OptimizerConfig(**settings), [*T5_PATHS, BIAS])
 
 
 @pytest.mark.parametrize('settings, message', [
