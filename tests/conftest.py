@@ -38,7 +38,6 @@ LONG = (
     ('configs/test_configs.py::test_a_dense_run', 'runs', 60),
     ('models/test_scan.py', 'runs', 60),
     ('train/test_initialize.py', 'runs', 50),
-    ('train/test_options.py', 'runs', 50),
     ('train/test_scan.py', 'runs', 45),
     ('experiments/benchmarks/', 'suites', 60),
     ('train/test_steps_per_call.py', 'runs', 35),

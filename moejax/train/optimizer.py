@@ -13,8 +13,6 @@ E experts, D and F any dimensions of a leaf.
 """
 
 import dataclasses
-import difflib
-import heapq
 import re
 from collections.abc import Callable, Collection
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from rapidfuzz import fuzz, process
 
 from moejax import trees
 from moejax.config import check, check_choice, fail, nearest
@@ -375,18 +374,8 @@ def check_stacked(config: OptimizerConfig, param_paths: Collection[str]) -> None
 def _check_found(key: str, given: str, regex: str, paths: Collection[str]) -> set[str]:
   """Returns the paths in which regex is found. Raises ConfigError if there is none."""
   found = {path for path in paths if re.search(regex, path)}
-  check(bool(found), key, given, f'what matches a leaf ({regex!r} matches none)',
-        'Nearest leaves: ' + ', '.join(nearest_leaves(regex, paths)) + '.')
-  return found
-
-
-def nearest_leaves(regex: str, paths: Collection[str], number: int = 3) -> list[str]:
-  """Returns the paths of which some part ('moe/router') is most similar to the expression."""
   word = re.sub(r'[^\w/]', '', regex).strip('/')
-
-  def likeness(path):
-    names = path.split('/')
-    stretches = ('/'.join(names[i:j]) for i in range(len(names)) for j in range(i, len(names) + 1))
-    return max(difflib.SequenceMatcher(None, word, s).ratio() for s in stretches)
-
-  return heapq.nlargest(number, paths, key=likeness)
+  near = process.extract(word, paths, scorer=fuzz.partial_ratio, limit=3)
+  check(bool(found), key, given, f'what matches a leaf ({regex!r} matches none)',
+        'Nearest leaves: ' + ', '.join(path for path, *_ in near) + '.')
+  return found

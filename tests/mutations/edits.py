@@ -127,7 +127,7 @@ TRAPS = {
          "        own = trees.flatten(total[1]['layers'])\n"
          "        choose = lambda path, x: own[path] if path.endswith('/asked') else x\n"
          "        sums['layers'] = trees.map_with_path(choose, sums['layers'])\n",
-         'train/test_bias.py -k eight'),),
+         'train/test_bias.py -k four'),),
     'carried Adam count over fresh slots': (
         ('fresh_values', 'np.zeros(target_shapes[path].shape, ',
          "np.full(target_shapes[path].shape, 1000 * path.endswith('/count'), ",

@@ -88,15 +88,6 @@ def test_biases_rest_without_tokens_and_when_frozen():
   assert (bias(choose(choosing_state(), config=others)) == [-0.25, 0, 0.25]).all()
 
 
-def test_biases_have_no_gradient_decay_or_slots():
-  """Adam with weight decay would move them; the load alone does: 6, 0, 0 are asked."""
-  config = optimizer.OptimizerConfig(weight_decay=0.5, weight_decay_mask='.')
-  state = choose(choosing_state((1., 0., 0.), config), config=config)
-  np.testing.assert_array_equal(bias(state), [0.75, 0.25, 0.25])
-  slots = state.opt_state['decoder']['layers']['03']['moe']['router']['no_grad']['bias']
-  assert set(slots) == {'count'}
-
-
 @pytest.mark.parametrize('way', ['pmap', 'mesh'])
 def test_biases_are_the_same_on_four_devices(way):
   """Two examples a device: from its own load each would move otherwise."""
@@ -112,5 +103,3 @@ def test_biases_are_the_same_on_four_devices(way):
   for expected in ([-0.25, 0, 0.25], [-0.5, 0, 0.5]):
     state, _ = train_step(state, batch)
     np.testing.assert_array_equal(bias(state), expected)
-
-

@@ -304,20 +304,6 @@ def test_a_state_that_is_too_large_is_refused_without_compiling(monkeypatch):
   assert sizes == sorted(sizes) and all(0 < mib < state / 2**20 for mib in sizes)   # none suffices
 
 
-def test_remedies_that_suffice_come_first_and_in_the_order_of_their_cost():
-  programs = programs_of(run(1024), 4)
-  forecast = Forecast(10, 10, activations=100, compiled=True, available=50)
-
-  def measure(changed):
-    config = changed.run.config
-    activations = (25 if config.mesh.fsdp > 1 else 5 if config.execution.remat == 'full' else
-                   60 if config.microbatches > 1 else 28 if config.data.batch_size < 1024 else 100)
-    return dataclasses.replace(forecast, activations=activations)
-  named = [str(remedy) for remedy, _ in memory.cheapest(programs, forecast, measure)]
-  assert named == ['--config.mesh.fsdp=4', '--config.execution.scan=True '
-                   '--config.execution.remat=full', '--config.data.batch_size=128']
-
-
 def test_under_pmap_a_split_comes_with_the_mesh():
   programs = programs_of(run(8, model=LARGE, parallel='pmap'), 4)
   forecast = Forecast(10, 10, activations=100, compiled=True, available=50)

@@ -258,8 +258,7 @@ def test_no_gradient_of_a_frozen_leaf_is_computed():
     make_train_step(model, StepSettings(SGD, half))(toy_state(), BATCH)
 
 
-@pytest.mark.parametrize('microbatches', [1, 2])
-@pytest.mark.parametrize('freeze', ['', 'router'])
+@pytest.mark.parametrize('microbatches, freeze', [(1, ''), (2, 'router')])
 def test_the_outline_has_the_shapes_of_a_step(microbatches, freeze):
   moe = MoEConfig(layers='0', num_experts=4, router='top_k', bias_rate=0.1, balance_weight=0.5,
                   score='sigmoid')
