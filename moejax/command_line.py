@@ -45,7 +45,9 @@ def _parse(argv: list[str], usage: str, required: Callable[[], Iterable[str]]) -
   try:
     rest = flags.FLAGS(argv)
   except flags.Error as error:
-    raise ConfigError(f'command line: {_last_line(error)}. --help lists the flags') from error
+    message = _last_line(error)
+    stop = '' if message.endswith('?') else '.'
+    raise ConfigError(f'command line: {message}{stop} --help lists the flags') from error
   except (AttributeError, KeyError) as error:   # an override of a key the config does not have
     raise _misspelt(argv) or ConfigError(f'command line: {error}') from error
   for name in required():

@@ -45,7 +45,6 @@ LONG = (
     ('experiments/test_notebook.py', 'suites', 25),
     ('experiments/test_untrained.py', 'suites', 25),
     ('train/test_loop.py', 'runs', 20),
-    ('experiments/test_shards.py', 'suites', 15),
     ('test_docs.py::test_report', 'suites', 15),
 )
 

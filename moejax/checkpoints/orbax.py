@@ -1,9 +1,10 @@
 """moejax's own checkpoints: Orbax, one directory per step under WORKDIR/checkpoints.
 
-The directory of a step has `state` (a nested dict of arrays) and `extra` (JSON). Orbax writes it
-under a temporary name and renames it when complete. It counts as finished only if its metadata has
-the commit time and both parts exist; so a killed save or a directory copied in part is neither
-listed nor restored.
+The directory of a step has `state` (a nested dict of arrays), `extra` (JSON) and the digests of all
+their files. Orbax writes it under a temporary name and renames it when complete. It counts as
+finished only if its metadata has the commit time, which a killed save has not. Digests are compared
+before a step is read, so a directory that was copied in part is refused. Earlier versions of moejax
+saved no digests.
 """
 
 import contextlib
@@ -22,12 +23,15 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from moejax import trees
-from moejax.checkpoints import damage
+from moejax.checkpoints import digests
 from moejax.config import ConfigError, check, fail
 
 Tree = trees.Tree
 SUBDIR = 'checkpoints'
 _COMMIT_FILE = '_CHECKPOINT_METADATA'
+_DIGESTS = 'digests'   # key in `extra`: digests were saved, so their file must be there
+_PATTERN = '[]*?\\'
+_STEP = 'step'         # leaf of a train state
 _AHEAD = 2**25     # bytes read at once where leaves are small, see Reader._read_from
 _GARBAGE = 2**27   # bytes read between garbage collections, see there too
 
@@ -60,7 +64,8 @@ class Writer:
         checkpoint_managers.LatestN(n=keep),
         checkpoint_managers.CustomSteps(steps=sorted(keep_steps))])
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy, cleanup_tmp_directories=True)
+        preservation_policy=policy, cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests))
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       self.aside = _set_unfinished_aside(self.directory)
@@ -69,13 +74,12 @@ class Writer:
       fail('workdir', str(workdir), 'a directory that can be written',
            f'{type(error).__name__}: {error}. Choose another workdir.')
 
-  def save(self, step: int, state: Tree, extra: dict[str, Any]) -> bool:
+  def save(self, step: int, state: Tree) -> bool:
     """Starts to save, and returns once state's arrays may be donated or overwritten.
 
     Args:
       step: number of updates in the state; names the checkpoint.
       state: nested dict of jax or numpy arrays; keys without '.' or '/'.
-      extra: JSON saved beside it.
 
     Returns:
       False if this step is already saved (a state is a function of its step), else True.
@@ -88,10 +92,18 @@ class Writer:
       return False
     trees.flatten(state)   # raises unless every key is a str without '/'
     state = trees.map_with_path(_savable, state)
-    json.dumps(extra)      # raises TypeError here, not in the background
+    self._manager.wait_until_finished()
+    self._saving = step
     self._manager.save(step, force=True, args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave(extra)))
+        state=ocp.args.PyTreeSave(state), extra=ocp.args.JsonSave({_DIGESTS: True})))
     return True
+
+  def _write_digests(self) -> None:
+    """Called when all files of a step are written, before its directory gets its final name."""
+    if jax.process_index() == 0:
+      [directory] = [d for d in self.directory.iterdir() if d.name == str(self._saving)
+                     or d.name.startswith(f'{self._saving}.orbax-checkpoint-tmp')]
+      digests.write(directory, self._saving)
 
   def wait(self) -> None:
     """Blocks until all saves are finished. Raises the error of one that failed."""
@@ -157,20 +169,22 @@ class Reader:
            f'These are the finished steps in {root}.')
     self._directory = root / str(self.step) / 'state'
     self._key, self._remedy = key, remedy
-    if reason := damage.of_files(self._directory):
-      self._refuse(reason)
+    self._verified = (self._directory.parent / digests.FILE).exists()
+    if self._verified and (reason := digests.damage(self._directory.parent, self.step)):
+      self._refuse(f'It is damaged: {reason}.')
     self._handler = ocp.PyTreeCheckpointHandler()
     self._garbage, self._ahead = 0, {}
     with self._reading():
+      extra = ocp.JsonCheckpointHandler().restore(self._directory.parent / 'extra')
       metadata = trees.flatten(self._handler.metadata(self._directory).tree)
-    self.shapes = {path: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype)
-                   for path, m in metadata.items()}
-
-  @property
-  def extra(self) -> dict[str, Any]:
-    """The JSON saved beside the state."""
-    with self._reading():
-      return ocp.JsonCheckpointHandler().restore(self._directory.parent / 'extra')
+      self.shapes = {path: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype)
+                     for path, m in metadata.items()}
+    if not self._verified:
+      if extra != {}:
+        self._refuse(f'It is damaged: {digests.FILE} is missing.')
+      saved = int(self.read(_STEP)) if _STEP in self.shapes else self.step
+      if saved != self.step:
+        self._refuse(f'It was saved as step {saved}.')
 
   def read(self, path: str) -> np.ndarray:
     """A whole leaf in host memory; fastest in the order of `shapes`.
@@ -239,21 +253,29 @@ class Reader:
 
   @contextlib.contextmanager
   def _reading(self) -> Iterator[None]:
-    """Turns errors about damaged files, in the reads within, into a ConfigError."""
+    """Turns errors of the reads within into a ConfigError, where no digests were compared."""
     try:
-      with damage.quiet():
-        yield
-    except Exception as error:
-      if reason := damage.of_error(error):
-        self._refuse(reason)
+      yield
+    except (MemoryError, PermissionError):
       raise
+    except Exception as error:
+      if self._verified:
+        raise
+      cause = error
+      while cause.__cause__ is not None:   # Orbax wraps errors
+        cause = cause.__cause__
+      if not isinstance(cause, Exception) or isinstance(cause, MemoryError):
+        raise
+      self._refuse(f'It cannot be read ({type(cause).__name__}: {_first_line(cause)}). An earlier '
+                   'version of moejax saved it, without digests that would show which file is '
+                   'damaged.')
 
   def _refuse(self, reason: str) -> NoReturn:
-    """Raises ConfigError: this step is damaged."""
+    """Raises ConfigError: this step is damaged, or not the one that it is called."""
     step = self._directory.parent
     older = [other for other in finished_steps(step.parent) if other < self.step]
     fail(self._key, str(step), 'a checkpoint whose files are whole',
-         f'It is damaged: {reason}. Older finished steps there: '
+         f'{reason} Older finished steps there: '
          f'{", ".join(map(str, older)) or "none"}. {self._remedy(older)}')
 
 
@@ -272,8 +294,20 @@ def finished_steps(directory: str | os.PathLike) -> list[int]:
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
-  """path as an absolute path, which Orbax requires; a URL such as gs:// stays as it is."""
-  return epath.Path(path if '://' in str(path) else os.path.abspath(path))
+  """path as an absolute path, which Orbax requires; a URL such as gs:// stays as it is.
+
+  Raises ConfigError: Orbax would take a part of the path for a pattern of file names.
+  """
+  absolute = str(path) if '://' in str(path) else os.path.abspath(path)
+  check(not set(absolute) & set(_PATTERN), 'checkpoint', absolute,
+        f'a path without the characters {" ".join(_PATTERN)}',
+        'Orbax reads them as patterns of file names. Rename the folder.')
+  return epath.Path(absolute)
+
+
+def _first_line(error: BaseException) -> str:
+  """The beginning of an error's message."""
+  return (str(error).partition(' [tensorstore_spec=')[0].splitlines() or [''])[0][:300].rstrip('.')
 
 
 def _finished(directory: epath.Path) -> bool:
@@ -284,8 +318,9 @@ def _finished(directory: epath.Path) -> bool:
     return False
   if not isinstance(metadata, dict):
     return False
-  return (bool(metadata.get('commit_timestamp_nsecs'))
-          and (directory / 'state' / '_METADATA').exists() and (directory / 'extra').exists())
+  whole = (directory / digests.FILE).exists() or (   # compared when it is read; or there are none
+      (directory / 'state' / '_METADATA').exists() and (directory / 'extra').exists())
+  return whole and bool(metadata.get('commit_timestamp_nsecs'))
 
 
 def _set_unfinished_aside(directory: epath.Path) -> list[str]:

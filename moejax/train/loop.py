@@ -102,7 +102,7 @@ def train(trainer: 'Trainer', workdir: Workdir, hosts: Hosts) -> int:
         if not plan.log_due(done):   # where it is, this was checked above
           check_finite(metrics.summarize(jax.device_get(state.window)), done, writer.latest_step())
         with log.pause('saving', done):
-          writer.save(done, trainer.saved(state), {})
+          writer.save(done, trainer.saved(state))
       if stop:
         break
     with log.pause('saving', done):

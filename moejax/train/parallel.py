@@ -66,7 +66,8 @@ class MeshParallel:
     host, hosts: which of how many equal parts of a batch this process loads.
     reduce: adds a tree over devices, inside a jitted function; the identity where arrays are
       global.
-    gather: collects the examples of all devices on each, inside a jitted function; likewise.
+    gather: collects the examples of all devices on each, inside a jitted function; the identity
+      where arrays are global.
   """
 
   def __init__(self, mesh: Mesh, axes: tuple[str, ...]):

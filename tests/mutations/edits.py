@@ -83,8 +83,13 @@ TRAPS = {
          'models/test_layers.py -k experts'),),
     'resume picking an unfinished save': (
         ('finished_steps', ' and _finished(d)', '', 'checkpoints/test_orbax.py -k listed'),
-        ('orbax._finished', "bool(metadata.get('commit_timestamp_nsecs')) and ", '',
+        ('orbax._finished', "whole and bool(metadata.get('commit_timestamp_nsecs'))", 'whole',
          'checkpoints/test_orbax.py -k listed')),
+    'a damaged file read as it is': (
+        ('digests.damage', 'found[name] != expected[name]', 'False',
+         'checkpoints/test_digests.py -k guarded'),
+        ('digests.damage', 'if saved_as != step:', 'if False:',
+         'checkpoints/test_digests.py -k called')),
     'resume losing rng': (
         ('restore', 'state = TrainState($',
          'state = TrainState($\n    '
@@ -301,13 +306,13 @@ OTHERS = {
          'train/test_memory.py -k evaluation'),),
     'out of memory at the last step': (
         ('Forecast', "'decoding': self.decoding", "'decoding': 0",
-         'train/test_memory_decoding.py -k beams'),),
+         'train/test_memory.py -k beams'),),
     'a teacher nobody counts': (
         ('Forecast', ' + self.optimizer + self.teacher', ' + self.optimizer',
-         'train/test_memory_teacher.py -k parameters'),
+         'train/test_teacher.py -k parameters'),
         ('Teacher.__init__', "self.outputs = {'teacher_logits$",
          "self.outputs = {'teacher_logits$\n    self.restore()",
-         'train/test_memory_teacher.py -k reads_nothing')),
+         'train/test_teacher.py -k reads_nothing')),
     'page faults at every step': (
         ('keep_freed', 'TRIM_THRESHOLD: NEVER', 'TRIM_THRESHOLD: MOST',
          'train/test_malloc.py -k gigabytes'),

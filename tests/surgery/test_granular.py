@@ -125,7 +125,7 @@ def test_what_the_docs_say_of_how_far_below_the_mlp_presets_begin(moe, begins):
 def test_deepseek_moe_cannot_be_scaled_unless_k_is_of_whole_mlps():
   mlp, kernel = make_mlp('gated', False), np.zeros((D, E), np.float32)
   scaled = lambda k: upcycle_mlp(mlp, kernel, G, scaling='output', gates={
-      'encoder': initialize._gate(presets.deepseek_moe(num_experts=E, k=k), 'k')})
+      'encoder': initialize._gate(presets.deepseek_moe(num_experts=E, k=k), 'moe.k')})
   with pytest.raises(ConfigError, match='moe.k: got 6, allowed: a multiple .* 4,'):
     scaled(presets.deepseek_moe().k)
   for k in (4, 8):

@@ -67,7 +67,7 @@ ONLY_VIT, ONLY_T5 = (pytest.mark.parametrize('parent', [family], indirect=True)
 
 def with_writer(workdir, step, tree, keep=1):
   writer = orbax.Writer(workdir, keep)
-  writer.save(step, tree, {})
+  writer.save(step, tree)
   writer.close()
 
 

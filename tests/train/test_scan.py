@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
   devices = parallel.make('mesh', dense.mesh)
   state, _ = initialize.first_state(dense, models.build(dense.model), devices, None)
   writer = orbax.Writer(folder / 'parent', 1)
-  writer.save(FIRST, {**state.as_dict(), 'step': np.int32(FIRST)}, {})
+  writer.save(FIRST, {**state.as_dict(), 'step': np.int32(FIRST)})
   writer.close()
   (folder / 'parent/config.json').write_text(run_config.to_json(dense))
   (folder / 'parent/run.json').write_text(json.dumps({'trunk_step': FIRST}))

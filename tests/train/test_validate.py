@@ -59,7 +59,7 @@ def test_first_step_is_the_parents_trunk_and_later_what_run_json_says(tmp_path):
   for directory, steps in ((parent, (5, 8)), (child, (4,))):
     writer = orbax.Writer(directory, 2, {5, 8})
     for step in steps:
-      writer.save(step, {'params': {'w': jnp.zeros(2)}}, {})
+      writer.save(step, {'params': {'w': jnp.zeros(2)}})
     writer.close()
   config = run_config.RunConfig(init=InitConfig('continue', parent=str(parent)))
   at_8 = dataclasses.replace(config, init=InitConfig('continue', parent=str(parent), step=8))
