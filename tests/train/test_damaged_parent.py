@@ -13,7 +13,7 @@ from moejax.config import ConfigError
 from moejax.surgery.config import InitConfig
 from moejax.train import config as settings
 from moejax.train import initialize
-from tests.train.test_initialize import DENSE, SPARSE, STEP, one_device, run_config, with_writer
+from tests.train.test_initialize import DENSE, STEP, one_device, run_config, with_writer
 
 
 @pytest.fixture(scope='module')
