@@ -10,7 +10,8 @@ import pytest
 
 from moejax.sharding import MeshConfig
 from moejax.train import optimizer, parallel
-from moejax.train.step import StepSettings, TrainState, make_train_step
+from moejax.train.step import StepSettings, make_train_step
+from tests.train import small
 
 SGD = optimizer.OptimizerConfig(name='sgd', clip_norm=0.0)
 
@@ -48,8 +49,7 @@ SCORES = {'scores': jnp.array([[.4, 0, 0], [.9, 0, .1], [0, .5, 0], [0, .9, 0], 
 def choosing_state(bias=(0., 0., 0.), config=SGD):
   router = {'kernel': jnp.zeros((2, 3)), 'no_grad': {'bias': jnp.array(bias)}}
   params = {'w': jnp.zeros(()), 'decoder': {'layers': {'03': {'moe': {'router': router}}}}}
-  return TrainState(jnp.int32(0), params, optimizer.init(config, params),
-                    jax.random.key_data(jax.random.key(0)), {})
+  return small.state(config, params)
 
 
 def choose(state, batch=SCORES, config=SGD, model=CHOOSING, **settings):

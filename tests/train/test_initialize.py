@@ -20,6 +20,7 @@ from moejax.sharding import MeshConfig
 from moejax.surgery.config import InitConfig
 from moejax.train import config as settings
 from moejax.train import initialize, optimizer, parallel
+from tests.train import small
 
 E = 4
 EVERYONE = dict(num_experts=E, capacity_factor=float(E), eval_capacity_factor=float(E),
@@ -72,15 +73,13 @@ def with_writer(workdir, step, tree, keep=1):
 
 
 def batch(config):
-  rng = np.random.default_rng(1)
-  index = np.arange(8, dtype=np.int32)
   if config.family == 'vit':
-    return {'image': rng.normal(size=(8, 8, 8, 1)).astype(np.float32), 'index': index,
-            'label': np.zeros(8, np.int32), 'weight': np.ones(8, np.float32)}
-  tokens = rng.integers(1, 60, (8, 12)).astype(np.int32)
+    return small.images(8)
+  tokens = np.random.default_rng(1).integers(1, 60, (8, 12)).astype(np.int32)
   tokens[2, 5:] = 0
   return {'encoder_input': tokens, 'decoder_input': tokens[:, :6], 'target': tokens[:, 1:7],
-          'weight': (tokens[:, 1:7] > 0).astype(np.float32), 'index': index}
+          'weight': (tokens[:, 1:7] > 0).astype(np.float32),
+          'index': np.arange(8, dtype=np.int32)}
 
 
 def child_state(parent, model=None, where=None, mode='upcycle', **init):

@@ -107,22 +107,22 @@ def test_a_damaged_step_is_not_resumed_and_an_unfinished_one_is_renamed(
   workdir = tmp_path / 'run'
   shutil.copytree(uninterrupted, workdir)
   steps = workdir / orbax.SUBDIR
-  manifest = steps / str(STEPS) / 'state/manifest.ocdbt'
+  shutil.copytree(steps / str(STEPS), steps / '18')
+  manifest = steps / '18/state/manifest.ocdbt'
   manifest.write_bytes(manifest.read_bytes()[:20])
-  shutil.copytree(steps / str(TRUNK), steps / '18')
-  (steps / '18/_CHECKPOINT_METADATA').unlink()
+  (steps / str(STEPS) / '_CHECKPOINT_METADATA').unlink()
   for name in ('metrics.jsonl', 'timing.jsonl'):
     with (workdir / name).open('a') as file:
       file.write(f'{{"step": {TRUNK}, "tor')
   code, printed = start('never', config, workdir)
   assert code == 1
-  assert f'{steps}/18.unfinished: not a finished checkpoint, and so renamed' in printed
-  assert f"moejax.config.ConfigError: checkpoint: got '{steps}/{STEPS}', allowed: a " in (
+  assert f'{steps}/{STEPS}.unfinished: not a finished checkpoint, and so renamed' in printed
+  assert f"moejax.config.ConfigError: checkpoint: got '{steps}/18', allowed: a " in (
       printed.splitlines()[-1])
   assert printed.endswith(f'. Older finished steps there: {TRUNK}. Start again after renaming it '
-                          f'to {STEPS}.damaged: the run resumes from step {TRUNK}.\n')
-  assert orbax.finished_steps(steps) == [TRUNK, STEPS]
-  (steps / str(STEPS)).rename(steps / f'{STEPS}.damaged')
+                          f'to 18.damaged: the run resumes from step {TRUNK}.\n')
+  assert orbax.finished_steps(steps) == [TRUNK, 18]
+  (steps / '18').rename(steps / '18.damaged')
   code, printed = start('never', config, workdir)
   assert code == 0 and f'resumed at step {TRUNK} ' in printed
   assert_same(uninterrupted, workdir)   # and the torn lines are gone

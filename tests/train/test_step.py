@@ -19,12 +19,12 @@ from moejax.moe.layer import MoEConfig
 from moejax.train import metrics, optimizer
 from moejax.train.step import (
   StepSettings,
-  TrainState,
   auxiliary_loss,
   make_train_step,
   split,
 )
 from tests.models.helpers import random_params
+from tests.train import small
 
 LN2 = np.log(2)
 SGD = optimizer.OptimizerConfig(name='sgd', clip_norm=0.0)
@@ -48,8 +48,7 @@ TOY = types.SimpleNamespace(
 def toy_state(step=0, r=0.0):
   router = {'layers': {'00': {'moe': {'router': {'kernel': jnp.full((1, 1), r)}}}}}
   params = {'w': jnp.zeros(1), 'encoder': router}
-  return TrainState(jnp.int32(step), params, optimizer.init(SGD, params),
-                    jax.random.key_data(jax.random.key(0)), {})
+  return small.state(SGD, params, step)
 
 
 def router(params):
@@ -264,14 +263,11 @@ def test_the_outline_has_the_shapes_of_a_step(microbatches, freeze):
                   score='sigmoid')
   model = models.build(vit.config('tiny', num_layers=1, moe=moe))
   adamw = optimizer.OptimizerConfig(freeze=freeze)
-  state = TrainState(jnp.int32(0), model.shapes, jax.eval_shape(
-      lambda p: optimizer.init(adamw, p), model.shapes), jax.random.key_data(jax.random.key(0)), {})
-  make = lambda size, dtype, *dims: jax.ShapeDtypeStruct((size, *dims), dtype)
-  batch = {'image': make(4, jnp.float32, 8, 8, 1), 'label': make(4, jnp.int32),
-           'weight': make(4, jnp.float32), 'index': make(4, jnp.int32)}
+  state = jax.eval_shape(lambda params: small.state(adamw, params), model.shapes)
   settings = StepSettings(adamw, half, microbatches=microbatches)
-  whole, outline = (jax.eval_shape(make_train_step(model, settings, outline=flag), state, batch)
-                    for flag in (False, True))
+  whole, outline = (
+      jax.eval_shape(make_train_step(model, settings, outline=flag), state, small.images(4))
+      for flag in (False, True))
   assert outline == whole and ('router_grad_norm' in str(whole)) == (not freeze)
 
 
@@ -289,14 +285,9 @@ def test_bfloat16_compute_keeps_a_float32_state_and_adds_the_balance_loss():
   model = models.build(config)
   params = random_params(model.shapes)
   adamw = optimizer.OptimizerConfig()
-  state = TrainState(jnp.int32(0), params, optimizer.init(adamw, params),
-                     jax.random.key_data(jax.random.key(0)), {})
-  rng = np.random.default_rng(0)
-  batch = {'image': rng.normal(size=(4, 8, 8, 1)).astype(np.float32),
-           'label': np.array([1, 2, 3, 4]), 'weight': np.ones(4, np.float32),
-           'index': np.arange(4, dtype=np.int32)}
+  state = small.state(adamw, params)
   train_step = jax.jit(make_train_step(model, StepSettings(adamw, lambda step: jnp.float32(1e-3))))
-  new, objective = train_step(state, batch)
+  new, objective = train_step(state, small.images(4))
   assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {
       np.dtype(t) for t in (np.float32, np.int32, np.uint32)}
   # Adam's first update is the rate times the gradient's sign: far below bfloat16's spacing of 1/256
