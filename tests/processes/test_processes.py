@@ -160,14 +160,14 @@ HOST = socket.gethostname()
 
 
 @pytest.mark.parametrize('moments, trouble', [
-    (('never', 'step'), f'process 1 ({HOST}) is gone: its connection closed'),
-    (('waits', 'hang'), f'no process got further for {killed.STALL} s: others at training, step '
-     f'(13|14|15) wait for process 1 ({HOST}) at training, step 12')], ids=['killed', 'hangs'])
+    (('never', 'step'), rf'process 1 \({re.escape(HOST)}\) is gone: its connection closed'),
+    (('waits', 'hang'), rf'no process got further for {killed.STALL} s: others at training, step '
+     rf'1[345] wait for process 1 \({re.escape(HOST)}\) at training, step 12')],
+                         ids=['killed', 'hangs'])
 def test_one_that_is_killed_or_hangs_ends_the_other(moments, trouble, config, tmp_path):
   (code, printed, _), (other, also, _) = start(config, tmp_path / 'run', *moments)
   assert code == LOST, printed
-  assert re.search(re.escape(f'moejax: {trouble}. {AGAIN}').replace(
-      re.escape('(13|14|15)'), '(13|14|15)'), printed)
+  assert re.search(f'^moejax: {trouble}. {AGAIN}$', printed, re.MULTILINE)
   assert other == (LOST if 'hang' in moments else -signal.SIGKILL), also
   assert orbax.finished_steps(tmp_path / 'run' / orbax.SUBDIR)[-1] in (5, 10)
   if 'step' in moments:
