@@ -121,7 +121,7 @@ class OptimizerConfig:
       check(value >= 0, f'optimizer.{key}', value, '0 (off) or more', 'Set 0 to turn it off.')
     _check_regex('optimizer.weight_decay_mask', self.weight_decay_mask)
     # Plain tuples and floats, so that settings read back from JSON are the same and hashable.
-    object.__setattr__(self, 'groups', check_settings(self.groups, self.freeze))
+    object.__setattr__(self, 'groups', _checked_groups(self.groups, self.freeze))
 
 
 def init(config: OptimizerConfig, params: Tree) -> Tree:
@@ -260,7 +260,7 @@ class Group:
   weight_decay: float = 1.0
 
 
-def check_settings(groups: tuple, freeze: str) -> tuple:
+def _checked_groups(groups: tuple, freeze: str) -> tuple:
   """Returns groups as ((regex, rate multiplier, decay multiplier), ...) of plain types.
 
   Raises:
