@@ -14,6 +14,7 @@ The file does not depend on the time when it is made: made again, it is equal.
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shlex
@@ -164,6 +165,7 @@ def _facts(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
   facts = workdir.read('run.json')
   start = facts['trunk_step'] if run.key == arm.base.key else facts['first_step']
   start = start if arm.start_step is None else arm.start_step
+  seconds, first_extra = _extra(run, folder, start)
   lines = [line for line in metrics.read_lines(workdir.path / 'metrics.jsonl')
            if line['step'] >= start]
   return {
@@ -173,8 +175,8 @@ def _facts(arm: Arm, folder: pathlib.Path) -> dict[str, Any]:
       'parameters_active_per_token': facts['parameters_active_per_token'],
       'start_step': start, 'end_step': facts['end_step'],
       'flops_per_step': facts['train_flops_per_step'],
-      'seconds': _lineage_seconds(run, folder, start),
-      'step0': _step0(_first_extra_run(run, folder, start)),
+      'seconds': seconds,
+      'step0': _step0(first_extra),
       'history': [{'step': line['step'], 'loss': line['validation/loss'],
                    'accuracy': line['validation/accuracy']}
                   for line in lines if 'validation/loss' in line],
@@ -191,30 +193,25 @@ def _spent(run: Run, folder: pathlib.Path) -> dict[str, Any]:
           'cpu_seconds': workdir.read('status.json').get('cpu_seconds')}   # None: not recorded
 
 
-def _lineage_seconds(run: Run, folder: pathlib.Path, start: int) -> float:
-  """Seconds of the steps after `start`: the run's own, and those of its parents before them."""
-  seconds, until = 0.0, None
-  while run is not None:
-    facts = Workdir(folder / run.name).read('run.json')
-    until = facts['end_step'] if until is None else until
-    seconds += _seconds(folder / run.name, max(start, facts['first_step']), until)
-    if start >= facts['first_step']:
-      break
-    run, until = run.parent, facts['first_step']
-  return round(seconds, 3)
-
-
-def _seconds(path: pathlib.Path, after: int, until: int) -> float:
+def _seconds(path: pathlib.Path, after: int, until: float) -> float:
   """Seconds of the train steps in (after, until], without compilation and evaluation."""
   return round(sum(line['seconds'] for line in metrics.read_lines(path / 'timing.jsonl')
                    if after < line['step'] <= until), 3)
 
 
-def _first_extra_run(run: Run, folder: pathlib.Path, start: int) -> Workdir:
-  """The workdir of the run, or of its ancestor, that took the first step after `start`."""
-  while run.parent and Workdir(folder / run.name).read('run.json')['first_step'] > start:
-    run = run.parent
-  return Workdir(folder / run.name)
+def _extra(run: Run, folder: pathlib.Path, start: int) -> tuple[float, Workdir]:
+  """Seconds of the steps after `start`; and the workdir of the run that took the first of them.
+
+  These are the run's own steps, and those that its ancestors took after `start` and before them.
+  """
+  seconds, until = 0.0, math.inf
+  while True:
+    workdir = Workdir(folder / run.name)
+    first = workdir.read('run.json')['first_step']
+    seconds += _seconds(workdir.path, max(start, first), until)
+    if first <= start or not run.parent:
+      return round(seconds, 3), workdir
+    run, until = run.parent, first
 
 
 def _step0(workdir: Workdir) -> dict[str, float] | None:

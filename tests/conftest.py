@@ -28,7 +28,7 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 # Files with these tests start first, the longest first, so that two workers end together, and
 # `make test-quick` leaves these tests out.
 LONG = (
-    ('experiments/test_smoke.py', 'suites', 220),
+    ('experiments/test_smoke.py', 'suites', 130),
     ('processes/', 'processes', 90),
     ('train/test_memory', 'runs', 60),
     ('train/test_parallel.py', 'runs', 65),

@@ -116,11 +116,6 @@ def device_name() -> str:
   return f'{device.platform}: {device.device_kind}'
 
 
-def smoke_folder(name: str) -> pathlib.Path:
-  """Where a tiny scale writes by default, so that it replaces no real measurement."""
-  return pathlib.Path('runs') / f'smoke_{name}'
-
-
 @dataclasses.dataclass(frozen=True)
 class Measurements:
   """Measured lines in a file, and the page that shows them.
@@ -188,13 +183,19 @@ class Measurements:
     return 1 if failed else 0
 
 
-def add_measurement_flags(parser: argparse.ArgumentParser, folder: pathlib.Path, name: str = ''
-                          ) -> None:
-  """Adds --show and --results; with a smoke scale, `name` is that of smoke_folder."""
-  smoke = f'; of --scale=smoke {smoke_folder(name)}' if name else ''
+def add_measurement_flags(parser: argparse.ArgumentParser, folder: pathlib.Path,
+                          smoke: pathlib.Path | None = None) -> None:
+  """Adds --show and --results; `smoke`, if there is such a scale, is its default: see folder_of."""
+  tiny = f'; of --scale=smoke {smoke}' if smoke else ''
   parser.add_argument('--show', action='store_true', help='print what is measured, and no more')
   parser.add_argument('--results', metavar='DIR', type=pathlib.Path,
-                      help=f'folder of the measurements (default: {folder}{smoke})')
+                      help=f'folder of the measurements (default: {folder}{tiny})')
+
+
+def folder_of(args: argparse.Namespace, folder: pathlib.Path, smoke: pathlib.Path
+              ) -> pathlib.Path:
+  """The folder of the measurements; a tiny scale replaces no real one unless it is told to."""
+  return args.results or (smoke if args.scale == 'smoke' else folder)
 
 
 def table(headers: Sequence[str], rows: Iterable[Iterable[Any]], left: Collection[int] = (0,)

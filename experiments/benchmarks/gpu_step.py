@@ -22,6 +22,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -50,9 +51,8 @@ from moejax.train.compiled import Programs
 from moejax.train.step import TrainState
 
 MODULE = 'experiments.benchmarks.gpu_step'
-FOLDER = common.RESULTS / 'gpu'
+FOLDER, SMOKE_FOLDER = common.RESULTS / 'gpu', pathlib.Path('runs') / 'smoke_gpu'
 FILE, PAGE = 'gpu.jsonl', 'README.md'
-MODELS = ('t5_base', 't5_large', 'vit_b16', 'vit_l16')
 ROUTINGS = ('expert_choice', 'top_2', 'dropless', 'einsum')
 MEMORY = '0.92'   # of the device's, which JAX takes at once
 WARM = 3          # steps before any is timed
@@ -86,7 +86,7 @@ class Case:
   """One step to measure.
 
   Attributes:
-    model: of MODELS.
+    model: of Scale.batches.
     routing: 'dense', or of ROUTINGS. In a T5's decoder, where experts cannot choose tokens,
       'expert_choice' has the paper's top-2. 'einsum' is 'expert_choice' by the einsum dispatch.
     experts: of each sparse layer; 0 for a dense model.
@@ -357,13 +357,13 @@ def _row(line: Line, dense: dict[tuple[str, str], float]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
   """Measures, or shows; returns the exit code. Raises ConfigError on a wrong flag."""
   parser = cli.Parser(f'python -m {MODULE}', __doc__)
-  parser.add_argument('--models', metavar='NAME[,NAME]', default=','.join(MODELS),
-                      help='(default: %(default)s)')
+  parser.add_argument('--models', metavar='NAME[,NAME]',
+                      help=f'of {", ".join(SCALES["gpu"].batches)} (default: all)')
   parser.add_argument('--only', metavar='TEXT[,TEXT]', default='',
                       help='cases with one of these in their names, in this order')
   parser.add_argument('--scale', choices=tuple(SCALES), default='gpu',
                       help='how large (default: %(default)s)')
-  common.add_measurement_flags(parser, FOLDER, 'gpu')
+  common.add_measurement_flags(parser, FOLDER, SMOKE_FOLDER)
   parser.add_argument('--case', help='measure this one here and print its line (used by itself)')
   parser.add_argument('--prepare', help='compile this one, into the folder of '
                       'JAX_COMPILATION_CACHE_DIR (used by itself)')
@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse(argv)
   if args.device or args.case or args.prepare:
     return _as_child(args)
-  folder = args.results or (FOLDER if args.scale == 'gpu' else common.smoke_folder('gpu'))
+  folder = common.folder_of(args, FOLDER, SMOKE_FOLDER)
   output = common.Measurements(folder / FILE, ('name', 'device', 'command'), page, folder / PAGE)
   chosen = _chosen(args)
   return output.finish(lambda: measure_missing(chosen, args.scale, output), args.show)
@@ -379,10 +379,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _chosen(args) -> list[Case]:
   """The cases of --models and --only. Raises ConfigError if one of these names none."""
-  scale, models = SCALES[args.scale], args.models.split(',')
-  if args.models != ','.join(MODELS):   # the default is all that the scale has
-    for model in models:
-      check_choice('--models', model, list(scale.batches))
+  scale = SCALES[args.scale]
+  models = list(scale.batches) if args.models is None else args.models.split(',')
+  for model in models:
+    check_choice('--models', model, scale.batches)
   known = [case for case in all_cases(scale) if case.model in models]
   named = {text: [case for case in known if text in case.name] for text in args.only.split(',')}
   for text, cases in named.items():

@@ -20,7 +20,6 @@ import jax
 from configs.pretrain import t5_stdlib, vit_glyphs
 from experiments import cli, results
 from experiments.benchmarks import common
-from moejax import data
 from moejax.train import config as run_config
 
 COMMAND = 'python -m experiments.benchmarks.loader'
@@ -41,7 +40,7 @@ def ratios(config: run_config.RunConfig, rounds: int,
     jax.block_until_ready(marker)
 
   took = common.in_turns({
-      'step': train, 'loader': lambda: data.throughput(trainer.dataset, STEPS, threads=True)},
+      'step': train, 'loader': lambda: [*trainer.dataset.train_batches(1, STEPS + 1)]},
       rounds, tick)
   return common.ratios(took['step'], took['loader'])
 

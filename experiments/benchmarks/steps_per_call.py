@@ -12,6 +12,7 @@ and starts the call, with at most two calls in flight. Batches are made beforeha
 
 import collections
 import dataclasses
+import pathlib
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,7 @@ from moejax.train.run_log import AHEAD
 from moejax.train.step import join_batches
 
 COMMAND = 'python -m experiments.benchmarks.steps_per_call'
-FOLDER = common.RESULTS / 'gpu'
+FOLDER, SMOKE_FOLDER = common.RESULTS / 'gpu', pathlib.Path('runs') / 'smoke_steps_per_call'
 FILE, PAGE = 'steps_per_call.jsonl', 'steps_per_call.md'
 MODELS = {'t5_stdlib': t5_stdlib, 't5_stdlib_upcycled': t5_stdlib_upcycled,
           'vit_glyphs': vit_glyphs, 'vit_glyphs_upcycled': vit_glyphs_upcycled}
@@ -137,13 +138,12 @@ def main(argv: list[str] | None = None) -> int:
                       help=f'those with this in their names, of {", ".join(MODELS)}')
   parser.add_argument('--scale', choices=tuple(SCALES), default='mini',
                       help='how large (default: %(default)s)')
-  common.add_measurement_flags(parser, FOLDER, 'steps_per_call')
+  common.add_measurement_flags(parser, FOLDER, SMOKE_FOLDER)
   args = parser.parse(argv)
   names = [name for name in MODELS if args.models in name]
   if not names:
     fail('--models', args.models, ', '.join(MODELS), 'It is a part of a name.')
-  folder = args.results or (FOLDER if args.scale == 'mini'
-                            else common.smoke_folder('steps_per_call'))
+  folder = common.folder_of(args, FOLDER, SMOKE_FOLDER)
   output = common.Measurements(folder / FILE, ('model', 'device', 'command'), page, folder / PAGE)
   return output.finish(lambda: measure_all(names, args.scale, output), args.show)
 

@@ -5,7 +5,6 @@ text.py, text_pairs.py or image.py (examples to batches), pipeline.py (order, ba
 """
 
 from moejax.data.config import DataConfig, ImageConfig, TextConfig, TfdsConfig
-from moejax.data.pipeline import Dataset, build, throughput
+from moejax.data.pipeline import Dataset, build
 
-__all__ = ['DataConfig', 'Dataset', 'ImageConfig', 'TextConfig', 'TfdsConfig', 'build',
-           'throughput']
+__all__ = ['DataConfig', 'Dataset', 'ImageConfig', 'TextConfig', 'TfdsConfig', 'build']

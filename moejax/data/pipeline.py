@@ -10,7 +10,6 @@ position is the step; nothing else is stored.
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -110,16 +109,13 @@ class Dataset:
     return [references(examples[int(n)]) if r else () for n, r in zip(batch['example'], real)]
 
   def answers(self, split: str) -> tuple[list[tuple[str, ...]], list[int]]:
-    """(right answers, task) of every example that `examples[split]` counts; reads the split once.
+    """(right answers, task) of every example of a split.
 
     text_scores.baseline needs them to score always giving the commonest answer.
     """
-    examples, n = self._pairs_of(split), self.examples[split]
-    numbers = range(n)   # the order of a whole split does not matter, and Grain lists it slowly
-    if n < len(examples):
-      numbers = self._numbers(split).shuffle(EVAL_SEED)[:n]
-    evaluated = [examples[int(number)] for number in numbers]
-    return [references(e) for e in evaluated], [int(e['task']) for e in evaluated]
+    examples = self._pairs_of(split)
+    read = [examples[i] for i in range(len(examples))]
+    return [references(e) for e in read], [int(e['task']) for e in read]
 
   def _pairs_of(self, split: str) -> Sequence:
     check(self._pairs, 'data.source', self._config.source, 'a source of pairs',
@@ -235,19 +231,3 @@ def build(config: DataConfig, *, seed: int, host: int = 0, hosts: int = 1) -> Da
       many classes, a source that is missing or cannot be read.
   """
   return Dataset(config, seed, host, hosts)
-
-
-def throughput(dataset: Dataset, steps: int, *, threads: bool = False) -> float:
-  """Batches per second over `steps` training batches.
-
-  threads: whether background threads make them ahead, as in training, or this thread.
-  """
-  dataset.train_batch(0)   # imports and first reads do not count
-  start = time.perf_counter()
-  if threads:
-    for _ in dataset.train_batches(1, steps + 1):
-      pass
-  else:
-    for step in range(1, steps + 1):
-      dataset.train_batch(step)
-  return steps / (time.perf_counter() - start)

@@ -20,8 +20,7 @@ def greedy(model, params: dict, batch: dict, max_length: int) -> jax.Array:
   """Decodes the most probable token at each step.
 
   Args:
-    model: models.Model of a T5.
-    params: its parameters.
+    model, params: models.Model of a T5 and its parameters.
     batch: with 'encoder_input' (B, M), 0 at padding; a filler example, which is all padding,
       decodes to padding.
     max_length: L.
@@ -100,7 +99,8 @@ def beam_search(model, params: dict, batch: dict, max_length: int, beams: int,
     last = jax.lax.dynamic_index_in_dim(state.live, position, axis=2, keepdims=False)  # (B, N)
     logits, cache = model.decode_step(params, encoded, state.cache, last.reshape(B * N), position)
     score = _forbid_pad(jax.nn.log_softmax(logits, axis=-1)).reshape(B, N, -1)
-    score, flat = _top_k(_flat(state.live_score[..., None] + score), 2 * N)            # (B, 2N)
+    total = (state.live_score[..., None] + score).reshape(B, -1)                       # (B, N*V)
+    score, flat = _top_k(total, 2 * N)                                                 # (B, 2N)
     parent, token = jnp.divmod(flat, logits.shape[-1])
     ids = jax.lax.dynamic_update_slice_in_dim(
         _take(state.live, parent), token[..., None].astype(jnp.int32), position + 1, axis=2)
@@ -141,11 +141,6 @@ def _real(batch: dict) -> jax.Array:
 def _forbid_pad(logits: jax.Array) -> jax.Array:
   """(..., V) with -inf for pad."""
   return logits.at[..., PAD].set(-jnp.inf)
-
-
-def _flat(x: jax.Array) -> jax.Array:
-  """(B, N, V) -> (B, N*V)."""
-  return x.reshape(x.shape[0], -1)
 
 
 def _repeat(x: jax.Array, N: int) -> jax.Array:

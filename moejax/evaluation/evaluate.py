@@ -69,10 +69,7 @@ class DecodeConfig:
 def make_decode_step(model, config: DecodeConfig, gather: Callable = lambda x: x) -> Callable:
   """A function (params, batch) -> {'ids': (B, L) int32, 'real': (B,) bool, False for filler}.
 
-  Args:
-    model: models.Model.
-    config: how to decode.
-    gather: collects the outputs of all devices of a pmap; the identity where arrays are global.
+  gather: collects the outputs of all devices of a pmap; the identity where arrays are global.
 
   Raises:
     ConfigError: the model has no decoder.
@@ -96,8 +93,7 @@ def predictions(decode_step: Callable, params: dict, batches: Iterable, vocabula
 
   Args:
     decode_step: of `make_decode_step`, compiled.
-    params: of the model.
-    batches: of the split, on the devices.
+    batches: on the devices.
     vocabulary: with decode(ids (L,)) -> str.
     examples: stop after this many; 0: decode all.
   """

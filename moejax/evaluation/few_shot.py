@@ -67,11 +67,9 @@ def run(config: ProbeConfig, feature_step: Callable, params: dict, train_batches
   """Probes a model.
 
   Args:
-    config: see ProbeConfig.
     feature_step, params: see `extract`.
-    train_batches: host batches from which the few examples are drawn.
-    test_batches: host batches on which accuracy is measured.
-    seed: of the draws.
+    train_batches, test_batches: on the host; the few examples are drawn from the former.
+    config, seed: see `accuracy`.
 
   Returns:
     {'10shot_accuracy': mean over draws, '10shot_accuracy_std': ...} for each number of shots;
@@ -84,27 +82,17 @@ def run(config: ProbeConfig, feature_step: Callable, params: dict, train_batches
   train = extract(feature_step, params, train_batches, config.examples)
   test = extract(feature_step, params, test_batches)
   if config.drop_rare:
-    classes = common_classes(train.labels, max(config.shots))
-    train, test = train.of_classes(classes), test.of_classes(classes)
+    classes, counts = np.unique(train.labels, return_counts=True)
+    common = classes[counts >= max(config.shots)]
+    check(len(common) >= 2, 'probe.shots', max(config.shots),
+          f'what two classes have (the most frequent has {counts.max()} examples)',
+          'Set fewer shots.')
+    train, test = train.of_classes(common), test.of_classes(common)
   results = {}
   for shots in config.shots:
     mean, std = accuracy(train, test, shots, config, seed)
     results |= {f'{shots}shot_accuracy': mean, f'{shots}shot_accuracy_std': std}
   return results
-
-
-def common_classes(labels: np.ndarray, shots: int) -> np.ndarray:
-  """The classes with at least `shots` examples among labels (N,).
-
-  Raises:
-    ConfigError: there are fewer than two.
-  """
-  classes, counts = np.unique(labels, return_counts=True)
-  common = classes[counts >= shots]
-  check(len(common) >= 2, 'probe.shots', shots,
-        f'what two classes have (the most frequent has {counts.max()} examples)',
-        'Set fewer shots.')
-  return common
 
 
 def extract(feature_step: Callable, params: dict, batches: Iterable[dict],
@@ -133,14 +121,7 @@ def accuracy(train: Features, test: Features, shots: int, config: ProbeConfig,
   """Accuracy of a linear classifier fitted to `shots` training examples of each class.
 
   Draw d permutes the examples of each class by default_rng([seed, d]) and takes the first `shots`,
-  so that the examples of fewer shots are among those of more.
-
-  Args:
-    train: examples to draw from; its classes are the classifier's.
-    test: examples to classify.
-    shots: examples per class.
-    config: for draws and l2.
-    seed: of the draws.
+  so that the examples of fewer shots are among those of more. The classes are those of `train`.
 
   Returns:
     Mean over draws of the fraction of test examples whose class has the largest output, and its

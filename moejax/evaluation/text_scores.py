@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from moejax.config import check_choice
-
 References = Sequence[tuple[str, ...]]   # per prediction: every right answer, at least one
 
 
@@ -67,24 +65,19 @@ def score(metric: str, predictions: Sequence[str], references: References, tasks
     task without predictions is nan, and so is then the mean, which would leave that task out.
 
   Raises:
-    ValueError: unknown metric, no predictions, lengths that differ, a prediction without a
-      reference, or a task without a name.
+    ValueError: no predictions, lengths that differ, or a prediction without a reference.
   """
-  check_choice('metric', metric, METRICS)
-  if not len(predictions) == len(references) == len(tasks):
-    raise ValueError(f'{len(predictions)} predictions, {len(references)} references and '
-                     f'{len(tasks)} tasks: there must be as many of each')
-  if not predictions:
-    raise ValueError('no prediction to score')
-  if not all(references):
-    raise ValueError(f'prediction {[bool(r) for r in references].index(False)} has no reference; '
-                     'leave out filler examples')
+  if not predictions or not all(references):
+    raise ValueError('no prediction to score, or one without a reference: leave out filler')
   results = {name: f(predictions, references) for name, f in METRICS[metric].items()}
   if not names:
     return results
-  by_task = _by_task(tasks, len(names))
-  for n, task in enumerate(names):
-    own, right = [predictions[i] for i in by_task[n]], [references[i] for i in by_task[n]]
+  by_task = defaultdict(lambda: ([], []))
+  for prediction, answers, task in zip(predictions, references, tasks, strict=True):
+    by_task[names[task]][0].append(prediction)
+    by_task[names[task]][1].append(answers)
+  for task in names:
+    own, right = by_task[task]
     for name, f in METRICS[metric].items():
       results[f'{task}/{name}'] = f(own, right) if own else float('nan')
   first = next(iter(METRICS[metric]))
@@ -92,33 +85,22 @@ def score(metric: str, predictions: Sequence[str], references: References, tasks
   return results
 
 
-def majority(references: References, tasks: Sequence[int]) -> dict[int, str]:
-  """{task: its commonest target (first reference), the first in order of equally common ones}."""
-  return {task: min(Counter(references[i][0] for i in of_task).items(),
-                    key=lambda item: (-item[1], item[0]))[0]
-          for task, of_task in _by_task(tasks).items()}
-
-
 def baseline(metric: str, train: tuple[References, Sequence[int]],
              evaluated: tuple[References, Sequence[int]],
              names: Sequence[str] = ()) -> dict[str, float]:
   """`score` of always giving each task's commonest answer in training, which a model should beat.
 
+  That is its commonest target (first reference), of equally common ones the first in order; '' for
+  a task that training lacks.
+
   Args:
     metric, names: as of `score`.
     train, evaluated: (references, tasks), as Dataset.answers returns them.
   """
-  answer = majority(*train)
+  counts = defaultdict(Counter)
+  for answers, task in zip(*train, strict=True):
+    counts[task][answers[0]] += 1
+  commonest = {task: min(count, key=lambda answer: (-count[answer], answer))
+               for task, count in counts.items()}
   references, tasks = evaluated
-  # A task that training lacks has no commonest answer: its prediction is ''.
-  return score(metric, [answer.get(t, '') for t in tasks], references, tasks, names)
-
-
-def _by_task(tasks: Sequence[int], number: int = 0) -> dict[int, list[int]]:
-  """{task: indices of its predictions}; ValueError if a task is not below `number` (0: any is)."""
-  by_task: dict[int, list[int]] = defaultdict(list)
-  for i, task in enumerate(tasks):
-    if number and not 0 <= task < number:
-      raise ValueError(f'task {task} of prediction {i} has no name: {number} names were given')
-    by_task[int(task)].append(i)
-  return by_task
+  return score(metric, [commonest.get(t, '') for t in tasks], references, tasks, names)

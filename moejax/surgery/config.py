@@ -48,11 +48,7 @@ class ExpertInit:
   """How new experts start; expert_init.py describes the choices.
 
   Attributes:
-    experts: 'copy', 'random', 'subset', 'noise' or 'drop'.
-    copied_experts: 'subset': number of experts that are copies, from 1 to E - 1.
-    noise_std: 'noise': relative to the standard deviation of each of the parent's leaves.
-    reinit_fraction: 'drop': r, of the hidden units.
-    scaling: 'none', 'output' or 'all'; with 'copy'.
+    experts, copied_experts, noise_std, reinit_fraction, scaling: see InitConfig.
     seed: of all random draws; each layer and expert has its own.
     gates: {stack: Gate}, for scaling.
     squared: whether the activation is squared, for scaling 'all'.
@@ -96,7 +92,7 @@ class InitConfig:
       (see moejax.surgery.expert_init, upcycle), or 'reset' all of it to zero.
     experts: 'upcycle': new experts are each a 'copy' of the MLP, all fresh ('random'), copies of it
       in a 'subset', copies with 'noise', or copies with some hidden units drawn anew ('drop').
-    copied_experts: 'subset': how many are copies.
+    copied_experts: 'subset': how many are copies, from 1 to E - 1.
     noise_std: 'noise': of each leaf, relative to the standard deviation of its entries.
     reinit_fraction: 'drop': r, of the hidden units.
     scaling: 'upcycle' by copies whose weights do not sum to 1, or that are granular: 'none', or

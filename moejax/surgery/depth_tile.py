@@ -20,8 +20,7 @@ or optimizer='reset' are plausible too.
 import re
 from collections.abc import Collection
 
-from moejax.config import check, check_choice, fail
-from moejax.surgery.config import TILINGS
+from moejax.config import check, fail
 from moejax.trees import rules
 from moejax.trees.rules import Rule
 
@@ -52,7 +51,6 @@ def block_rules(source_paths: Collection[str], target_paths: Collection[str], ti
   Raises:
     ConfigError: a stack of the target is not n times as deep as the parent's, or none is deeper.
   """
-  check_choice('config.init.tiling', tiling, TILINGS)
   old, new = blocks(source_paths), blocks(target_paths)
   table, deeper = [], False
   prefix = f'(?:params/{"|opt_state/" if carry else ""})?'

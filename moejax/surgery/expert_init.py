@@ -88,7 +88,8 @@ def layer_rules(source: Mapping[str, Any], target: Mapping[str, Any], layer: str
     how = _expert(init, size, layer, name)
     targets = {f'{moe}experts/{name}': how} if how else {}
     if size.shared:
-      targets[f'{moe}shared/{name}'] = _shared(size, name)
+      share = size.shared / size.hidden if name == 'wo_bias' else 1.0
+      targets[f'{moe}shared/{name}'] = Slice(_hidden_axis(name), share)
     source_path = re.escape(mlp + name)
     table.append(rules.derive(source_path, targets) if targets else rules.drop(source_path))
     if how is None:
@@ -104,13 +105,9 @@ def layer_rules(source: Mapping[str, Any], target: Mapping[str, Any], layer: str
 
 
 def _moment_rules(layer: str, name: str, how: Transform | None, shared: bool) -> list[Rule]:
-  """The rules for the optimizer state of one leaf.
+  """The rules for the optimizer state of one leaf; `layer` is its path there.
 
-  Args:
-    layer: path of the layer in the optimizer state.
-    name: of the leaf.
-    how: how the experts' leaf is made; None: fresh.
-    shared: whether there are shared experts.
+  how: how the experts' leaf is made; None: fresh.
   """
   source, experts = f'{re.escape(layer)}/mlp/{name}/(.+)', f'{layer}/moe/experts/{name}'
   if isinstance(how, Tile | Noise | Subset):
@@ -210,11 +207,6 @@ def _gate(init: ExpertInit, size: _Size, layer: str) -> Gate:
         f'a multiple of the granularity, {size.shards}, with scaling={init.scaling!r}',
         'A token would get some shards of the MLP without the others.')
   return gate
-
-
-def _shared(size: _Size, name: str) -> Slice:
-  """The transform that makes the shared experts' leaf `name`."""
-  return Slice(_hidden_axis(name), size.shared / size.hidden if name == 'wo_bias' else 1.0)
 
 
 def _hidden_axis(name: str) -> int | None:

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config import ConfigError, check_choice, fail
+from moejax.config import ConfigError, fail
 from moejax.surgery import depth_tile, expert_init
 from moejax.surgery.config import ExpertInit
 from moejax.surgery.expert_init import OPT_STATE
 from moejax.trees import rules
 from moejax.trees.rules import Rule
+from moejax.trees.transforms import Mean
 
 Shapes = Mapping[str, Any]   # path -> anything with a shape
 COPIES = ExpertInit()
@@ -105,7 +106,7 @@ def _average_rules(source: Shapes, layer: str, carry: bool) -> list[Rule]:
     fail(f'{layer}', 'an MoE layer with shared experts', 'one without, to be made dense',
          'Shared and routed experts add up; no single MLP of this size is both. Keep it sparse.')
   moe = re.escape(f'{layer}/moe')
-  table = [rules.mean(f'{moe}/experts/(.+)', rf'{layer}/mlp/\1')]
+  table = [rules.derive(f'{moe}/experts/(.+)', {rf'{layer}/mlp/\1': Mean()})]
   state = OPT_STATE + layer.removeprefix('params/')
   if any(p.startswith(f'{layer}/moe/router/') for p in source):
     table.append(rules.drop(f'{moe}/router/.+'))
@@ -123,7 +124,6 @@ def _head_rules(carry: bool, rest: str) -> tuple[list[Rule], str]:
 def _optimizer_rules(source: Shapes, target: Shapes,
                      optimizer: str) -> tuple[list[Rule], str, bool]:
   """(rules that reset optimizer state, expression for other paths, whether it is carried)."""
-  check_choice('config.init.optimizer', optimizer, ('carry', 'reset'))
   in_source, in_target = (any(p.startswith(OPT_STATE) for p in state) for state in (source, target))
   if optimizer == 'carry':
     if in_target and not in_source:

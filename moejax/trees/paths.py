@@ -4,8 +4,7 @@ Checkpoints, surgery, sharding and parameter groups all name a leaf by its path,
 expression selects one set of leaves everywhere.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,12 +49,6 @@ def map_with_path(fn: Callable, tree: Tree, *rest: Tree) -> dict:
       return fn('/'.join(prefix), node, *others)
     return {k: visit(v, [o[k] for o in others], (*prefix, k)) for k, v in node.items()}
   return visit(tree, rest, ())
-
-
-def mask(tree: Tree, patterns: str | Iterable[str]) -> dict:
-  """A tree of bool: whether re.search finds any of the regular expressions in the leaf's path."""
-  patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-  return map_with_path(lambda path, _: any(re.search(p, path) for p in patterns), tree)
 
 
 def diff(a: Tree, b: Tree) -> list[str]:

@@ -1,6 +1,6 @@
 """Rule tables that turn one flat tree of arrays into another, leaf by leaf and strictly.
 
-    planned = plan([copy('a/.*'), tile('b', 'experts/b'), fresh('router')], old_shapes, new_shapes)
+    planned = plan([copy('a/.*'), derive('b', {'experts/b': Tile()}), fresh('router')], old, new)
     new_tree, entries = apply(planned, read, make_fresh)
 
 `plan` checks a table as a whole against the shapes of both sides before anything is read: exactly
@@ -99,28 +99,11 @@ def copy(source: str, target: str | tuple[str, ...] = r'\g<0>') -> Rule:
   return Rule('copy', source, targets, (how,) * len(targets))
 
 
-def tile(source: str, target: str) -> Rule:
-  """The leaf repeated along a new first axis, to the length that the target has."""
-  return Rule('tile', source, (target,), (transforms.Tile(),))
-
-
-def stack(source: str, target: str) -> Rule:
-  """All leaves with this target, in natural order of their paths, along a new first axis."""
-  return Rule('stack', source, (target,), (transforms.Stack(),))
-
-
-def transpose(source: str, target: str, axes: Iterable[int] = ()) -> Rule:
-  """The leaf with its axes permuted as in np.transpose; () reverses them."""
-  return Rule('transpose', source, (target,), (transforms.Transpose(tuple(axes)),))
-
-
-def mean(source: str, target: str) -> Rule:
-  """The average of the leaf over its first axis."""
-  return Rule('mean', source, (target,), (transforms.Mean(),))
-
-
 def derive(source: str, targets: Mapping[str, Transform]) -> Rule:
-  """One or more leaves made from the leaf: {template of a target: how it is made}."""
+  """One or more leaves made from the leaf: {template of a target: how it is made}.
+
+  A target of Stack is made from all leaves with this target, in natural order of their paths.
+  """
   return Rule('derive', source, tuple(targets), tuple(targets.values()))
 
 
@@ -270,14 +253,15 @@ def _match(rule: Rule, source_shapes: Mapping, target_shapes: Mapping) -> list[M
   matches = [(path, m) for path in source_shapes if (m := re.fullmatch(rule.source, path))]
   if rule.kind == 'drop':
     return [Move(rule, (path,), '', *rule.how) for path, _ in matches]
-  if rule.kind != 'stack':
-    return [Move(rule, (path,), m.expand(template), how) for path, m in matches
-            for template, how in zip(rule.targets, rule.how)]
-  stacks = defaultdict(list)
+  moves, stacks = [], defaultdict(list)
   for path, m in matches:
-    stacks[m.expand(*rule.targets)].append(path)
-  return [Move(rule, tuple(sorted(paths, key=_natural)), target, *rule.how)
-          for target, paths in stacks.items()]
+    for template, how in zip(rule.targets, rule.how):
+      if isinstance(how, transforms.Stack):
+        stacks[m.expand(template), how].append(path)
+      else:
+        moves.append(Move(rule, (path,), m.expand(template), how))
+  return moves + [Move(rule, tuple(sorted(paths, key=_natural)), target, how)
+                  for (target, how), paths in stacks.items()]
 
 
 def _natural(path: str) -> list:

@@ -28,9 +28,12 @@ class Transform(abc.ABC):
   fate: ClassVar[str] = ''
   with_fresh: ClassVar[bool] = False
 
-  @abc.abstractmethod
   def fits(self, sources: Sequence[Shape], target: Shape) -> bool:
-    """Whether leaves of these shapes can become a leaf of shape `target`."""
+    """Whether leaves of these shapes can become a leaf of shape `target`.
+
+    Unless a class has another rule: one leaf becomes that of any number of experts.
+    """
+    return len(target) > 0 and target[1:] == sources[0]
 
   @abc.abstractmethod
   def make(self, arrays: Sequence[Any], index: Index, like: Any) -> np.ndarray:
@@ -88,9 +91,6 @@ class Tile(Transform):
   """The leaf repeated along a new first axis, to the length that the target has."""
   fate = 'tiled'
 
-  def fits(self, sources, target):
-    return len(target) > 0 and target[1:] == sources[0]
-
   def make(self, arrays, index, like):
     part = arrays[0][index[1:]]
     E = len(_experts(index, like))
@@ -146,7 +146,7 @@ class Subset(Transform):
   with_fresh: ClassVar[bool] = True
 
   def fits(self, sources, target):
-    return len(target) > 0 and target[1:] == sources[0] and self.copies <= target[0]
+    return super().fits(sources, target) and self.copies <= target[0]
 
   def make(self, arrays, index, like):
     out = np.array(arrays[1][index], like.dtype)
@@ -162,9 +162,6 @@ class _Experts(Transform):
   @abc.abstractmethod
   def expert(self, source: np.ndarray, e: int) -> np.ndarray:
     """The whole leaf of expert e."""
-
-  def fits(self, sources, target):
-    return len(target) > 0 and target[1:] == sources[0]
 
   def make(self, arrays, index, like):
     experts, out = _experts(index, like), None
@@ -240,8 +237,8 @@ class Shard(_Experts):
     return kind if self.scale == 1 else f'{kind}, scaled'
 
   def fits(self, sources, target):
-    if len(target) == 0 or self.axis is None:
-      return target[1:] == sources[0] and len(target) > 0
+    if self.axis is None:
+      return super().fits(sources, target)
     F = sources[0][self.axis]
     return F % self.shards == 0 and target[1:] == _resized(sources[0], self.axis, F // self.shards)
 

@@ -33,19 +33,6 @@ def test_affine_warp_equals_scipy():
       np.testing.assert_allclose(out[b, ..., c], expected, atol=1e-4)
 
 
-def test_affine_warp_identity_shift_and_quarter_turn():
-  images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
-  plain = images[0, ..., 0].astype(np.float32) / 255
-
-  def warp(*affine):
-    return image.affine_warp(images, np.array([affine], np.float32), 8)[0, ..., 0]
-  np.testing.assert_allclose(warp(0, 0, 0, 0, 0), plain, atol=1e-6)
-  moved = warp(0, 0, 0, 2, -1)   # two down, one left
-  np.testing.assert_allclose(moved[2:, :-1], plain[:-2, 1:], atol=1e-6)
-  assert not moved[:2].any() and not moved[:, -1].any()
-  np.testing.assert_allclose(warp(np.pi / 2, 0, 0, 0, 0), np.rot90(plain), atol=1e-4)
-
-
 def make_batch(config, images, channels=1, same_shape=True, train=True):
   processor = image.ImageProcessor(config, channels, same_shape)
   draws = [processor.draw({'image': im, 'label': n}, np.random.default_rng([0, n]), train)
@@ -82,20 +69,17 @@ def test_contrast_and_noise_are_on_top_of_the_warp_and_nothing_else_is():
   np.testing.assert_allclose(processor.finish(batch)['image'], expected, atol=1e-6)
 
 
-def test_no_augmentation_is_the_resized_image():
+def test_no_augmentation_is_the_resized_and_normalised_image():
   images = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 1), dtype=np.uint8)
   out = make_batch(ImageConfig(size=24, augment='none'), images)
   np.testing.assert_allclose(out['image'], images / 255, atol=1e-6)
   assert out['label'].tolist() == [0, 1] and out['weight'].tolist() == [1, 1]
   small = make_batch(ImageConfig(size=12, augment='none'), np.full((1, 24, 24, 1), 51, np.uint8))
   np.testing.assert_allclose(small['image'], 0.2, atol=1e-6)
-
-
-def test_mean_std_and_channels():
-  images = np.full((1, 24, 24, 1), 51, np.uint8)
-  out = make_batch(ImageConfig(augment='none', channels=3, mean=0.5, std=0.25), images)['image']
-  assert out.shape == (1, 24, 24, 3) and out.flags.writeable
-  np.testing.assert_allclose(out, (0.2 - 0.5) / 0.25, atol=1e-5)
+  config = ImageConfig(augment='none', channels=3, mean=0.5, std=0.25)
+  colour = make_batch(config, np.full((1, 24, 24, 1), 51, np.uint8))['image']
+  assert colour.shape == (1, 24, 24, 3) and colour.flags.writeable
+  np.testing.assert_allclose(colour, (0.2 - 0.5) / 0.25, atol=1e-5)
 
 
 def test_flip_crop_in_training_only():

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from moejax import data
-from moejax.config import ConfigError, as_config_dict
-from moejax.config import build as build_config
+from moejax.config import ConfigError
 from moejax.data import image, pipeline, registry
 from moejax.data.source import Source
 from moejax.evaluation.text_scores import METRICS
@@ -60,10 +59,9 @@ def joined(batches):
 
 
 @pytest.mark.parametrize('config', [DIGITS, TEXT], ids=['digits', 'text'])
-@pytest.mark.parametrize('hosts', [2, 4])
-def test_hosts_share_one_global_batch(config, hosts):
+def test_hosts_share_one_global_batch(config):
   whole = data.build(config, seed=3)
-  parts = [data.build(config, seed=3, host=h, hosts=hosts) for h in range(hosts)]
+  parts = [data.build(config, seed=3, host=h, hosts=4) for h in range(4)]
   for step in (0, 1, 250):   # 250 is past the first epoch of digits
     batch = joined([p.train_batch(step) for p in parts])
     assert_same(batch, whole.train_batch(step))
@@ -84,12 +82,6 @@ def test_prefetched_batches_equal_single_ones(config):
   assert_same(next(dataset.train_batches(24, 10**9)), batches[-1])
 
 
-def test_batches_depend_on_seed_and_step():
-  a, b = data.build(DIGITS, seed=0), data.build(DIGITS, seed=1)
-  assert (a.train_batch(0)['image'] != b.train_batch(0)['image']).any()
-  assert (a.train_batch(0)['image'] != a.train_batch(1)['image']).any()
-
-
 def test_starting_late_reads_nothing_earlier(numbered):
   dataset = data.build(numbered_config(), seed=0)
   expected = [label for step in (3, 4) for label in dataset.train_batch(step)['label']]
@@ -98,18 +90,12 @@ def test_starting_late_reads_nothing_earlier(numbered):
   assert got == expected and sorted(numbered['train'].read) == sorted(expected)
 
 
-def test_every_epoch_is_a_new_permutation(numbered):
-  dataset = data.build(numbered_config(), seed=0)
-  labels = np.concatenate([b['label'] for b in dataset.train_batches(0, 15)]).reshape(3, 40)
-  np.testing.assert_array_equal(np.sort(labels, axis=1), np.tile(np.arange(40), (3, 1)))
-  assert len(set(map(tuple, labels.tolist()))) == 3
-  assert list(range(40)) not in labels.tolist()
-
-
-def test_batches_run_across_epochs_and_small_splits(numbered):
-  dataset = data.build(numbered_config(batch_size=96), seed=0)   # 2.4 epochs in one batch
-  counts = np.bincount(np.concatenate([b['label'] for b in dataset.train_batches(0, 5)]))
-  assert counts.tolist() == [12] * 40
+def test_every_epoch_of_every_seed_is_a_permutation_of_its_own(numbered):
+  labels = np.concatenate([joined(data.build(numbered_config(batch_size=24), seed=seed)
+                                  .train_batches(0, 5))['label'] for seed in (0, 1)])
+  epochs = labels.reshape(6, 40)   # batches run across epochs
+  np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(40), (6, 1)))
+  assert len({*map(tuple, epochs.tolist()), tuple(range(40))}) == 7
 
 
 def test_distortions_are_drawn_anew_each_epoch():
@@ -232,19 +218,16 @@ def test_batch_format():
 
 
 @pytest.mark.parametrize('config', [
-    data.DataConfig(source='glyphs', batch_size=64),
-    data.DataConfig(source='stdlib_text', batch_size=16)], ids=['glyphs', 'text'])
+    dataclasses.replace(DIGITS, batch_size=64), dataclasses.replace(TEXT, batch_size=16)],
+    ids=['images', 'text'])
 def test_a_batch_costs_far_less_than_a_train_step(config):
   # 5 and 2 ms of one core where a step takes 20 or more; the bound leaves room for slow machines.
-  dataset = data.build(config, seed=0)
-  assert data.throughput(dataset, 5) > 0 and data.throughput(dataset, 5, threads=True) > 0
-  costs = []
-  for trial in range(5):
+  dataset, costs = data.build(config, seed=0), []
+  for step in range(30):
     start = time.thread_time()
-    for step in range(10):
-      dataset.train_batch(10 * trial + step)
-    costs.append((time.thread_time() - start) / 10)
-  assert min(costs) < 0.020
+    dataset.train_batch(step)
+    costs.append(time.thread_time() - start)
+  assert np.median(costs) < 0.020
 
 
 @pytest.mark.parametrize('make, words', [
@@ -266,23 +249,11 @@ def test_a_batch_costs_far_less_than_a_train_step(config):
     (lambda: data.build(DIGITS, seed=-1), ('seed', '-1')),
     (lambda: list(data.build(DIGITS, seed=0).eval_batches('valid')),
      ('split', "Did you mean 'validation'?")),
-    (lambda: data.build(data.DataConfig(source='digits', image=data.ImageConfig(classes=11)),
-                        seed=0), ('data.image.classes', '11', 'at most 10')),
 ])
 def test_errors_name_the_key_and_the_fix(make, words):
   with pytest.raises(ConfigError) as error:
     make()
   assert all(word in str(error.value) for word in words), error.value
-
-
-def test_settings_survive_the_config_file():
-  values = as_config_dict(TEXT)
-  assert build_config(data.DataConfig, values, 'config.data') == TEXT
-  values.text.noise_density = 0.2
-  changed = build_config(data.DataConfig, values, 'config.data')
-  assert changed.text == data.TextConfig(noise_density=0.2)
-  with pytest.raises(ConfigError, match="config.data.text.noise_densty.*did you mean 'noise_den"):
-    build_config(data.DataConfig, {'text': {'noise_densty': 0.2}}, 'config.data')
 
 
 def test_lists_of_settings_name_real_ones():

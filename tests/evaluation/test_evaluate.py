@@ -57,28 +57,19 @@ def test_total_is_the_whole_split_whatever_the_batches(size):
   np.testing.assert_array_equal(layers['03']['load'], [3, 2])
 
 
-def test_params_reach_the_model():
-  step = jax.jit(evaluate.make_eval_step(apply))
-  sums = evaluate.total(step, {'scale': jnp.float32(0)}, batches(5))
-  assert sums['loss'] == pytest.approx(5 * LN2, rel=1e-6)       # all logits 0
-
-
-def test_reduce_is_given_everything():
+def test_params_reach_the_model_and_all_sums_reach_reduce():
   step = jax.jit(evaluate.make_eval_step(apply, lambda tree: jax.tree.map(lambda x: 2 * x, tree)))
-  sums = evaluate.total(step, {'scale': jnp.float32(1)}, batches(5))
-  assert sums['loss'] == pytest.approx(2 * LOSS, rel=1e-6) and sums['weight'] == 10
+  sums = evaluate.total(step, {'scale': jnp.float32(0)}, batches(5))   # all logits 0
+  assert sums['loss'] == pytest.approx(2 * 5 * LN2, rel=1e-6) and sums['weight'] == 10
   assert sums['layers']['encoder']['layers']['01']['tokens'] == 30
 
 
 def test_sums_are_added_in_float64():
   """2^24 + 1 is no float32."""
-  seen = evaluate.total(lambda params, x: {'loss': np.float32(x)}, {}, [2.0**24, 1, 1, 1])
-  assert seen['loss'] == 2**24 + 3
-
-
-def test_an_empty_split_is_an_error():
+  step = lambda params, x: {'loss': np.float32(x)}
+  assert evaluate.total(step, {}, [2.0**24, 1, 1, 1])['loss'] == 2**24 + 3
   with pytest.raises(ValueError, match='the split is empty'):
-    evaluate.total(evaluate.make_eval_step(apply), {}, [])
+    evaluate.total(step, {}, [])
 
 
 class Letters:

@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from moejax.config import ConfigError
 from moejax.evaluation import text_scores
 
 
@@ -58,10 +57,11 @@ def test_scores_per_task_and_their_mean():
 
 
 def test_pronunciation_scores():
-  got = text_scores.score('pronunciation', ['A B', 'C'], [('A B',), ('C D', 'C D E')], [0, 0])
-  assert got == {'phoneme_error_rate': 1 / 4, 'word_error_rate': 1 / 2}
   got = text_scores.score('pronunciation', ['A B', 'C'], [('A B',), ('C D',)], [0, 1], ('p', 'q'))
-  assert got['mean_over_tasks'] == (0 + 1 / 2) / 2 and got['q/word_error_rate'] == 1.0
+  assert got == {'phoneme_error_rate': 1 / 4, 'word_error_rate': 1 / 2,
+                 'p/phoneme_error_rate': 0.0, 'p/word_error_rate': 0.0,
+                 'q/phoneme_error_rate': 1 / 2, 'q/word_error_rate': 1.0,
+                 'mean_over_tasks': (0 + 1 / 2) / 2}
 
 
 def test_a_task_without_predictions_does_not_vanish_from_the_mean():
@@ -70,24 +70,16 @@ def test_a_task_without_predictions_does_not_vanish_from_the_mean():
   assert math.isnan(got['name/exact_match']) and math.isnan(got['mean_over_tasks'])
 
 
-@pytest.mark.parametrize('args, words', [
-    (('exact', ['a'], [('a',)], [0]), ("'exact'", "Did you mean 'exact_match'?")),
-    (('exact_match', ['a', 'b'], [('a',)], [0, 0]), ('2 predictions', '1 references')),
-    (('exact_match', ['a'], [('a',)], [0, 0]), ('2 tasks',)),
-    (('exact_match', [], [], []), ('no prediction',)),
-    (('exact_match', ['a', 'b'], [('a',), ()], [0, 0]), ('prediction 1', 'filler')),
-    (('exact_match', ['a', 'b'], [('a',), ('b',)], [0, 2], ('x', 'y')), ('task 2', '2 names')),
-])
-def test_what_cannot_be_scored(args, words):
-  with pytest.raises(ValueError) as error:
-    text_scores.score(*args)
-  assert all(word in str(error.value) for word in words), error.value
-  assert isinstance(error.value, ConfigError) == (args[0] == 'exact')
+@pytest.mark.parametrize('predictions, references', [
+    ([], []), (['a', 'b'], [('a',), ()]), (['a', 'b'], [('a',)])])
+def test_what_cannot_be_scored(predictions, references):
+  with pytest.raises(ValueError):
+    text_scores.score('exact_match', predictions, references, [0] * len(predictions))
 
 
 def test_majority_answers_score_what_they_should():
+  # 'y' for task 0; 'p' and 'q' tie in task 1: the first in order.
   train = [('x',), ('y',), ('y', 'x'), ('q',), ('p',)], [0, 0, 0, 1, 1]
-  assert text_scores.majority(*train) == {0: 'y', 1: 'p'}   # 'p' and 'q' tie: the first in order
   evaluated = [('y',), ('x',), ('z', 'y'), ('p',)], [0, 0, 0, 1]
   got = text_scores.baseline('exact_match', train, evaluated, ('a', 'b'))
   assert got == {'exact_match': 3 / 4, 'a/exact_match': 2 / 3, 'b/exact_match': 1.0,

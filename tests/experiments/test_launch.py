@@ -62,13 +62,9 @@ def test_a_slurm_task_is_a_shard(shell, tmp_path):
   assert not (tmp_path / 'requeued').exists()
 
 
-def test_a_slurm_task_does_all_suites_unless_told(shell, tmp_path):
-  assert slurm(shell, tmp_path).wait() == 0
-  assert parsed(tmp_path).suite == 'all' and parsed(tmp_path).jobs == 1
-
-
 def test_a_slurm_task_fails_with_what_it_runs_and_needs_a_folder(shell, tmp_path):
   assert slurm(shell, tmp_path, CODE='1').wait() == 1
+  assert parsed(tmp_path).suite == 'all' and parsed(tmp_path).jobs == 1   # unless told otherwise
   process = shell('bash', str(SLURM))
   assert process.wait() != 0 and 'MOEJAX_RUNS: set it' in process.stderr.read()
 
@@ -204,25 +200,16 @@ def test_a_preempted_slice_is_asked_for_again_until_the_run_is_finished(shell, t
                      r'--config.data.source=two\ words || code=$?')
 
 
-def test_an_error_of_the_run_leaves_the_slice(shell, tmp_path):
-  code, did, _ = tpu_slice(shell, tmp_path, ['ACTIVE'], [1])
-  assert code == 1 and did == ['cp', 'ssh']
-
-
-def test_a_queue_that_cannot_say_is_asked_again(shell, tmp_path):
-  code, did, _ = tpu_slice(shell, tmp_path, ['BROKEN', 'ACTIVE', 'BROKEN', 'ACTIVE'], [75, 0])
-  assert code == 0 and did == ['cp', 'ssh', 'ssh', 'delete']
-
-
-def test_a_slice_that_cannot_be_set_up_is_given_up_in_the_end(shell, tmp_path):
-  code, did, _ = tpu_slice(shell, tmp_path, ['ACTIVE'] * 9, ['setup', 75, *['setup'] * 6])
-  assert code == 1 and did == ['cp', *['ssh'] * 7]   # five in a row, after the one that trained
-
-
-def test_a_slice_that_cannot_be_created_is_given_up_in_the_end(shell, tmp_path):
-  (tmp_path / 'no_quota').touch()
-  code, did, _ = tpu_slice(shell, tmp_path, ['NONE'] * 9, [])
-  assert code == 1 and did == ['cp', *['create'] * 5]
+@pytest.mark.parametrize('states, codes, code, did', [
+    (['ACTIVE'], [1], 1, ['ssh']),   # an error of the run: the slice stays
+    (['BROKEN', 'ACTIVE', 'BROKEN', 'ACTIVE'], [75, 0], 0, ['ssh', 'ssh', 'delete']),
+    # Five in a row that cannot be set up, after the one that trained; five without quota.
+    (['ACTIVE'] * 9, ['setup', 75, *['setup'] * 6], 1, ['ssh'] * 7),
+    (['NONE'] * 9, [], 1, ['create'] * 5)])
+def test_what_is_asked_again_and_what_is_given_up(shell, tmp_path, states, codes, code, did):
+  if 'ACTIVE' not in states:
+    (tmp_path / 'no_quota').touch()
+  assert tpu_slice(shell, tmp_path, states, codes)[:2] == (code, ['cp', *did])
 
 
 def test_a_slice_needs_a_bucket(shell):

@@ -25,11 +25,8 @@ def tiny_suites(monkeypatch):
   tiny.use(monkeypatch.setattr)
 
 
-def test_several_suites_are_taken_in_the_order_given_and_once():
+def test_suites_are_taken_in_the_order_given_once_and_all_without_those_that_lack_the_scale(capsys):
   assert main.parse(['--suite=chain,alone,chain']).suites == ['chain', 'alone']
-
-
-def test_all_suites_are_taken_in_their_order_those_without_the_scale_left_out(capsys):
   assert main.parse(['--suite=all']).suites == ['chains', 'chain', 'alone']
   assert capsys.readouterr().err == ''
   assert main.parse(['--suite=all', '--scale=smoke']).suites == ['chain', 'alone']
@@ -92,11 +89,6 @@ def test_list_names_each_suite_with_its_scales(capsys):
       'alone (mini, smoke)  Tiny.', 'chain (mini, smoke)  Tiny.', 'chains (mini)  Tiny.']
 
 
-def test_a_shard_and_jobs_are_taken():
-  args = main.parse(['--suite=chain', '--shard=2/3', '--jobs=4'])
-  assert args.shard == Shard(2, 3) and args.jobs == 4
-
-
 @pytest.mark.parametrize('flags, folder', [
     (['--suite=chain'], 'runs/chain'), (['--suite=chain', '--scale=smoke'], 'runs/chain-smoke'),
     (['--suite=chain', '--results=x'], 'x'), (['--suite=chain', '--runs=r'], 'r/chain'),
@@ -140,14 +132,6 @@ def test_a_dry_run_adds_up_by_hand(tmp_path, monkeypatch, nothing_committed):
   assert rows['all, shared jobs once'] == ['3', '1', '113', '2.60e+04', '5.01e+03',
                                            '1.00 + 1 jobs unknown']
   assert rows['shard 2/2'] == ['1', '0', '1', '7.00e+00', '7.00e+00', 'unknown']
-
-
-@pytest.mark.parametrize('name', ['run.json', 'status.json'])
-def test_a_dry_run_names_a_damaged_file(tmp_path, name):
-  finished(tmp_path, 'known', seconds=36.0, steps=2, flops=50)
-  (next(tmp_path.iterdir()) / name).write_text('{"phas')
-  with pytest.raises(ConfigError, match=f'known-.*a run whose {name} can be read'):
-    dry_run.measured_seconds(tmp_path)
 
 
 def test_a_dry_run_of_a_fresh_clone_uses_the_committed_times(tmp_path, monkeypatch):

@@ -166,15 +166,6 @@ def test_what_is_written_is_read_back_and_written_the_same(tmp_path):
   assert (tmp_path / results.FILE).read_bytes() == before
 
 
-def test_the_title_is_the_first_line_of_the_suites_file(tmp_path):
-  parent = dense()
-  trained(tmp_path, parent, 0, 20, 30)
-  arms = (Arm('d', 'parent', parent, parent),)
-  known = results.collect(Suite('quickstart', 'mini', arms), tmp_path)
-  assert known.suite['title'].startswith('Quickstart: does upcycling')
-  assert results.collect(Suite('nowhere', 'mini', arms), tmp_path).suite['title'] == 'nowhere'
-
-
 def test_no_results_and_half_of_them_are_refused(tmp_path):
   with pytest.raises(ConfigError, match='no results in'):
     results.read(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import threading
@@ -34,52 +35,34 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, monkeypatch):
   def start():
     return fork_server.Popen([sys.executable, '-m', 'tests.experiments.tiny', *flags], text=True,
                              env=tiny.environment(), stdout=-1, stderr=-1)
-  flags = ['--suite=chain,alone', f'--runs={tmp_path}', '--jobs=1']
-  parent, child = tiny.chain().runs()
-  path = tmp_path / parent.name
+  flags = ['--suite=alone', f'--runs={tmp_path}', '--jobs=1']
+  run, = tiny.alone().runs()
+  path = tmp_path / run.name
   first = start()
-  wait_for(lambda: parent.done(tmp_path) >= 20, first)
+  wait_for(lambda: run.done(tmp_path) >= 10, first)
   first.send_signal(signal.SIGINT)
   _, err = first.communicate()
   assert first.returncode == 130 and 'stopped; what was running is saved' in err, err
-  assert f'python -m experiments.main --suite=chain,alone --scale=mini --runs={tmp_path}' in err
+  assert f'python -m experiments.main --suite=alone --scale=mini --runs={tmp_path}' in err
   status = json.loads((path / 'status.json').read_text())
-  assert status['phase'] == 'stopped' and 20 <= status['step'] < tiny.STEPS
-  assert not (tmp_path / 'chain').exists()
+  assert status['phase'] == 'stopped' and 10 <= status['step'] < tiny.STEPS
+  assert not (tmp_path / 'alone').exists()
 
   out, err = (second := start()).communicate()
-  assert second.returncode == 0, err
-  assert f'resumed at step {status["step"]} of {tiny.STEPS}' in (path / scheduler.LOG).read_text()
-  assert parent.finished(tmp_path) and child.finished(tmp_path)
-  assert '| child ' in (tmp_path / 'chain' / 'chain.md').read_text()
-  assert (tmp_path / 'chain' / 'chain.png').read_bytes().startswith(b'\x89PNG')
-  assert (tmp_path / 'alone' / 'alone.md').exists()
-  assert [line.split(':')[0] for line in out.splitlines()] == ['alone', 'chain']
-  # A suite's results are written as soon as its last run is finished.
-  assert err.index('alone: results written') < err.index('child of parent 0: finished')
-  for record in results.read(tmp_path / 'chain').records:
-    workdir, = tmp_path.glob(f'*-{record["key"]}-*')
-    *_, last = metrics.read_lines(workdir / 'metrics.jsonl')
-    assert record['final']['test']['loss'] == last['test/loss']
-    assert (workdir / scheduler.LOG).read_text().count('finished at step') == 1
+  assert second.returncode == 0 and run.finished(tmp_path), err
+  log = (path / scheduler.LOG).read_text()
+  assert f'resumed at step {status["step"]} of {tiny.STEPS}' in log
+  assert log.count('finished at step') == 1
+  assert '| parent *' in out and 'alone: 1 jobs; no claims. Written to' in out
+  assert '| parent *' in (tmp_path / 'alone' / 'alone.md').read_text()
+  record, = results.read(tmp_path / 'alone').records
+  *_, last = metrics.read_lines(path / 'metrics.jsonl')
+  assert record['final']['test']['loss'] == last['test/loss']
 
   before = contents(tmp_path)   # once more: no worker is started, and the report is the same
   tiny.use(monkeypatch.setattr)
   assert main.main(flags) == 0
   assert contents(tmp_path) == before
-
-
-def test_a_failed_run_stops_the_suite_with_its_last_lines_and_its_command(tmp_path, monkeypatch):
-  monkeypatch.delenv('XLA_FLAGS', raising=False)   # one device, as a user has
-  bad = tiny.parent(**{'model.num_classes': 10})
-  with pytest.raises(JobFailed) as caught:
-    Scheduler({'s': [bad]}, tmp_path, 1).do_all()
-  message = str(caught.value)
-  assert 'parent 0: failed with exit code 1' in message
-  assert '  | moejax: config.model.num_classes: got 10, allowed: at least ' in message
-  assert '  python -m moejax.main --config=configs/pretrain/vit_glyphs.py:runlocal ' in message
-  assert f'--workdir={tmp_path / bad.name}' in message
-  assert not bad.finished(tmp_path)
 
 
 @pytest.fixture
@@ -90,19 +73,14 @@ def quick(monkeypatch):
 
 
 def test_jobs_run_suite_by_suite_the_costliest_first_and_shared_ones_once(tmp_path, quick):
-  parent = Fake('p', cost=2)
+  parent = Fake('p', Fake('unnamed', cost=5), cost=2)
   cheap, costly = Fake('cheap', cost=1), Fake('costly', parent, cost=9)
-  later, shared = Fake('later', cost=99), Fake('p', cost=2)
+  later, shared = Fake('later', cost=99), Fake('p', Fake('unnamed', cost=5), cost=2)
   reported = {}
   Scheduler({'a': [parent, cheap, costly], 'b': [later, shared], 'c': [cheap]}, tmp_path, 1,
             report=lambda name: reported.update({name: order(tmp_path)})).do_all()
-  assert order(tmp_path) == ['p', 'costly', 'cheap', 'later']
-  assert reported == {'a': order(tmp_path)[:3], 'c': order(tmp_path)[:3], 'b': order(tmp_path)}
-
-
-def test_a_parent_that_a_suite_does_not_name_is_done_too(tmp_path, quick):
-  Scheduler({'s': [Fake('c', Fake('p', Fake('pp')))]}, tmp_path, 2).do_all()
-  assert order(tmp_path) == ['pp', 'p', 'c']
+  assert order(tmp_path) == ['unnamed', 'p', 'costly', 'cheap', 'later']
+  assert reported == {'a': order(tmp_path)[:4], 'c': order(tmp_path)[:4], 'b': order(tmp_path)}
 
 
 def test_a_free_worker_starts_on_the_next_suite(tmp_path, quick):
@@ -135,6 +113,7 @@ def test_a_failed_job_stops_the_others_without_keep_going(tmp_path, quick):
   with pytest.raises(JobFailed, match='bad: failed with exit code 1') as error:
     Scheduler(suites, tmp_path, 1).do_all()
   assert '| no luck in bad' in str(error.value) and order(tmp_path) == ['bad']
+  assert f'  python {shlex.join(bad.command(tmp_path))}' in str(error.value)
 
   reported = []
   with pytest.raises(JobFailed) as error:

@@ -86,6 +86,7 @@ def test_a_cell_measures_what_the_run_that_trains_from_it_starts_with(measured, 
   assert {f'validation/{k}': v for k, v in row['final']['validation'].items()}.items() <= (
       first.items())
   assert row['start_step'] == row['end_step'] == first['step']
+  assert row['seconds'] == 0 and [line['step'] for line in row['history']] == [first['step']]
   facts = Workdir(tmp_path).read('run.json')
   for here, there in untrained.FACTS.items():
     assert row[there] == facts[here]
@@ -109,13 +110,6 @@ def test_each_split_has_its_own_gap_and_each_checkpoint_and_data_its_own_parent(
       'expert choice', 'random experts, from the end', 'other data'))
   assert len({trunk, end, other}) == 3
   assert lines['all tokens chosen']['parent']['validation']['loss'] == trunk
-
-
-def test_a_row_is_one_evaluation_of_no_steps(measured):
-  row = collected(measured, 'expert choice')
-  assert row['seconds'] == 0 and len(row['history']) == 1
-  assert row['history'][0] == {'step': 2, 'loss': row['final']['validation']['loss'],
-                               'accuracy': row['final']['validation']['accuracy']}
 
 
 def test_what_is_measured_is_found_and_what_a_kill_cut_off_is_measured_again(

@@ -17,7 +17,7 @@ from experiments.suite import Arm, Run, Suite
 from moejax.config import check_choice
 from tests import xla
 
-STEPS = 400
+STEPS = 200
 
 
 def parent(seed: int = 0, **changes) -> Run:

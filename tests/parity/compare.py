@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import models, trees
+from moejax import losses, models, trees
 from moejax.models import t5
 from moejax.models.vit import ViTConfig
 from tests.parity import names
@@ -52,12 +52,16 @@ def errors(name: str, case: dict, config=None, gradients: bool = True) -> dict[s
   with jax.enable_x64(True):
     model = models.build(config or own)
     weights = {k: v.astype(np.float64) for k, v in group(case, 'weight').items()}
-    params = jax.tree.map(jnp.asarray, names.to_tree(table, weights))
+    params = jax.tree.map(jnp.asarray, trees.unflatten(names.to_moejax(table, weights)))
     if differences := trees.diff(params, model.shapes):
       raise ValueError('\n'.join(differences))
     batch = {k: jnp.asarray(v) for k, v in group(case, 'input').items()}
     actual, expected = {}, {'logits': case['logits']}
-    loss = _loss(model)
+
+    def loss(params, batch):
+      logits, _ = model.apply(params, batch)
+      sums = losses.loss_sums(logits, batch)
+      return sums['loss'] / sums['weight'], logits
     if gradients:
       grads, actual['logits'] = jax.jit(jax.grad(loss, has_aux=True))(params, batch)
       actual |= trees.flatten(grads)
@@ -69,13 +73,3 @@ def errors(name: str, case: dict, config=None, gradients: bool = True) -> dict[s
     least = 1e-6 * max(np.abs(v).max() for v in expected.values())
     return {k: float(np.abs(actual[k] - v).max() / max(np.abs(v).max(), least))
             for k, v in expected.items()}
-
-
-def _loss(model):
-  """(params, batch) -> (weighted mean cross-entropy, logits)."""
-  def loss(params, batch):
-    logits, _ = model.apply(params, batch)
-    target = batch['target'] if 'target' in batch else batch['label']
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]
-    return -(log_probs * batch['weight']).sum() / batch['weight'].sum(), logits
-  return loss

@@ -5,7 +5,6 @@ import pytest
 
 from moejax.config import ConfigError
 from moejax.surgery import upcycle
-from moejax.trees import rules
 from tests.surgery.states import ADAFACTOR, ADAMW, T5, VIT, make_params, make_state, surgery
 
 STACKS = ('encoder', 'decoder')
@@ -48,21 +47,10 @@ def test_more_than_nine_blocks_and_stacks_of_different_depth():
   assert sum(path.endswith('wo/mu') for path in made) == 4 + 2
 
 
-def test_each_leaf_is_read_once():
-  source = make_state(make_params(VIT, {}, depth=2), ADAMW)
-  target = make_state(make_params(VIT, {}, depth=6), ADAMW, steps=0)
-  reads = []
-  table = upcycle.depth_tile_rules(source, target, 'carry', 'stack')
-  rules.apply(rules.plan(table, source, target),
-              lambda p: reads.append(p) or np.asarray(source[p]), None)
-  assert sorted(reads) == sorted(source)
-
-
-@pytest.mark.parametrize('tiling', ['stack', 'layer'])
-def test_reset(tiling):
+def test_reset():
   source = make_state(make_params(VIT, {}, depth=2), ADAFACTOR)
   target = make_state(make_params(VIT, {}, depth=4), ADAMW, steps=0)
-  made, entries = tile(source, target, tiling, 'reset')
+  made, entries = tile(source, target, optimizer='reset')
   assert not any(np.any(leaf) for path, leaf in made.items() if path.startswith('opt_state/'))
   np.testing.assert_array_equal(made['params/encoder/layers/03/mlp/wi'],
                                 source['params/encoder/layers/01/mlp/wi'])
@@ -78,5 +66,3 @@ def test_refusals():
       (state(2), state(4, (3,)), r'does not exist(.|\n)*layers/03/mlp(.|\n)*nothing makes')):
     with pytest.raises(ConfigError, match=message):
       tile(old, new)
-  with pytest.raises(ConfigError, match="config.init.tiling: got 'blocks', allowed: stack, layer"):
-    tile(state(2), state(4), 'blocks')

@@ -12,20 +12,16 @@ def test_flatten_sorts_by_path_and_unflatten_undoes_it():
   flat = trees.flatten(TREE)
   assert list(flat) == ['a/x/scale', 'b/bias', 'b/kernel']
   assert flat['b/kernel'] is TREE['b']['kernel']
-  back = trees.unflatten(flat)
-  assert back == {'a': {'x': {'scale': flat['a/x/scale']}},
-                  'b': {'bias': flat['b/bias'], 'kernel': flat['b/kernel']}}
+  assert trees.unflatten(flat) == TREE
+  # A leaf may be a dict, as telemetry is.
+  assert trees.unflatten({'a/01': {'load': 1}, 'a/03': {'load': 2}}) == {
+      'a': {'01': {'load': 1}, '03': {'load': 2}}}
 
 
 @pytest.mark.parametrize('key', [0, 'a/b'])
 def test_flatten_refuses_keys_that_break_paths(key):
   with pytest.raises(ValueError, match=f"tree key {key!r} under 'layers'"):
     trees.flatten({'layers': {key: np.zeros(1)}})
-
-
-def test_unflatten_hangs_a_dict_where_a_path_says():
-  assert trees.unflatten({'encoder/layers/01': {'load': 1}, 'encoder/layers/03': {'load': 2}}) == {
-      'encoder': {'layers': {'01': {'load': 1}, '03': {'load': 2}}}}
 
 
 def test_map_with_path_takes_subtrees_of_the_rest():
@@ -36,15 +32,6 @@ def test_map_with_path_takes_subtrees_of_the_rest():
                              TREE, ndim, moments)
   assert seen == {'b': {'kernel': ('b/kernel', True, 5), 'bias': ('b/bias', True, 7)},
                   'a': {'x': {'scale': ('a/x/scale', True, 9)}}}
-
-
-def test_mask_searches_any_of_the_patterns():
-  assert trees.mask(TREE, '/k') == {
-      'b': {'kernel': True, 'bias': False}, 'a': {'x': {'scale': False}}}
-  assert trees.mask(TREE, ['^a/', 'bias$']) == {
-      'b': {'kernel': False, 'bias': True}, 'a': {'x': {'scale': True}}}
-  assert trees.mask(TREE, '^x') == {
-      'b': {'kernel': False, 'bias': False}, 'a': {'x': {'scale': False}}}
 
 
 def test_diff_names_every_leaf_not_shared():

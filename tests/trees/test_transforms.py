@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from moejax.trees.transforms import Mean, Noise, Reinit, Repeat, Shard, Slice, Subset
+from moejax.trees import transforms
+from moejax.trees.transforms import Mean, Noise, Reinit, Repeat, Shard, Slice, Subset, Transpose
 
 D, F, E = 4, 6, 5
 W = np.random.default_rng(0).normal(size=(D, F)).astype(np.float32)
@@ -15,11 +16,16 @@ def like(*shape, dtype=np.float32):
 
 
 def whole(how, arrays, target):
-  assert how.fits([a.shape for a in arrays[:1]], target.shape)
+  sources = arrays[:len(arrays) - how.with_fresh] or arrays
+  assert how.fits([a.shape for a in sources], target.shape)
   return np.asarray(how.make(arrays, (slice(None),) * target.ndim, target), target.dtype)
 
 
 CASES = {
+    'copy': (transforms.Copy(), [W], like(D, F)),
+    'transpose': (Transpose(), [W], like(F, D)),
+    'stack': (transforms.Stack(), [W, W + 1], like(2, D, F)),
+    'tile': (transforms.Tile(), [W], like(E, D, F)),
     'subset': (Subset(2), [W, FRESH], like(E, D, F)),
     'noise': (Noise(0.5, (1, 2)), [W], like(E, D, F)),
     'reinit columns': (Reinit(0.5, -1, (1,), (2,)), [W], like(E, D, F)),
@@ -39,15 +45,12 @@ def test_any_slice_is_that_slice_of_the_whole(case):
   how, arrays, target = CASES[case]
   full = whole(how, arrays, target)
   halves = [(slice(0, n // 2), slice(n // 2, n)) for n in target.shape]
-  for pick in (1, 0):
-    for axis in range(target.ndim):
-      index = tuple(half[pick] if a == axis else slice(None) for a, half in enumerate(halves))
-      part = how.make(arrays, index, target)
-      np.testing.assert_array_equal(np.asarray(part, np.float32), full[index])
-  index = tuple(half[1] for half in halves)
-  part = how.make(arrays, index, target)
-  np.testing.assert_array_equal(np.asarray(part, np.float32), full[index])
-  assert np.size(part) < full.size
+  requested = [tuple(half[pick] if a == axis else slice(None) for a, half in enumerate(halves))
+               for pick in (1, 0) for axis in range(target.ndim)]
+  for index in (*requested, tuple(half[1] for half in halves)):
+    part = how.make(arrays, index, target)
+    np.testing.assert_array_equal(np.asarray(part, np.float32), full[index])
+    assert np.size(part) < full.size
 
 
 def test_one_expert_at_a_time():
@@ -132,7 +135,14 @@ def test_repeat_keeps_the_shards_of_an_mlp_together():
                                 [[0, 0, 0, 1, 1, 1], [6, 6, 6, 7, 7, 7]])
 
 
+def test_transpose_reverses_the_axes_by_default():
+  np.testing.assert_array_equal(whole(Transpose(), [W], like(F, D)), W.T)
+  np.testing.assert_array_equal(whole(Transpose((0, 1)), [W], like(D, F)), W)
+
+
 @pytest.mark.parametrize('how, source, target', [
+    (transforms.Tile(), (D, F), (E, F, D)), (transforms.Tile(), (), ()),
+    (Transpose((0, 1)), (D, F), (F, D)), (Transpose((1, 1)), (D, F), (F, F)),
     (Subset(3), (D,), (2, D)), (Noise(1.0, ()), (D, F), (E, F, D)), (Mean(), (E, D), (E,)),
     (Mean(), (), ()), (Shard(4, 1), (D, F), (8, D, 1)), (Shard(2, 1), (D, F), (8, D, F)),
     (Shard(2, None), (D,), (8, D // 2)), (Slice(0), (F, D), (F + 1, D)), (Slice(0), (F, D), (2, 2)),

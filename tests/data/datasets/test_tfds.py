@@ -77,6 +77,8 @@ def test_prepared_images(tfds_dir):
   dataset = data.build(image_config(tfds_dir, augment='flip_crop'), seed=0)
   # No validation split of its own: the last 5 % of train, and the test split for reporting.
   assert dataset.examples == {'train': 38, 'validation': 2, 'test': 7}
+  named = image_config(tfds_dir, 'train[:50%]', 'train[50%:75%]', 'train[75%:]')
+  assert data.build(named, seed=0).examples == {'train': 20, 'validation': 10, 'test': 10}
   assert (dataset.num_classes, dataset.image_shape) == (3, (12, 12, 3))
   seen = set()
   for step, batch in enumerate(dataset.train_batches(0, 10)):
@@ -133,24 +135,6 @@ def test_a_long_target_is_an_error_when_it_is_read(tfds_dir):
     data.build(pairs_config(tfds_dir, 6, input='word', target='reversed'), seed=0)
 
 
-@pytest.mark.parametrize('kwargs, words', [
-    ({'input': 'word', 'target': 'reverse'},
-     ('data.tfds.target', "'reverse'", "Did you mean 'reversed'?")),
-    ({'input': 'label', 'target': 'word'}, ('data.tfds.input', "'label'", 'word')),
-    ({'input': 'tags', 'target': 'word'}, ('data.tfds.input', "'tags'")),
-    ({}, ('tiny_pairs', 'data.tfds.input', 'label, reversed, tags, word')),
-])
-def test_features_that_are_no_texts(tfds_dir, kwargs, words):
-  with pytest.raises(ConfigError) as error:
-    data.build(pairs_config(tfds_dir, **kwargs), seed=0)
-  assert all(word in str(error.value) for word in words), error.value
-
-
-def test_named_splits(tfds_dir):
-  config = image_config(tfds_dir, 'train[:50%]', 'train[50%:75%]', 'train[75%:]')
-  assert data.build(config, seed=0).examples == {'train': 20, 'validation': 10, 'test': 10}
-
-
 def test_fingerprint_follows_the_files(tfds_dir):
   config = image_config(tfds_dir)
   first = data.build(config, seed=0).fingerprint
@@ -185,6 +169,11 @@ def test_errors(tfds_dir, tmp_path):
       (named('cifar10', tmp_path / 'none'), 'data.data_dir.*existing folder.*tfds build cifar10'),
       (image_config(tfds_dir, classes=2), 'data.image.classes.*0 for a TFDS source'),
       (image_config(tfds_dir, skip_classes=2), 'data.image.skip_classes.*0 for a TFDS source'),
+      (pairs_config(tfds_dir, input='word', target='reverse'),
+       "data.tfds.target: got 'reverse'.*Did you mean 'reversed'"),
+      (pairs_config(tfds_dir, input='label', target='word'), "data.tfds.input: got 'label'.*word"),
+      (pairs_config(tfds_dir, input='tags', target='word'), "data.tfds.input: got 'tags'"),
+      (pairs_config(tfds_dir), 'tiny_pairs has features label, reversed, tags, word.*tfds.input'),
       (image_config(tfds_dir, 'train', 'dev', 'test'),
        "data.tfds: split 'dev' of tiny_images.*Splits: (train, test|test, train)")):
     with pytest.raises(ConfigError, match=message):
@@ -208,11 +197,3 @@ def test_mock_images(name, augment, shape):
   assert dataset.image_shape == shape and batch['image'].shape == (8, *shape)
   assert 0 <= batch['label'].min() <= batch['label'].max() < dataset.num_classes
   assert batch['image'].std() > 0.01 and sum(b['weight'].sum() for b in whole) == 20
-
-
-def test_mock_text():
-  config = data.DataConfig(source='tfds:imdb_reviews', batch_size=8, eval_batch_size=8,
-                           tfds=data.TfdsConfig('train', 'validation', 'test'))
-  with tfds.testing.mock_data(num_examples=20):
-    batch = data.build(config, seed=0).train_batch(0)
-  assert batch['weight'].sum(1).min() >= 2 and batch['encoder_input'].max() == 383

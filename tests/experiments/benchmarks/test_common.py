@@ -1,7 +1,6 @@
 """What benchmarks share: turns on a made-up clock, bounds of made-up ratios, lines and pages."""
 
 import importlib
-import json
 
 import numpy as np
 import pytest
@@ -12,28 +11,18 @@ from moejax.config import ConfigError
 from moejax.train import metrics
 
 
-@pytest.fixture
-def clock(monkeypatch):
-  """A clock that only works move; `calls` are their names in order."""
-  class Clock:
-    def __init__(self):
-      self.now, self.calls = 0.0, []
-
-    def work(self, name, seconds):
-      def work():
-        self.calls.append(name)
-        self.now += seconds(len(self.calls))
-      return work
-  clock = Clock()
-  monkeypatch.setattr(common.time, 'perf_counter', lambda: clock.now)
-  monkeypatch.setattr(common.time, 'sleep', lambda seconds: None)
-  return clock
+def work(clock, name, seconds):
+  """A work that takes seconds(number of works done so far, itself included)."""
+  def work():
+    clock.calls.append(name)
+    clock.now += seconds(len(clock.calls))
+  return work
 
 
 def test_ratios_are_of_one_round_whatever_the_machine_does(clock):
   # Three works warm up, then every three works are a round, each slower than the one before.
   slower = lambda base: lambda calls: base * (1 + (calls - 4) // 3)
-  works = {name: clock.work(name, slower(base))
+  works = {name: work(clock, name, slower(base))
            for name, base in (('floor', 0.1), ('double', 0.2), ('half', 0.05))}
   ticks = []
   took = common.in_turns(works, 3, ticks.append)
@@ -46,7 +35,7 @@ def test_ratios_are_of_one_round_whatever_the_machine_does(clock):
 
 
 def test_a_work_of_fewer_rounds_takes_part_in_the_first_ones(clock):
-  works = {name: clock.work(name, lambda calls: 1.0) for name in 'abc'}
+  works = {name: work(clock, name, lambda calls: 1.0) for name in 'abc'}
   took = common.in_turns(works, {'a': 4, 'b': 2, 'c': 4})
   assert {name: len(times) for name, times in took.items()} == {'a': 4, 'b': 2, 'c': 4}
   assert clock.calls[3:9] == ['a', 'b', 'c', 'b', 'c', 'a']
@@ -128,6 +117,20 @@ def test_the_list_names_every_benchmark_and_what_it_asks(capsys):
   assert all(line.startswith('    ') and line.strip() for line in lines[1::2])
 
 
-def test_a_table_escapes_nothing_and_aligns_by_column():
-  assert common.table(['a', 'b', 'c'], [[1, 'x', json.dumps({})]], left=(1,)) == [
-      '| a | b | c |', '|---:|---|---:|', '| 1 | x | {} |']
+@pytest.mark.parametrize('name, argv, words', [
+    ('moe_layer', ['--rounds=0'], '--rounds: got 0'),
+    ('moe_layer', ['--cores=-1'], '--cores: got -1'),
+    ('moe_layer', ['--sizes=32x409'], "--sizes: got '32x409'.*Did you mean '32x4096'"),
+    ('steps_per_call', ['--models=bert'], "--models: got 'bert'.*vit_glyphs_upcycled"),
+    ('tpu', ['--only=vit_x'], "--only: got 'vit_x'.*t5_base"),
+    ('tpu', ['--table=weak', '--only=t5_xl'], "--only: got 't5_xl', allowed: 1 chip, 2 chips"),
+    ('train_step', [], '--suite: got None'),
+    ('train_step', ['--suite=quickstrt'], "--suite: got 'quickstrt'"),
+    ('train_step', ['--suite=quickstart', '--rounds=1'], '--rounds: got 1'),
+    ('train_step', ['--suite=quickstart', '--cores=-1'], '--cores: got -1')])
+def test_what_cannot_be_measured_is_refused(name, argv, words, tmp_path, monkeypatch):
+  monkeypatch.setattr(common, 'use_cores', lambda number: None)   # not for the other tests
+  module = importlib.import_module(f'experiments.benchmarks.{name}')
+  with pytest.raises(ConfigError, match=words):
+    module.main([*argv, f'--results={tmp_path / "results"}'])
+  assert not list(tmp_path.iterdir())

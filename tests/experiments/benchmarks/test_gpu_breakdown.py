@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.benchmarks import common, gpu_breakdown, gpu_step
+from experiments.benchmarks import gpu_breakdown, gpu_step
 from experiments.benchmarks.gpu_breakdown import Attention, Matmul
 from moejax import flops
 
@@ -42,17 +42,14 @@ def test_operations_are_timed_in_both_passes_as_often_as_they_occur(operation, s
       fused and isinstance(operation, Attention) and not operation.bias)
 
 
-def test_seconds_of_a_call_are_those_of_a_round_over_its_calls(monkeypatch):
+def test_seconds_of_a_call_are_those_of_a_round_over_its_calls(clock):
   """A call takes 0.25 s, the first, which compiles, 10 s more: 4 calls a round of one second."""
-  clock, calls = [0.0], []
-
   def call():
-    clock[0] += 0.25 if calls else 10.25
-    calls.append(1)
+    clock.now += 0.25 if clock.calls else 10.25
+    clock.calls.append('call')
     return 0.0
-  monkeypatch.setattr(common.time, 'perf_counter', lambda: clock[0])
   assert gpu_breakdown.per_call(call, rounds=3, least=1.0) == [0.25] * 3
-  assert len(calls) == 1 + 1 + 3 * 4
+  assert len(clock.calls) == 1 + 1 + 3 * 4
 
 
 def test_a_fused_kernel_that_is_wrong_shows(monkeypatch):

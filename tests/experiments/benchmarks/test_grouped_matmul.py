@@ -7,13 +7,6 @@ from experiments.benchmarks import grouped_matmul
 SHAPE = (64, 16, 32, 4)
 
 
-def test_ratios_to_the_floor_of_every_way_and_pass():
-  found = grouped_matmul.ratios(SHAPE, 2)
-  assert set(found) == {(way, which) for way in ('grouped', 'ragged_dot')
-                        for which in grouped_matmul.PASSES}
-  assert all(len(ratios) == 2 and min(ratios) > 0 for ratios in found.values())
-
-
 @pytest.mark.parametrize('backend, dtype', [('cpu', 'float32'), ('gpu', 'bfloat16')])
 def test_a_gpu_has_a_workload_of_its_own(monkeypatch, backend, dtype):
   monkeypatch.setattr(grouped_matmul.jax, 'default_backend', lambda: backend)
