@@ -150,9 +150,3 @@ def test_a_file_that_sets_a_wrong_type_or_key():
   values['optimizer']['lerning_rate'] = 1.0
   with pytest.raises(ConfigError, match=r"config\.optimizer\.lerning_rate.*'learning_rate'"):
     run_config.resolve(values)
-
-
-def test_an_unwritable_workdir(tmp_path):
-  (tmp_path / 'file').write_text('')
-  with pytest.raises(ConfigError, match='workdir: .*a directory that can be written'):
-    loop.run(run_config.resolve(vit_glyphs.get_config('runlocal')), str(tmp_path / 'file' / 'run'))

@@ -269,19 +269,11 @@ def _messages(connection: socket.socket):
 
   Raises TimeoutError.
   """
-  rest = b''
-  while True:
-    try:
-      received = connection.recv(65536)
-    except TimeoutError:
-      raise
-    except OSError:
-      return
-    if not received:
-      return
-    *whole, rest = (rest + received).split(b'\n')
-    for line in whole:
-      try:
+  try:
+    with connection.makefile('rb') as lines:
+      for line in lines:
         yield dict(json.loads(line))
-      except (TypeError, ValueError):
-        return
+  except TimeoutError:
+    raise
+  except (OSError, TypeError, ValueError):
+    return

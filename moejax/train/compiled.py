@@ -69,8 +69,7 @@ class Layout:
     def join(path, leaves):
       return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
     stacked = stacking.stack(jax.tree.map(lambda x: x, tree), self.param_paths, join)
-    return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
-                        stacked, self.devices.shardings(stacked))
+    return self.devices.with_shardings(stacked)
 
   def stack(self, tree: dict) -> dict:
     """Arrays of single blocks -> stacked ones.
@@ -119,7 +118,7 @@ class Teacher:
   def __init__(self, run: ValidatedRun, batch: Mapping[str, jax.ShapeDtypeStruct]):
     self._parent, self._devices, self.params = run.teacher, run.devices, None
     self._model = model = models.build(run_config.model_of(run.teacher.config, run.config))
-    self.shapes = initialize.param_shapes(model, run.devices)
+    self.shapes = run.devices.with_shardings(model.shapes)
     self.outputs = {'teacher_logits': jax.eval_shape(model.apply, model.shapes, batch)[0]}
 
     def teacher_logits(params, batch):

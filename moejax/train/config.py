@@ -5,10 +5,12 @@
 """
 
 import dataclasses
+import functools
 import json
 import re
 from typing import Any
 
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from moejax import config as config_lib
@@ -25,6 +27,8 @@ from moejax.surgery.config import InitConfig
 from moejax.train import parallel
 from moejax.train.optimizer import OptimizerConfig
 from moejax.train.schedule import ScheduleConfig
+
+flatten_dict = functools.partial(traverse_util.flatten_dict, sep='.')   # -> {'a.b.c': value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,18 +144,10 @@ def moe_changes(config: RunConfig, parent: dict) -> list[str]:
 
   parent: its config.json, parsed; it may be of a version that had fewer keys.
   """
-  theirs, ours = _flat(parent), _flat(json.loads(to_json(config)))
+  theirs, ours = flatten_dict(parent), flatten_dict(json.loads(to_json(config)))
   moe = [k for k in ours if re.match(r'model\.(\w+_)?moe\.', k) and k in theirs]
   sparse = [k for k in moe if ours[f'{k.rpartition(".")[0]}.layers'] != 'none']
   return [f'{k}: {theirs[k]!r} -> {ours[k]!r}' for k in sparse if ours[k] != theirs[k]]
-
-
-def _flat(node, prefix: str = '') -> dict:
-  """{'a.b.c': value} of nested dicts."""
-  if isinstance(node, dict):
-    return {k: v for name, child in node.items()
-            for k, v in _flat(child, f'{prefix}{name}.').items()}
-  return {prefix[:-1]: node}
 
 
 def changes(config: RunConfig) -> dict[str, Any]:
@@ -159,13 +155,13 @@ def changes(config: RunConfig) -> dict[str, Any]:
 
   This identifies a run: a setting that a later version adds changes nothing in it.
   """
-  default = _flat(dataclasses.asdict(RunConfig(model=type(config.model)())))
-  return {key: value for key, value in _flat(dataclasses.asdict(config)).items()
+  default = flatten_dict(dataclasses.asdict(RunConfig(model=type(config.model)())))
+  return {key: value for key, value in flatten_dict(dataclasses.asdict(config)).items()
           if key == 'model.family' or value != default[key]}
 
 
 def differing_keys(a: dict, b: dict) -> list[str]:
   """Returns 'key: value in a -> value in b' for the keys in which two parsed configs differ."""
-  a, b = _flat(a), _flat(b)
+  a, b = flatten_dict(a), flatten_dict(b)
   return [f'{k}: {a.get(k, "(absent)")!r} -> {b.get(k, "(absent)")!r}'
           for k in sorted(a | b) if a.get(k) != b.get(k)]

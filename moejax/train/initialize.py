@@ -100,21 +100,11 @@ def check_model(config: RunConfig, parent: Parent) -> None:
 def state_shapes(config: RunConfig, model, devices: MeshParallel) -> TrainState:
   """Returns shapes and shardings of the state in single blocks, with an empty window."""
   tree = jax.eval_shape(functools.partial(_fresh, model, config.optimizer), jax.random.key(0))
-  tree = _placed(tree, devices)
+  tree = devices.with_shardings(tree)
   key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
   small = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=devices.replicated())
   return TrainState(small(jax.ShapeDtypeStruct((), jnp.int32)), tree['params'], tree['opt_state'],
                     small(key), {})
-
-
-def param_shapes(model, devices: MeshParallel) -> dict:
-  """Returns shapes and shardings of the parameters in single blocks."""
-  return _placed(model.shapes, devices)
-
-
-def _placed(tree: dict, devices: MeshParallel) -> dict:
-  return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
-                      tree, devices.shardings(tree))
 
 
 def plan_surgery(config: RunConfig, state: TrainState, parent: Parent) -> rules.Plan:
@@ -166,7 +156,7 @@ def first_params(config: RunConfig, model, devices: MeshParallel, parent: Parent
   No optimizer state is read or made. Raises ConfigError as `first_state` does.
   """
   param_key, _ = jax.random.split(jax.random.key(config.seed))
-  surgery = _plan(config, {'params': param_shapes(model, devices)}, parent)
+  surgery = _plan(config, {'params': devices.with_shardings(model.shapes)}, parent)
   return _operate(surgery, parent, lambda paths: _some_params(
       model, param_key, paths, devices))[0]['params']
 
@@ -176,7 +166,7 @@ def parent_params(parent: Parent, model, devices: MeshParallel) -> dict:
 
   model: of the parent's config. Raises ConfigError if its leaves are not the checkpoint's.
   """
-  shapes = trees.flatten({'params': param_shapes(model, devices)})
+  shapes = trees.flatten({'params': devices.with_shardings(model.shapes)})
   source = {p: s for p, s in parent.reader.shapes.items() if p.startswith('params/')}
   surgery = rules.plan([rules.copy('.+')], source, shapes)
   return _operate(surgery, parent, lambda paths: {})[0]['params']

@@ -31,10 +31,7 @@ CONTAINER = (('memory.max', 'memory.current', 'memory.stat', 'inactive_file'),
 
 
 def free() -> int | None:
-  """Returns bytes that processes may still take, of the machine or of this container.
-
-  The smaller of the two; None where neither is known.
-  """
+  """Returns bytes that the machine or this container still has, the fewer; None if not known."""
   if not MEMINFO.exists():   # not Linux
     return None
   sizes = [2**10 * int(re.search(r'MemAvailable: *(\d+) kB', MEMINFO.read_text())[1])]
@@ -56,8 +53,7 @@ def host() -> str:
 def keep_freed() -> bool:
   """Makes malloc keep all that is freed for the next step, in one heap; returns whether it does.
 
-  Call it before JAX is used: a thread that exists keeps its own heap. Without effect where there is
-  an accelerator, whose steps take nothing from the host's malloc, and without glibc.
+  Call it before JAX is used: a thread that exists keeps its own heap.
   """
   return _set_malloc({MMAP_MAX: 0, TRIM_THRESHOLD: NEVER, ARENA_MAX: 1})
 
@@ -70,12 +66,8 @@ def free_large(needed: int, available: int | None) -> bool:
   to hold three times what it needs. So all is kept only where ROOM times that is there. Zeroed
   pages are expensive: steps with a gigabyte of temporaries took 1.4 to 1.9 times as long with them.
 
-  Args:
-    needed: bytes of the run at its worst moment.
-    available: bytes that it may take; None: not known.
-
-  Returns:
-    Whether malloc does so now.
+  needed: bytes of the run at its worst moment; available: bytes that it may take, None if not
+    known. Returns whether malloc does so now.
   """
   if available is None or ROOM * needed <= available:
     return False
@@ -83,7 +75,10 @@ def free_large(needed: int, available: int | None) -> bool:
 
 
 def _set_malloc(options: dict[int, int]) -> bool:
-  """Sets options of glibc's malloc; whether there is one, it matters here, and it took them."""
+  """Sets options of glibc's malloc; returns whether it took them.
+
+  Without effect where there is an accelerator, whose steps take nothing from the host's malloc.
+  """
   on_cpu = os.environ.get('JAX_PLATFORMS') == 'cpu' or not any(map(glob.glob, ACCELERATORS))
   if not sys.platform.startswith('linux') or not on_cpu:
     return False

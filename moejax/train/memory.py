@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from moejax.config import ConfigError
 from moejax.train import config as run_config
 from moejax.train import malloc, parallel, validate
 from moejax.train.compiled import Program, Programs
-from moejax.train.parameter_groups import untouched
+from moejax.train.optimizer import untouched
 from moejax.trees import stacking
 
 WANTED = 3   # remedies in a refusal
@@ -122,7 +122,7 @@ def check(programs: Programs, available: int | None, where: str = 'memory') -> F
   refused = f'{where}: does not fit on a device: {forecast}.'
   if jax.process_index() == 0:
     print(f'moejax: {refused} Compiling what would fit (Ctrl-C: stop here)', file=sys.stderr)
-  remedies = cheapest(programs, forecast, lambda changed: measure(changed, available))
+  remedies = cheapest(programs, forecast)
   raise ConfigError(f'{refused} {_advice(forecast, remedies)}')
 
 
@@ -231,9 +231,9 @@ def free(devices: parallel.MeshParallel) -> int | None:
   return None if host is None else host // sharing
 
 
-def size(number: int, like: int | None = None) -> str:
-  """'7.9 GiB', in the unit of another number if one is given."""
-  name, unit = _unit(number if like is None else like)
+def size(number: int) -> str:
+  """'7.9 GiB'."""
+  name, unit = _unit(number)
   return f'{number / unit:.1f} {name}'
 
 
@@ -242,12 +242,7 @@ def _unit(number: int) -> tuple[str, int]:
 
 
 class Remedy(NamedTuple):
-  """Settings with which a run takes less memory.
-
-  Attributes:
-    changes: {dotted config key: value}.
-    cost: what is worse then.
-  """
+  """Settings with which a run takes less memory: {dotted config key: value}; what is worse then."""
   changes: Mapping[str, Any]
   cost: str
 
@@ -256,21 +251,17 @@ class Remedy(NamedTuple):
     return ' '.join(f'--config.{key}={value}' for key, value in self.changes.items())
 
 
-def cheapest(programs: Programs, forecast: Forecast, measure: Callable[[Programs], Forecast]
-             ) -> list[tuple[Remedy, Forecast]]:
+def cheapest(programs: Programs, forecast: Forecast) -> list[tuple[Remedy, Forecast]]:
   """Returns at most WANTED remedies and what the run then takes, each less than before.
 
   Those that suffice alone come first, in the order of `candidates`; then others, by what they save.
 
-  Args:
-    programs: what does not fit.
-    forecast: of these.
-    measure: returns the forecast of changed programs.
+  programs: what does not fit; forecast: of these.
   """
   lower = []
   for remedy in candidates(programs, forecast):
     try:
-      after = measure(changed(programs, remedy.changes))
+      after = measure(changed(programs, remedy.changes), forecast.available)
     except ConfigError:   # not with this model, batch or number of devices
       continue
     if after.needed < forecast.needed and after.compiled >= forecast.compiled:

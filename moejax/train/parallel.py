@@ -81,6 +81,12 @@ class MeshParallel:
     """Shardings of a tree of parameters or optimizer state (or of their shapes)."""
     return sharding.shardings(tree, self.mesh)
 
+  def with_shardings(self, tree):
+    """Shapes of such a tree -> the same shapes with shardings."""
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype,
+                                                                 sharding=sharding),
+                        tree, self.shardings(tree))
+
   def replicated(self) -> NamedSharding:
     """The sharding of an array that every device holds whole."""
     return NamedSharding(self.mesh, P())

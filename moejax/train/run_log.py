@@ -5,6 +5,7 @@ import contextlib
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -71,7 +72,10 @@ class Log:
   def train(self, step: int, window: dict) -> dict[str, float]:
     """Reports a window of train metrics, given as sums; returns them as means."""
     values = metrics.summarize(jax.device_get(window))
-    self._time(step)
+    now = time.perf_counter()
+    if self._timed > 0 and self.timing:   # seconds of the steps since the last, without evaluations
+      self.timing.write(step, steps=self._timed, seconds=round(now - self._clock, 6))
+    self._clock, self._timed = now, 0
     self.report(step, 'train', values)
     return values
 
@@ -88,13 +92,6 @@ class Log:
       self.bar.set_postfix_str(main)
     else:
       print(f'step {step}: {main}', file=sys.stderr, flush=True)
-
-  def _time(self, step: int) -> None:
-    """Writes a line of timing.jsonl: seconds of the steps since the last, without evaluations."""
-    now = time.perf_counter()
-    if self._timed > 0 and self.timing:
-      self.timing.write(step, steps=self._timed, seconds=round(now - self._clock, 6))
-    self._clock, self._timed = now, 0
 
   def phase(self, name: str, step: int) -> None:
     """Writes what the run is doing into status.json and before the progress bar."""
@@ -125,18 +122,13 @@ class Log:
       self.bar.write(text, file=sys.stderr)
 
 
-class Stop:
-  """The signal that was received, if any."""
-  signal: int | None = None
-
-
 @contextlib.contextmanager
 def stop_signals():
-  """Context in which Ctrl-C and SIGTERM set the Stop that is yielded instead of raising.
+  """Context in which Ctrl-C and SIGTERM set `signal` of what is yielded instead of raising.
 
   A second Ctrl-C ends the process at once.
   """
-  stop, old = Stop(), {}
+  stop, old = types.SimpleNamespace(signal=None), {}
 
   def receive(number, _frame):
     stop.signal = number

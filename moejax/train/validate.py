@@ -14,8 +14,8 @@ from moejax.config import ConfigError, check, check_choice, fail
 from moejax.train import config as run_config
 from moejax.train import initialize, parallel
 from moejax.train.config import RunConfig
+from moejax.train.optimizer import check_groups, check_stacked
 from moejax.train.parallel import MeshParallel
-from moejax.train.parameter_groups import check_groups, check_stacked
 from moejax.train.plan import Plan
 from moejax.train.step import TrainState
 from moejax.train.workdir import Workdir
@@ -175,14 +175,7 @@ def open_teacher(config: RunConfig) -> initialize.Parent | None:
 
 def check_fit(config: RunConfig, dataset: data.Dataset, model: models.Model,
               devices: MeshParallel) -> int:
-  """Checks that data, model, optimizer groups and devices fit together.
-
-  Returns:
-    Examples per routing group.
-
-  Raises:
-    ConfigError: names the key that does not fit.
-  """
+  """Checks that data, model, optimizer groups and devices fit together, as `check_step` does."""
   for split in config.eval_splits:
     check_choice('config.eval_splits', split, dataset.examples)
   if dataset.kind != config.model.data_kind:
@@ -204,9 +197,7 @@ def check_step(config: RunConfig, model: models.Model, devices: MeshParallel,
   """Checks a train step as far as no data is needed: optimizer groups, heads, sizes of batches.
 
   Args:
-    config: the run.
-    model: of config.model.
-    devices: where it runs.
+    config, model, devices: of the run.
     encoder_length, decoder_length: tokens of an example, of a T5.
 
   Returns:
@@ -226,16 +217,7 @@ def check_step(config: RunConfig, model: models.Model, devices: MeshParallel,
 
 
 def check_batches(config: RunConfig, examples_per_group: int, shards: int) -> None:
-  """Checks that batches are whole routing groups on every device.
-
-  Args:
-    config: the run.
-    examples_per_group: examples that are routed together.
-    shards: devices over which the examples of a batch are split.
-
-  Raises:
-    ConfigError: names the key that does not fit.
-  """
+  """Raises ConfigError unless batches are whole routing groups on each of `shards` devices."""
   for key, size, parts in (('batch_size', config.data.batch_size, config.microbatches),
                            ('eval_batch_size', config.data.eval_batch_size, 1)):
     whole = examples_per_group * shards * parts

@@ -73,8 +73,7 @@ def test_rematerialising_sends_again_only_where_nothing_is_kept():
   assert sent['full'] == pytest.approx(6 / 4 * sent['none'])   # the forward pass twice
 
 
-@pytest.mark.parametrize('mesh, way', [*((mesh, 'plain') for mesh in [*MESHES, SPLIT]), *MORE,
-                                       (SPLIT, 'paper')], ids=str)
+@pytest.mark.parametrize('mesh, way', [(MESHES[0], 'plain'), *MORE, (SPLIT, 'paper')], ids=str)
 def test_nothing_that_grows_with_the_batch_is_gathered(mesh, way):
   def gathered(B):
     return sorted((c.kind, c.bytes) for c in communication(B, way, **mesh)

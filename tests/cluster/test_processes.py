@@ -1,9 +1,7 @@
 """How a process finds the others, from flags and environment; what one alone does."""
 
-import os
 import signal
 import socket
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from moejax.cluster import processes
 from moejax.cluster.processes import Hosts, Launch
 from moejax.config import ConfigError
+from tests import fork_server
 
 FLAGS = {'coordinator': 'host:1234', 'processes': 2, 'process': 0}
 SRUN = {'SLURM_JOB_ID': '1', 'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': '4'}
@@ -122,6 +121,5 @@ time.sleep(5)
 print('still there', flush=True)
 os._exit(0)
 """
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120,
-                        env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+  done = fork_server.run([sys.executable, '-c', code], capture_output=True, timeout=120)
   assert done.returncode == -signal.SIGTERM, done.stdout + done.stderr

@@ -15,7 +15,7 @@ from moejax import data, models, trees
 from moejax.aot import chips, report
 from moejax.sharding import MeshConfig
 from moejax.train import config as run_config
-from moejax.train import initialize, parallel, parameter_groups, validate
+from moejax.train import initialize, optimizer, parallel, validate
 from moejax.train.schedule import schedule
 from moejax.trees import stacking
 
@@ -231,7 +231,7 @@ def test_vit_is_as_its_sources_describe():
   run, upcycled = resolved('vit_b16'), resolved('vit_b16_upcycled')
   assert run.model.head == 'gap' and run.data.batch_size == 4096
   decay = {path: run.optimizer.weight_decay
-           * parameter_groups.group(run.optimizer, path).weight_decay
+           * optimizer.group(run.optimizer, path).weight_decay
            for path in ('head/kernel', 'encoder/layers/00/attention/q/kernel')}
   assert list(decay.values()) == [pytest.approx(3.0), pytest.approx(0.03)]
   assert rate(run, 5_000) == pytest.approx(5e-4) and rate(run, 40_000) == pytest.approx(5e-4)

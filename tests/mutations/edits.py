@@ -94,7 +94,7 @@ TRAPS = {
         ('restore', 'state = TrainState($',
          'state = TrainState($\n    '
          'state = dataclasses.replace(state, key=state.key + jnp.uint32(1))',
-         'train/test_resume.py -k "killed and step"'),),
+         'train/test_resume.py -k killed'),),
     'async save errors swallowed': (
         ('Writer.wait', 'self._manager.wait_until_finished()\n    self._manager.check_for_errors()',
          'try:\n        self._manager.wait_until_finished()\n    except Exception:\n        pass',
@@ -130,7 +130,7 @@ TRAPS = {
          "        own = trees.flatten(total[1]['layers'])\n"
          "        choose = lambda path, x: own[path] if path.endswith('/asked') else x\n"
          "        sums['layers'] = trees.map_with_path(choose, sums['layers'])\n",
-         'train/test_bias.py -k eight'),),
+         'train/test_bias.py -k four'),),
     'carried Adam count over fresh slots': (
         ('fresh_values', 'np.zeros(target_shapes[path].shape, ',
          "np.full(target_shapes[path].shape, 1000 * path.endswith('/count'), ",
@@ -284,7 +284,7 @@ OTHERS = {
     'resume repeating data': (
         ('train.loop', 'for batch in @.train_batches(done):',
          'for batch, _ in zip(@.train_batches(plan.first), range(plan.end - done)):',
-         'train/test_resume.py -k "killed and step"'),),
+         'train/test_resume.py -k killed'),),
     'steps of one call with rows of others': (
         ('train.step', '.swapaxes(0, 1).reshape(-1, ', '.reshape(-1, ',
          'train/test_steps_per_call.py -k "cut or rows"'),

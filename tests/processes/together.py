@@ -1,10 +1,12 @@
 """One of two processes of two devices each: checks what processes hand to each other.
 
-python -m tests.processes.together PORT PROCESS FILE; process 0 writes what it found as JSON.
+python -m tests.processes.together PORT PROCESS FILE. Each writes what it found as JSON; then
+process 1 fails, and process 0 waits as in a collective.
 """
 
 import json
 import sys
+import time
 
 import jax
 import numpy as np
@@ -16,7 +18,8 @@ from moejax.evaluation import evaluate
 from moejax.models import t5
 from moejax.moe.config import MoEConfig
 from moejax.sharding import MeshConfig
-from moejax.train import malloc, memory, parallel
+from moejax.train import parallel
+from tests.train import killed
 
 CONFIG = t5.config('tiny', encoder_layers=1, decoder_layers=1,
                    encoder_moe=MoEConfig(layers='0', num_experts=4, group_size=2 * 5),
@@ -35,9 +38,9 @@ def sources(B=8):
 
 
 def decoded(devices) -> dict:
-  """Texts of all rows; and the rows as put together on the host."""
-  rows = 8 // devices.hosts
-  own = {k: v[devices.host * rows:][:rows] for k, v in sources().items()}
+  """Texts of all examples; and the examples as put together on the host."""
+  size = 8 // devices.hosts
+  own = {k: v[devices.host * size:][:size] for k, v in sources().items()}
   model = models.build(CONFIG)
   params = devices.init(model.init, jax.random.key(0))
   step = devices.jit(evaluate.make_decode_step(model, evaluate.DecodeConfig(), devices.gather))
@@ -61,27 +64,21 @@ def differing(hosts) -> str:
   return 'nothing'
 
 
-def free(hosts) -> list:
-  """What a device may take of 1,000 bytes, on one host and on a host for each process."""
-  malloc.free, host = lambda: 1000, malloc.host
-  devices = parallel.make('mesh', MeshConfig())
-  shared = memory.free(devices)
-  malloc.host = lambda: f'{host()} {hosts.process}'
-  return [shared, memory.free(devices)]
-
-
 def main(port: str, process: str, file: str) -> None:
   hosts = hosts_lib.join(hosts_lib.Launch(
-      coordinator=f'localhost:{port}', processes=2, process=int(process), lost_seconds=60))
+      coordinator=f'localhost:{port}', processes=2, process=int(process), lost_seconds=20))
+  killed.keep_compiled()
   with hosts.leaving():
     found = {name: decoded(parallel.make('mesh', MeshConfig(**axes)))
              for name, axes in MESHES.items()}
     found['pmap'] = decoded(parallel.make('pmap', MeshConfig()))
     found['stops'] = stops(hosts)
     found['differing'] = differing(hosts)
-    found['free'] = free(hosts)
     with open(f'{file}.{process}', 'w', encoding='utf-8') as out:
       json.dump(found, out)
+    if hosts.process == 1:
+      raise ConfigError('config.data: no such file')
+    time.sleep(60)
 
 
 if __name__ == '__main__':

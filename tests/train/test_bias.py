@@ -1,7 +1,6 @@
 """Loss-free balancing in the train step: an example asks for the expert of highest score + bias."""
 
 import dataclasses
-import functools
 import types
 
 import jax
@@ -9,13 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import models, trees
-from moejax.models import vit
-from moejax.moe.layer import MoEConfig
 from moejax.sharding import MeshConfig
 from moejax.train import optimizer, parallel
-from moejax.train.step import StepSettings, TrainState, make_train_step
-from tests.models.helpers import random_params
+from moejax.train.step import StepSettings, make_train_step
+from tests.train import small
 
 SGD = optimizer.OptimizerConfig(name='sgd', clip_norm=0.0)
 
@@ -53,8 +49,7 @@ SCORES = {'scores': jnp.array([[.4, 0, 0], [.9, 0, .1], [0, .5, 0], [0, .9, 0], 
 def choosing_state(bias=(0., 0., 0.), config=SGD):
   router = {'kernel': jnp.zeros((2, 3)), 'no_grad': {'bias': jnp.array(bias)}}
   params = {'w': jnp.zeros(()), 'decoder': {'layers': {'03': {'moe': {'router': router}}}}}
-  return TrainState(jnp.int32(0), params, optimizer.init(config, params),
-                    jax.random.key_data(jax.random.key(0)), {})
+  return small.state(config, params)
 
 
 def choose(state, batch=SCORES, config=SGD, model=CHOOSING, **settings):
@@ -93,15 +88,6 @@ def test_biases_rest_without_tokens_and_when_frozen():
   assert (bias(choose(choosing_state(), config=others)) == [-0.25, 0, 0.25]).all()
 
 
-def test_biases_have_no_gradient_decay_or_slots():
-  """Adam with weight decay would move them; the load alone does: 6, 0, 0 are asked."""
-  config = optimizer.OptimizerConfig(weight_decay=0.5, weight_decay_mask='.')
-  state = choose(choosing_state((1., 0., 0.), config), config=config)
-  np.testing.assert_array_equal(bias(state), [0.75, 0.25, 0.25])
-  slots = state.opt_state['decoder']['layers']['03']['moe']['router']['no_grad']['bias']
-  assert set(slots) == {'count'}
-
-
 @pytest.mark.parametrize('way', ['pmap', 'mesh'])
 def test_biases_are_the_same_on_four_devices(way):
   """Two examples a device: from its own load each would move otherwise."""
@@ -117,51 +103,3 @@ def test_biases_are_the_same_on_four_devices(way):
   for expected in ([-0.25, 0, 0.25], [-0.5, 0, 0.5]):
     state, _ = train_step(state, batch)
     np.testing.assert_array_equal(bias(state), expected)
-
-
-MOE = MoEConfig(layers='0', num_experts=4, router='top_k', score='sigmoid', bias_rate=0.125)
-
-
-@functools.cache
-def sparse_vit(way):
-  """(first parameters, state after 3 steps of one batch); experts are frozen."""
-  model = models.build(vit.config('tiny', num_layers=1, moe=MOE))
-  config = dataclasses.replace(SGD, freeze='experts')
-  rng = np.random.default_rng(0)
-  batch = {'image': rng.normal(size=(16, 8, 8, 1)).astype(np.float32),
-           'label': rng.integers(0, 10, 16).astype(np.int32), 'weight': np.ones(16, np.float32),
-           'index': np.arange(16, dtype=np.int32)}
-  params = random_params(model.shapes)
-  params['encoder']['layers']['00']['moe']['router']['no_grad']['bias'] = np.zeros(4, np.float32)
-  where = parallel.make('mesh' if way == 'one' else way, MeshConfig(),
-                        jax.devices()[:1 if way == 'one' else 4])
-  put = lambda tree: jax.tree.map(lambda x: jax.device_put(x, where.replicated()), tree)
-  state = put(TrainState(jnp.int32(0), params, optimizer.init(config, params),
-                         jax.random.key_data(jax.random.key(0)), {}))
-  make = lambda reduce: make_train_step(model, StepSettings(config, half), reduce)
-  window = jax.eval_shape(make(lambda x: x), state, batch)[0].window
-  state.window = put(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), window))
-  batch = where.put(batch)
-  train_step = where.jit_step(make(where.reduce), state)
-  for _ in range(3):
-    state, _ = train_step(state, batch)
-  return trees.flatten(params), trees.flatten(jax.device_get(state).as_dict())
-
-
-@pytest.mark.parametrize('way', ['pmap', 'mesh'])
-def test_a_sparse_vit_moves_its_biases_alike_on_one_device_and_four(way):
-  """Not the frozen experts, but the bias of their router, and all that gradients move."""
-  (params, one), (_, four) = sparse_vit('one'), sparse_vit(way)
-  bias = 'params/encoder/layers/00/moe/router/no_grad/bias'
-  np.testing.assert_array_equal(one[bias], four[bias])
-  # After an odd number of moves by 1/8 none is at 0, except where it was asked the mean.
-  assert set(np.abs(one[bias]) / 0.125) & {1, 3} and abs(one[bias].sum()) < 0.5
-  asked = 'window/layers/encoder/layers/00/asked'
-  np.testing.assert_array_equal(one[asked], four[asked])
-  assert one[asked].sum() == 3 * 16 * 4 * 2   # steps, images, tokens, k
-  for path, value in params.items():
-    if '/experts/' in path:
-      np.testing.assert_array_equal(four['params/' + path], value)
-    else:   # no softmax sees a key's bias
-      assert np.any(four['params/' + path] != value) or path.endswith('k/bias')
-      np.testing.assert_allclose(four['params/' + path], one['params/' + path], atol=1e-5)

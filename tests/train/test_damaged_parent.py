@@ -14,7 +14,6 @@ from moejax.surgery.config import InitConfig
 from moejax.train import config as settings
 from moejax.train import initialize
 from tests.train.test_initialize import DENSE, STEP, one_device, run_config, with_writer
-from tests.train.test_workdir import DAMAGED
 
 
 @pytest.fixture(scope='module')
@@ -54,11 +53,10 @@ def test_a_parent_whose_checkpoint_is_damaged(parent, there, remedy, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['config.json', 'run.json'])
-@pytest.mark.parametrize('content', DAMAGED.values(), ids=DAMAGED)
-def test_a_parent_whose_json_is_damaged(parent, name, content, tmp_path):
+def test_a_parent_whose_json_is_damaged(parent, name, tmp_path):
   for file in ('config.json', 'run.json'):
     shutil.copy(parent / file, tmp_path / file)
-  (tmp_path / name).write_bytes(content)
+  (tmp_path / name).write_text('{"a')
   with pytest.raises(ConfigError, match=f'^config.init.parent: .*{name} can be read. It is da'):
     initialize.open_parent(InitConfig(mode='continue', parent=str(tmp_path)))
 

@@ -20,6 +20,7 @@ from moejax.sharding import MeshConfig
 from moejax.surgery.config import InitConfig
 from moejax.train import config as settings
 from moejax.train import initialize, optimizer, parallel
+from tests.train import small
 
 E = 4
 EVERYONE = dict(num_experts=E, capacity_factor=float(E), eval_capacity_factor=float(E),
@@ -61,6 +62,10 @@ def parent(request, tmp_path_factory):
   return family, str(workdir), jax.device_get(state)
 
 
+ONLY_VIT, ONLY_T5 = (pytest.mark.parametrize('parent', [family], indirect=True)
+                     for family in DENSE)
+
+
 def with_writer(workdir, step, tree, keep=1):
   writer = orbax.Writer(workdir, keep)
   writer.save(step, tree)
@@ -68,15 +73,13 @@ def with_writer(workdir, step, tree, keep=1):
 
 
 def batch(config):
-  rng = np.random.default_rng(1)
-  index = np.arange(8, dtype=np.int32)
   if config.family == 'vit':
-    return {'image': rng.normal(size=(8, 8, 8, 1)).astype(np.float32), 'index': index,
-            'label': np.zeros(8, np.int32), 'weight': np.ones(8, np.float32)}
-  tokens = rng.integers(1, 60, (8, 12)).astype(np.int32)
+    return small.images(8)
+  tokens = np.random.default_rng(1).integers(1, 60, (8, 12)).astype(np.int32)
   tokens[2, 5:] = 0
   return {'encoder_input': tokens, 'decoder_input': tokens[:, :6], 'target': tokens[:, 1:7],
-          'weight': (tokens[:, 1:7] > 0).astype(np.float32), 'index': index}
+          'weight': (tokens[:, 1:7] > 0).astype(np.float32),
+          'index': np.arange(8, dtype=np.int32)}
 
 
 def child_state(parent, model=None, where=None, mode='upcycle', **init):
@@ -188,6 +191,7 @@ def test_fresh_experts_are_the_models_own_on_any_mesh(parent):
   assert receipt.about['experts'] == init['experts']
 
 
+@ONLY_T5
 def test_depth_tiling(parent):
   family, _, dense = parent
   depth = ('num_layers',) if family == 'vit' else ('encoder_layers', 'decoder_layers')
@@ -231,9 +235,6 @@ def test_a_new_head(parent, mode):
     (dict(mode='continue', experts='random'), "init.experts: got 'random', allowed: 'copy' with"),
     (dict(mode='depth_tile', new_head=True), "init.new_head: got True, allowed: False with"),
     (dict(mode='upcycle', tiling='layer'), "init.tiling: got 'layer', allowed: 'stack' with"),
-    (dict(mode='upcycle', tiling='both'), "init.tiling: got 'both', allowed: stack, layer"),
-    (dict(mode='upcycle', experts='subset'), 'init.copied_experts: got 0'),
-    (dict(mode='upcycle', experts='noise', scaling='all'), 'config.init.noise_std: got 0.0'),
     (dict(mode='upcycled'), "init.mode: got 'upcycled'.*Did you mean 'upcycle'"),
     (dict(mode='scratch'), "init.parent: got 'somewhere', allowed: empty for scratch"),
 ])
@@ -242,6 +243,7 @@ def test_settings_that_do_not_go_together(init, message):
     InitConfig(parent='somewhere', **init)
 
 
+@ONLY_VIT
 def test_the_receipt_says_how(parent):
   about = child_state(parent, experts='drop', reinit_fraction=0.25)[2].about
   assert about == dict(mode='upcycle', parent=parent[1], step=STEP, optimizer='carry',
@@ -275,12 +277,14 @@ def test_every_leaf_has_its_fate(parent, child):
   assert routers == (2 if family == 't5' else 1)
 
 
+@ONLY_VIT
 def test_a_reset_optimizer_starts_from_zero(parent):
   _, state, receipt = child_state(parent, optimizer='reset')
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
   assert receipt.counts['dropped']['leaves'] > 0
 
 
+@ONLY_T5
 def test_the_router_moves_at_most_lr_in_its_first_update(child):
   _, state, _ = child
   config = optimizer.OptimizerConfig(weight_decay=0.0)
@@ -294,6 +298,7 @@ def test_the_router_moves_at_most_lr_in_its_first_update(child):
       assert 0.009 < moved <= 0.01 * (1 + 1e-4)
 
 
+@ONLY_T5
 def test_surgery_lands_in_the_shardings_of_a_mesh(parent, child):
   family, workdir, _ = parent
   config = run_config(SPARSE[family], mode='upcycle', parent=workdir)
@@ -309,6 +314,7 @@ def test_surgery_lands_in_the_shardings_of_a_mesh(parent, child):
     np.testing.assert_array_equal(leaf, trees.flatten(expected.params)[path])
 
 
+@ONLY_VIT
 def test_continuing_copies_everything(parent):
   family, workdir, dense = parent
   config = run_config(DENSE[family], mode='continue', parent=workdir)
@@ -319,6 +325,7 @@ def test_continuing_copies_everything(parent):
     jax.tree.map(np.testing.assert_array_equal, getattr(dense, part), getattr(state, part))
 
 
+@ONLY_VIT
 def test_a_parent_that_does_not_fit(parent):
   family, workdir, _ = parent
   wider = dataclasses.replace(SPARSE[family], d_ff=64)
@@ -328,6 +335,7 @@ def test_a_parent_that_does_not_fit(parent):
                            initialize.open_parent(config.init))
 
 
+@ONLY_VIT
 def test_missing_checkpoints(parent, tmp_path):
   _, workdir, _ = parent
   with pytest.raises(ConfigError, match='config.init.parent.*Train that run first'):
@@ -371,8 +379,8 @@ def test_sparse_layers_depth_and_a_new_head_may_differ_from_the_parent(parent):
       initialize.check_model(run_config(other, mode='continue', parent=workdir), theirs)
 
 
+@ONLY_VIT
 def test_a_parent_stopped_before_its_trunk(parent, tmp_path):
-  """And one whose files are damaged."""
   _, workdir, _ = parent
   other = tmp_path / 'other'
   shutil.copytree(workdir, other)
@@ -380,7 +388,4 @@ def test_a_parent_stopped_before_its_trunk(parent, tmp_path):
   (other / 'run.json').write_text(json.dumps(run | {'trunk_step': 3996}))
   init = InitConfig(mode='upcycle', parent=str(other))
   with pytest.raises(ConfigError, match='config.init.parent.*trunk_step, 3996.*are of steps 7'):
-    initialize.open_parent(init)
-  (other / 'run.json').write_text('{"a')
-  with pytest.raises(ConfigError, match='config.init.parent.*run.json can be read.*damaged'):
     initialize.open_parent(init)

@@ -29,11 +29,6 @@ def test_due_dates_are_in_global_steps():
   assert due(made.save_due) == [12, 13, 17]    # 13 is the trunk
 
 
-def test_without_a_cooldown_the_end_is_the_trunk():
-  made = plan.Plan.make(run_config.RunConfig(steps=10), first=0)
-  assert made.trunk == made.end == 10
-
-
 def test_branch_points_are_kept_beside_trunk_and_end():
   """Steps 3 and 5 of a run of 10 after a parent's 7 whose last 4 cool down."""
   config = run_config.RunConfig(steps=10, branch_steps=(3, 5), log_every=4, eval_every=8,
@@ -51,20 +46,6 @@ def test_branches_leave_the_trunk_before_its_cooldown(step):
   with pytest.raises(ConfigError, match=r'branch_steps: got \(3, .*, allowed: .* from 1 to 6,'):
     run_config.RunConfig(steps=10, branch_steps=(3, step),
                        schedule=ScheduleConfig(cooldown_steps=4))
-
-
-def test_a_cosine_does_not_go_on_with_a_parents():
-  config = run_config.RunConfig(schedule=ScheduleConfig('cosine'))
-  plan.Plan.make(config, first=0)
-  with pytest.raises(ConfigError, match=r'schedule\.start: got .continue.*step 7'):
-    plan.Plan.make(config, first=7)
-
-
-def test_evaluations_find_the_window_of_their_step():
-  for eval_every in (4, 6, 8):
-    config = run_config.RunConfig(steps=13, log_every=2, eval_every=eval_every, checkpoint_every=2)
-    made = plan.Plan.make(config, first=5)
-    assert all(made.log_due(s) for s in range(6, 19) if made.eval_due(s))
 
 
 def test_a_call_of_several_steps_begins_where_the_run_is_resumed():

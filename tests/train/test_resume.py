@@ -2,10 +2,8 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -13,10 +11,11 @@ import pytest
 
 from moejax.checkpoints import orbax
 from moejax.train import run_log
+from tests import fork_server
 from tests.train import small
-from tests.train.small import STEPS
+from tests.train.small import AT_STEP, STEPS
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+TRUNK = STEPS - 5
 
 
 @pytest.fixture(scope='module')
@@ -24,24 +23,23 @@ def config(tmp_path_factory):
   """config.json of a small MoE run with dropout, both losses, and a cooldown."""
   return small.write(tmp_path_factory.mktemp('config') / 'config.json',
                      {'router': 'top_k', 'balance_weight': 0.02, 'z_weight': 1e-3},
-                     log_every=10, keep_checkpoints=1)
+                     keep_checkpoints=1)
 
 
 def start(moment, config, workdir):
   """Exit code and standard error of tests.train.killed, on one device."""
   env = os.environ | {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8',
                                                                    'device_count=1')}
-  done = subprocess.run([sys.executable, '-m', 'tests.train.killed', moment, str(config),
-                         str(workdir)], cwd=ROOT, env=env, capture_output=True, text=True,
-                        timeout=300, check=False)
+  done = fork_server.run([sys.executable, '-m', 'tests.train.killed', moment, config, workdir],
+                         cwd=fork_server.ROOT, env=env, capture_output=True, timeout=300)
   return done.returncode, done.stderr
 
 
 @pytest.fixture(scope='module')
 def uninterrupted(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('uninterrupted') / 'run'
-  code, said = start('never', config, workdir)
-  assert code == 0, said
+  code, printed = start('never', config, workdir)
+  assert code == 0, printed
   return workdir
 
 
@@ -58,30 +56,23 @@ def assert_same(a, b):
     np.testing.assert_array_equal(value, b[path], err_msg=path)
 
 
-@pytest.mark.parametrize('moment, saved', [
-    ('compiling', {None}), ('step', {10, 20}), ('saving', {10}), ('evaluating', {None, 10})])
-def test_killed(moment, saved, config, uninterrupted, tmp_path):
-  workdir = tmp_path / 'run'
-  code, said = start(moment, config, workdir)
-  assert code == -signal.SIGKILL, said
-  last = (orbax.finished_steps(workdir / orbax.SUBDIR) or [None])[-1]
-  assert last in saved   # saves are asynchronous: the one before the moment may not be finished
-  if moment == 'saving':   # the torn save really is there
-    assert list((workdir / orbax.SUBDIR).glob('20*tmp*'))
-  code, said = start('never', config, workdir)
-  assert code == 0, said
-  assert (f'resumed at step {last} ' in said) == bool(last)
-  assert_same(uninterrupted, workdir)
-
-
-def test_stopped_by_sigterm(config, uninterrupted, tmp_path):
-  workdir = tmp_path / 'run'
-  code, said = start('sigterm', config, workdir)
-  assert code == 143, said
-  assert orbax.finished_steps(workdir / orbax.SUBDIR)[-1] == 27
-  assert json.loads((workdir / 'status.json').read_text())['phase'] == 'stopped'
-  code, said = start('never', config, workdir)
-  assert code == 0 and 'resumed at step 27' in said
+def test_killed_at_any_moment_and_told_to_stop(config, uninterrupted, tmp_path):
+  """One run that is ended six times; each start goes on from what the last one left."""
+  workdir, last = tmp_path / 'run', None
+  for moment, code, saved in (
+      ('compiling', -signal.SIGKILL, {None}), ('saving', -signal.SIGKILL, {5}),
+      ('evaluating', -signal.SIGKILL, {5}), ('step', -signal.SIGKILL, {5, 10}),
+      ('sigterm', 143, {AT_STEP}), ('never', 0, {STEPS})):
+    found, printed = start(moment, config, workdir)
+    assert found == code, (moment, printed)
+    assert (f'resumed at step {last} ' in printed) == bool(last)
+    # Saves are asynchronous: the one before a kill may not be finished.
+    last = (orbax.finished_steps(workdir / orbax.SUBDIR) or [None])[-1]
+    assert last in saved, moment
+    if moment == 'saving':   # the torn save really is there
+      assert list((workdir / orbax.SUBDIR).glob('10*tmp*'))
+    if moment == 'sigterm':
+      assert json.loads((workdir / 'status.json').read_text())['phase'] == 'stopped'
   assert_same(uninterrupted, workdir)
 
 
@@ -99,7 +90,7 @@ def test_the_first_signal_asks_and_the_second_ends(number):
 
 def test_what_a_run_leaves(uninterrupted, config):
   run = json.loads((uninterrupted / 'run.json').read_text())
-  assert run['end_step'] == STEPS and run['trunk_step'] == STEPS - 10
+  assert run['end_step'] == STEPS and run['trunk_step'] == TRUNK
   assert 0 < run['parameters_active_per_token'] < run['parameters']
   assert run['train_flops_per_step'] > 0 and len(run['data_fingerprint']) == 64
   assert run['versions']['jax'] and 'tests.train.killed' in run['command']
@@ -107,59 +98,31 @@ def test_what_a_run_leaves(uninterrupted, config):
   assert json.loads((uninterrupted / 'status.json').read_text())['phase'] == 'finished'
   assert list((uninterrupted / 'tensorboard').iterdir())
   # Trunk and end are kept whatever keep_checkpoints says.
-  assert orbax.finished_steps(uninterrupted / orbax.SUBDIR) == [30, 40]
+  assert orbax.finished_steps(uninterrupted / orbax.SUBDIR) == [TRUNK, STEPS]
 
 
-def test_a_damaged_step_is_not_resumed_nor_passed_over(config, uninterrupted, tmp_path):
-  """And once it is renamed, as the line says, the run ends where it would have."""
+def test_a_damaged_step_is_not_resumed_and_an_unfinished_one_is_renamed(
+    config, uninterrupted, tmp_path):
+  """Once the damaged one is renamed too, as the line says, the run ends where it would have."""
   workdir = tmp_path / 'run'
   shutil.copytree(uninterrupted, workdir)
-  last = workdir / orbax.SUBDIR / str(STEPS)
-  shutil.copytree(last, last.with_name('35'))   # as good as any
-  shutil.rmtree(last)
-  manifest = last.with_name('35') / 'state/manifest.ocdbt'
+  steps = workdir / orbax.SUBDIR
+  shutil.copytree(steps / str(STEPS), steps / '18')
+  manifest = steps / '18/state/manifest.ocdbt'
   manifest.write_bytes(manifest.read_bytes()[:20])
-  before = (workdir / 'metrics.jsonl').read_bytes()
-  code, said = start('never', config, workdir)
-  assert code == 1
-  assert said.splitlines()[-1].startswith(
-      f"moejax.config.ConfigError: checkpoint: got '{workdir}/checkpoints/35', allowed: a ")
-  assert said.endswith('. Older finished steps there: 30. Start again after renaming it to '
-                       '35.damaged: the run resumes from step 30.\n')
-  assert orbax.finished_steps(workdir / orbax.SUBDIR) == [30, 35]
-  last.with_name('35').rename(last.with_name('35.damaged'))
-  code, said = start('never', config, workdir)
-  assert code == 0 and 'resumed at step 30 ' in said
-  assert before == (workdir / 'metrics.jsonl').read_bytes()
-  assert_same(uninterrupted, workdir)
-
-
-def test_a_step_that_is_not_finished_is_renamed_and_said(config, uninterrupted, tmp_path):
-  workdir = tmp_path / 'run'
-  shutil.copytree(uninterrupted, workdir)
-  (workdir / orbax.SUBDIR / str(STEPS) / '_CHECKPOINT_METADATA').unlink()
+  (steps / str(STEPS) / '_CHECKPOINT_METADATA').unlink()
   for name in ('metrics.jsonl', 'timing.jsonl'):
     with (workdir / name).open('a') as file:
-      file.write('{"step": 30, "tor')
-  code, said = start('never', config, workdir)
-  assert code == 0 and 'resumed at step 30 ' in said
-  assert (f'{workdir}/checkpoints/{STEPS}.unfinished: not a finished checkpoint, and so renamed'
-          in said)
-  assert_same(uninterrupted, workdir)   # and the torn lines are gone
-
-
-def test_the_same_command_again_says_so(uninterrupted, config):
-  before = {p: p.read_bytes() for p in uninterrupted.glob('*.json*')}
-  code, _ = start('never', config, uninterrupted)
-  assert code == 0
-  assert {p: p.read_bytes() for p in uninterrupted.glob('*.json*')} == before
-
-
-def test_another_config_is_refused_with_the_differing_keys(uninterrupted, config, tmp_path):
-  changed = json.loads(config.read_text())
-  changed['optimizer']['learning_rate'] = 0.5
-  other = tmp_path / 'config.json'
-  other.write_text(json.dumps(changed))
-  code, said = start('never', other, uninterrupted)
+      file.write(f'{{"step": {TRUNK}, "tor')
+  code, printed = start('never', config, workdir)
   assert code == 1
-  assert 'optimizer.learning_rate: 0.004 -> 0.5' in said
+  assert f'{steps}/{STEPS}.unfinished: not a finished checkpoint, and so renamed' in printed
+  assert f"moejax.config.ConfigError: checkpoint: got '{steps}/18', allowed: a " in (
+      printed.splitlines()[-1])
+  assert printed.endswith(f'. Older finished steps there: {TRUNK}. Start again after renaming it '
+                          f'to 18.damaged: the run resumes from step {TRUNK}.\n')
+  assert orbax.finished_steps(steps) == [TRUNK, 18]
+  (steps / '18').rename(steps / '18.damaged')
+  code, printed = start('never', config, workdir)
+  assert code == 0 and f'resumed at step {TRUNK} ' in printed
+  assert_same(uninterrupted, workdir)   # and the torn lines are gone

@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from moejax import losses, models, trees
@@ -15,8 +14,9 @@ from moejax.moe.layer import MoEConfig
 from moejax.train import config as settings
 from moejax.train import metrics, optimizer, router_health
 from moejax.train.schedule import ScheduleConfig
-from moejax.train.step import StepSettings, TrainState, make_train_step
+from moejax.train.step import StepSettings, make_train_step
 from tests.models.helpers import random_params
+from tests.train import small
 
 TOP_1 = MoEConfig(layers='0', num_experts=4, router='top_k', k=1, capacity_factor=4.0,
                   eval_capacity_factor=4.0)
@@ -45,13 +45,6 @@ def with_router(params, change):
   return params | {'encoder': params['encoder'] | {'layers': {'00': node | {'moe': moe}}}}
 
 
-def batch():
-  rng = np.random.default_rng(0)
-  return {'image': rng.normal(size=(8, 8, 8, 1)).astype(np.float32),
-          'label': rng.integers(0, 10, 8).astype(np.int32), 'weight': np.ones(8, np.float32),
-          'index': np.arange(8, dtype=np.int32)}
-
-
 @functools.cache
 def eval_step(moe):
   def sums(params, batch):
@@ -61,7 +54,7 @@ def eval_step(moe):
 
 
 def evaluated(moe, change=lambda kernel: kernel):
-  sums = eval_step(moe)(with_router(built(moe)[1], change), batch())
+  sums = eval_step(moe)(with_router(built(moe)[1], change), small.images(8))
   return metrics.summarize(jax.device_get(sums))
 
 
@@ -70,10 +63,9 @@ def trained(moe, params, freeze='', steps=3):
   config = run_config(moe, freeze)
   settings = StepSettings(config.optimizer, lambda step: 0.1)
   train_step = jax.jit(make_train_step(built(moe)[0], settings))
-  state = TrainState(jnp.int32(0), params, optimizer.init(config.optimizer, params),
-                     jax.random.key_data(jax.random.key(0)), {})
+  state = small.state(config.optimizer, params)
   for _ in range(steps):
-    state, _ = train_step(dataclasses.replace(state, window={}), batch())
+    state, _ = train_step(dataclasses.replace(state, window={}), small.images(8))
   return metrics.summarize(jax.device_get(state.window))
 
 

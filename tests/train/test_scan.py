@@ -15,7 +15,7 @@ from moejax.models.scan import Execution
 from moejax.moe.config import MoEConfig
 from moejax.train import config as run_config
 from moejax.train import initialize, loop, metrics, optimizer, parallel
-from moejax.train.parameter_groups import check_stacked
+from moejax.train.optimizer import check_stacked
 from tests.train import small
 
 MOE = MoEConfig(layers='last_2', num_experts=4, router='top_k', bias_rate=0.01, group_size=16,

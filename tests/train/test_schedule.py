@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError
-from moejax.train import optimizer
-from moejax.train.optimizer import OptimizerConfig
 from moejax.train.schedule import STARTS, ScheduleConfig, schedule
 
 CURVES = ('rsqrt', 'constant', 'cosine')
@@ -73,64 +71,6 @@ def test_from_scratch_every_start_is_the_same(name, start):
     return np.asarray(jax.vmap(schedule(config, 2.0, start_step=0, end_step=60))(jnp.arange(61)))
   np.testing.assert_array_equal(rates(start), rates('continue'))
   assert rates(start)[4] == 1.0 and rates(start)[8] == 2.0   # one warm-up, not two
-
-
-@pytest.mark.parametrize('name', ['rsqrt', 'constant'])
-def test_continuing_a_trunk_has_no_jump(name):
-  """Until its own cooldown a continuation follows its trunk's curve, step by step."""
-  config = ScheduleConfig(name, warmup_steps=10, timescale=100, cooldown_steps=40)
-  plain = ScheduleConfig(name, warmup_steps=10, timescale=100)
-  trunk = schedule(plain, 1.0, start_step=0, end_step=1000)
-  branch = schedule(config, 1.0, start_step=500, end_step=600)
-  steps = jnp.arange(495, 561)
-  np.testing.assert_array_equal(jax.vmap(trunk)(steps), jax.vmap(branch)(steps))
-  rates = np.asarray(jax.vmap(branch)(jnp.arange(500, 601)))
-  assert np.abs(np.diff(rates)).max() < 1.1 * rates[0] / 40  # no jump into the cooldown either
-  assert rates[-1] == 0
-
-
-def test_learning_rate_reads_the_step_given_not_a_count():
-  """The state's counts do not move the rate: the same state, other steps, other updates."""
-  config = OptimizerConfig(name='sgd', learning_rate=1.0)
-  rate = schedule(ScheduleConfig(warmup_steps=10), 1.0, start_step=0, end_step=100)
-  params, grads = {'w': jnp.zeros(1)}, {'w': jnp.ones(1)}
-  state = optimizer.init(config, params)
-  for step in (1, 5, 7):
-    new, _ = optimizer.update(config, grads, state, params, rate(step))
-    np.testing.assert_allclose(new['w'], [-step / 10], rtol=1e-6)
-
-
-# Rates at steps 100, 102 and 104 of a run that starts at 100, with peak 1.
-CURVE = {step: (25 / step) ** 0.5 for step in (100, 102, 104)}
-RATES = {'continue': CURVE, 'rewarm': {100: 0.0, 102: CURVE[102] / 2, 104: CURVE[104]},
-         'restart': {100: 0.0, 102: 0.5, 104: 1.0}}
-
-
-@pytest.mark.parametrize('start', STARTS)
-def test_updates_after_surgery_are_at_most_the_rate(start):
-  """Carried Adam slots with their counts beside a fresh router, whatever the start.
-
-  Under a steady gradient g Adam's direction is g / |g| at every count, so the first updates after
-  surgery have the size of the rate. A count that does not fit its slots breaks that: carried over
-  fresh slots (1 - b1) / sqrt(1 - b2) = 3.16 at once, fresh over carried ones 1 / 3.16.
-  """
-  config = OptimizerConfig()
-  params = {'head': jnp.zeros(3), 'router': jnp.zeros(3)}
-  grads = {'head': jnp.array([2.0, -3.0, 1e-2]), 'router': jnp.array([5.0, 1e-2, -40.0])}
-  state = optimizer.init(config, params)
-  for _ in range(100):
-    _, state = optimizer.update(config, grads, state, params, 0.0)
-  assert state['head']['count'] == 100
-  state['router'] = optimizer.init(config, params)['router']   # surgery: this leaf is new
-  rate = schedule(ScheduleConfig('rsqrt', start, warmup_steps=4, timescale=25), 1.0,
-                  start_step=100, end_step=200)
-  for step, expected in RATES[start].items():
-    np.testing.assert_allclose(rate(step), expected, rtol=1e-6)
-    new, state = optimizer.update(config, grads, state, params, rate(step))
-    for name, leaf in new.items():
-      np.testing.assert_allclose(leaf - params[name], -rate(step) * jnp.sign(grads[name]),
-                                 rtol=1e-4, atol=1e-7)
-    params = new
 
 
 @pytest.mark.parametrize('make, message', [

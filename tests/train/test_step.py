@@ -19,13 +19,12 @@ from moejax.moe.layer import MoEConfig
 from moejax.train import metrics, optimizer
 from moejax.train.step import (
   StepSettings,
-  TrainState,
-  accumulate,
   auxiliary_loss,
   make_train_step,
   split,
 )
 from tests.models.helpers import random_params
+from tests.train import small
 
 LN2 = np.log(2)
 SGD = optimizer.OptimizerConfig(name='sgd', clip_norm=0.0)
@@ -49,8 +48,7 @@ TOY = types.SimpleNamespace(
 def toy_state(step=0, r=0.0):
   router = {'layers': {'00': {'moe': {'router': {'kernel': jnp.full((1, 1), r)}}}}}
   params = {'w': jnp.zeros(1), 'encoder': router}
-  return TrainState(jnp.int32(step), params, optimizer.init(SGD, params),
-                    jax.random.key_data(jax.random.key(0)), {})
+  return small.state(SGD, params, step)
 
 
 def router(params):
@@ -96,14 +94,6 @@ def test_one_step_by_hand():
   assert seen[f'layers/{LAYER}/tokens'] == 6
   assert float(seen[f'layers/{LAYER}/router_grad_norm']) == pytest.approx(4, rel=1e-6)
   assert not any('balance_loss' in path for path in seen)   # in aux_loss already
-
-
-def test_reported_loss_leaves_out_auxiliary_losses():
-  window = step(toy_state(r=0.25))[0].window
-  window['layers'] = {}
-  summary = metrics.summarize(window)
-  assert summary['loss'] == pytest.approx(LN2, rel=1e-6)
-  assert summary['objective'] == pytest.approx(LN2 + 1, rel=1e-6)
 
 
 @pytest.mark.parametrize('microbatches', [2, 4])
@@ -193,17 +183,10 @@ def test_auxiliary_loss_by_hand():
          'decoder/layers/01': {'z_loss': 10., 'tokens': 999.}}
   tokens = {'encoder': 4., 'decoder': 5., 'loss': 7.}
   assert float(auxiliary_loss(aux, tokens)) == pytest.approx(1 + 4 / 3)
+  aux['decoder/layers/01'] |= {'importance_loss': 3., 'loss': 99.}   # every loss by itself
+  assert float(auxiliary_loss(aux, tokens)) == pytest.approx(1 + 4 / 3 + 3 / 5)
   assert float(auxiliary_loss({}, tokens)) == 0
   assert float(auxiliary_loss({'encoder/layers/01': {'z': 9.}}, tokens)) == 0
-
-
-def test_every_auxiliary_loss_counts_by_itself():
-  """Means over the layers that have it: importance (2/4 + 6/4) / 2; smooth_load 1; entropy 3/5."""
-  aux = {'encoder/layers/01': {'importance_loss': 2., 'smooth_load_loss': 4., 'importance': 99.},
-         'encoder/layers/03': {'importance_loss': 6.},
-         'decoder/layers/01': {'entropy_penalty_loss': 3., 'loss': 99.}}
-  tokens = {'encoder': 4., 'decoder': 5.}
-  assert float(auxiliary_loss(aux, tokens)) == pytest.approx(1 + 1 + 3 / 5)
 
 
 SMOOTH = losses.TaskConfig(label_smoothing=0.25, z_loss=0.5)
@@ -274,21 +257,17 @@ def test_no_gradient_of_a_frozen_leaf_is_computed():
     make_train_step(model, StepSettings(SGD, half))(toy_state(), BATCH)
 
 
-@pytest.mark.parametrize('microbatches', [1, 2])
-@pytest.mark.parametrize('freeze', ['', 'router'])
+@pytest.mark.parametrize('microbatches, freeze', [(1, ''), (2, 'router')])
 def test_the_outline_has_the_shapes_of_a_step(microbatches, freeze):
   moe = MoEConfig(layers='0', num_experts=4, router='top_k', bias_rate=0.1, balance_weight=0.5,
                   score='sigmoid')
   model = models.build(vit.config('tiny', num_layers=1, moe=moe))
   adamw = optimizer.OptimizerConfig(freeze=freeze)
-  state = TrainState(jnp.int32(0), model.shapes, jax.eval_shape(
-      lambda p: optimizer.init(adamw, p), model.shapes), jax.random.key_data(jax.random.key(0)), {})
-  make = lambda size, dtype, *dims: jax.ShapeDtypeStruct((size, *dims), dtype)
-  batch = {'image': make(4, jnp.float32, 8, 8, 1), 'label': make(4, jnp.int32),
-           'weight': make(4, jnp.float32), 'index': make(4, jnp.int32)}
+  state = jax.eval_shape(lambda params: small.state(adamw, params), model.shapes)
   settings = StepSettings(adamw, half, microbatches=microbatches)
-  whole, outline = (jax.eval_shape(make_train_step(model, settings, outline=flag), state, batch)
-                    for flag in (False, True))
+  whole, outline = (
+      jax.eval_shape(make_train_step(model, settings, outline=flag), state, small.images(4))
+      for flag in (False, True))
   assert outline == whole and ('router_grad_norm' in str(whole)) == (not freeze)
 
 
@@ -300,33 +279,15 @@ def test_split_deals_whole_groups_in_turn():
   np.testing.assert_array_equal(parts['b'][1], [[4, 5], [6, 7], [16, 17], [18, 19]])
 
 
-def test_accumulate_sums_a_tree():
-  batch = {'x': jnp.array([1., 2., 3., 4., 5., 6.])}
-  fn = lambda p: (p['x'], {'n': (p['x'] ** 2).sum()})
-  total, sums = accumulate(fn, batch, 3, 1)   # parts (1 4), (2 5), (3 6)
-  np.testing.assert_array_equal(total, [6, 15])
-  assert sums['n'] == accumulate(fn, batch, 1, 1)[1]['n'] == 1 + 4 + 9 + 16 + 25 + 36
-
-
-def test_state_survives_as_a_dict():
-  state = toy_state(5)
-  assert TrainState(**state.as_dict()) == state and int(state.as_dict()['step']) == 5
-
-
 def test_bfloat16_compute_keeps_a_float32_state_and_adds_the_balance_loss():
   moe = MoEConfig(layers='0', num_experts=4, router='top_k', balance_weight=0.5)
   config = vit.config('tiny', num_layers=1, dtype='bfloat16', moe=moe)
   model = models.build(config)
   params = random_params(model.shapes)
   adamw = optimizer.OptimizerConfig()
-  state = TrainState(jnp.int32(0), params, optimizer.init(adamw, params),
-                     jax.random.key_data(jax.random.key(0)), {})
-  rng = np.random.default_rng(0)
-  batch = {'image': rng.normal(size=(4, 8, 8, 1)).astype(np.float32),
-           'label': np.array([1, 2, 3, 4]), 'weight': np.ones(4, np.float32),
-           'index': np.arange(4, dtype=np.int32)}
+  state = small.state(adamw, params)
   train_step = jax.jit(make_train_step(model, StepSettings(adamw, lambda step: jnp.float32(1e-3))))
-  new, objective = train_step(state, batch)
+  new, objective = train_step(state, small.images(4))
   assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {
       np.dtype(t) for t in (np.float32, np.int32, np.uint32)}
   # Adam's first update is the rate times the gradient's sign: far below bfloat16's spacing of 1/256

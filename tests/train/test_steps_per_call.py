@@ -15,12 +15,10 @@ from moejax.moe.config import MoEConfig
 from moejax.train import compiled, loop, metrics, parallel
 from moejax.train.plan import Plan
 from moejax.train.step import join_batches, split
-from moejax.train.validate import validate
 from tests.train import small
 
 MOE = MoEConfig(layers='0', num_experts=4, router='top_k', balance_weight=0.02, bias_rate=0.01)
 STEPS = 20
-WAYS = {'mesh': {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.expert': 2}, 'pmap': {}}
 
 
 def config(**changes):
@@ -36,25 +34,22 @@ def four_devices(monkeypatch):
 
 
 @pytest.mark.parametrize('devices, steps', [(1, 1), (1, 5), (4, 3)])
-def test_batches_are_cut_again_as_they_were_joined(devices, steps):
+def test_batches_are_cut_again_as_they_were_joined_on_each_device(devices, steps):
   batches = [{'x': np.arange(8 * 3).reshape(8, 3) + 100 * n, 'y': np.arange(8) + 100 * n}
              for n in range(steps)]
   again = split(join_batches(batches, 8 // devices), steps, 8 // devices)
   for n in range(steps):
     jax.tree.map(np.testing.assert_array_equal, {k: x[n] for k, x in again.items()}, batches[n])
+  ones = join_batches(batches, 8 // devices)['y'].reshape(devices, -1)[-1]   # of the last device
+  own = np.arange(8 - 8 // devices, 8)
+  np.testing.assert_array_equal(ones, np.concatenate([own + 100 * n for n in range(steps)]))
 
 
-def test_a_device_has_its_own_examples_of_every_step():
-  batches = [{'x': np.arange(8) + 100 * n} for n in range(3)]
-  shares = join_batches(batches, 2)['x'].reshape(4, -1)
-  np.testing.assert_array_equal(shares[1], [2, 3, 102, 103, 202, 203])
-
-
-@pytest.mark.parametrize('way', WAYS)
-def test_a_run_is_the_same_however_its_steps_are_called(way, tmp_path, four_devices):
+def test_a_run_is_the_same_however_its_steps_are_called(tmp_path, four_devices):
   one, five = tmp_path / '1', tmp_path / '5'
   for path in (one, five):
-    run = config(parallel=way, steps_per_call=int(path.name), **WAYS[way])
+    run = config(steps_per_call=int(path.name),
+                 **{'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.expert': 2})
     assert loop.run(run, str(path)) == 0
   lines = [metrics.read_lines(path / 'metrics.jsonl') for path in (one, five)]
   assert len(lines[0]) == len(lines[1]) and len(lines[0]) > 3
@@ -69,15 +64,6 @@ def test_a_run_is_the_same_however_its_steps_are_called(way, tmp_path, four_devi
   assert b.read('step') == STEPS
   timed = metrics.read_lines(five / 'timing.jsonl')
   assert sum(x['steps'] for x in timed) == STEPS - 5   # all but the first call
-
-
-def test_it_is_the_program_that_loops(four_devices):
-  run = config(parallel='pmap', steps_per_call=5)
-  trainer = loop.Trainer(validate(run, Plan.make(run, 0)))
-  assert len(list(trainer.train_batches(10))) == (STEPS - 10) / 5
-  state, _ = trainer.programs.first_state()
-  state, _ = trainer.train_step(state, trainer.put(next(trainer.train_batches(0))))
-  assert int(state.step) == 5 and float(state.window['steps']) == 5
 
 
 @pytest.mark.parametrize('changes, whole', [
