@@ -154,7 +154,7 @@ def choose(config: MoEConfig, output: RouterOutput, mask: jax.Array, capacity: i
       if output.uniform is not None:
         choices = routing.keep_second(choices, output.uniform, config.second_threshold)
       return choices
-  raise NotImplementedError(f'router.choose has no case for router={config.router!r}')
+  raise ValueError(f'router.choose has no case for router={config.router!r}: add one')
 
 
 def losses(config: MoEConfig, output: RouterOutput, probs: jax.Array,
