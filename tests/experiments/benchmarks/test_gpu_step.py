@@ -13,7 +13,6 @@ from experiments.benchmarks import common, gpu_breakdown, gpu_step
 from moejax.config import ConfigError
 from moejax.train import metrics
 from moejax.train.compiled import Program
-from tests import fork_server
 
 H100 = 'gpu: NVIDIA H100 80GB HBM3'
 SMOKE = gpu_step.SCALES['smoke']
@@ -174,7 +173,6 @@ def test_what_cannot_be_measured_is_refused(flags, words, children, tmp_path):
 def test_a_tiny_case_from_the_command_to_the_page(tmp_path, monkeypatch):
   """And what is prepared is what is then run: matmuls, attentions, the step."""
   cache, compiled, real = tmp_path / 'cache', {}, gpu_step._child
-  monkeypatch.setattr(gpu_step.subprocess, 'run', fork_server.run)
 
   def child(*flags, **options):
     before = set(cache.glob('*-cache'))
