@@ -26,6 +26,7 @@ from typing import Any, NoReturn, TextIO
 import jax
 
 from moejax.config import ConfigError, check, fail, renamed
+from moejax.config import path as path_of
 from moejax.train import config as run_config
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections',
@@ -44,7 +45,7 @@ class Workdir:
   def __init__(self, path: str | os.PathLike):
     check('://' not in str(path), 'workdir', str(path), 'a folder',
           'Mount the bucket (gcsfuse; see docs/scale.md) and name the folder there.')
-    self.path = pathlib.Path(path)
+    self.path = path_of('workdir', path)
     self.writes = jax.process_index() == 0
     self._began, self._before = time.process_time(), None
 
