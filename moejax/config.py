@@ -9,6 +9,8 @@ allocated.
 
 import dataclasses
 import difflib
+import os
+import pathlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 UNIONS = (typing.Union, types.UnionType)
+LONGEST_NAME = 255   # bytes of a name in a path, on all usual file systems
 # {key of an earlier version: its name now}; files of earlier versions are read under the new names.
 RENAMED = {'config.steps_per_dispatch': 'config.steps_per_call'}
 
@@ -50,6 +53,22 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
   """The one of words that is closest to a misspelt word, or None."""
   close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
   return close[0] if close else None
+
+
+def path(key: str, given: str | os.PathLike) -> pathlib.Path:
+  """Returns the path that a setting names, with '~' expanded.
+
+  Raises:
+    ConfigError: no file can have this name: it is no text, or a part of it is too long.
+  """
+  text = os.path.expanduser(os.fspath(given))
+  try:
+    longest = max(len(part.encode()) for part in text.split(os.sep))
+  except UnicodeEncodeError:
+    fail(key, text, 'a path in UTF-8', 'Rename the file.')
+  check(longest <= LONGEST_NAME and '\0' not in text, key, text,
+        f'a path whose names have at most {LONGEST_NAME} bytes each', 'Give a shorter name.')
+  return pathlib.Path(text)
 
 
 def unknown_key(key: str, known: Iterable[str]) -> ConfigError:

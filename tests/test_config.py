@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 from ml_collections import ConfigDict
@@ -178,3 +179,13 @@ def test_a_message_has_the_full_key(key, value, message):
   with pytest.raises(ConfigError) as error:
     settings.resolve(edited)
   assert str(error.value).startswith(message)
+
+
+def test_a_path_is_expanded_or_refused(monkeypatch):
+  monkeypatch.setenv('HOME', '/home/me')
+  assert config.path('workdir', '~/a~/b[1]') == pathlib.Path('/home/me/a~/b[1]')
+  assert config.path('workdir', pathlib.Path('x' * 255)).name == 'x' * 255
+  for wrong, allowed in (('a/' + 'x' * 256, '255 bytes'), ('é' * 128, '255 bytes'),
+                         ('a\0b', '255 bytes'), ('a\udcff', 'UTF-8')):
+    with pytest.raises(ConfigError, match=f'^workdir: got .*{allowed}'):
+      config.path('workdir', wrong)

@@ -26,6 +26,7 @@ from moejax import flops
 from moejax.aot import chips, collectives, hlo, network
 from moejax.aot.network import Network
 from moejax.config import ConfigError, check, fail
+from moejax.config import path as path_of
 from moejax.sharding import MeshConfig
 from moejax.train import memory, parallel, validate
 from moejax.train.compiled import Programs
@@ -55,7 +56,7 @@ def run(config: RunConfig, slice_name: str, path: str | None = None) -> int:
       chip has.
   """
   chips.parse(slice_name)
-  folder = pathlib.Path(path) if path else None
+  folder = path_of('--workdir', path) if path else None
   if folder:
     _writable(folder)
   report, program = compile_for(config, slice_name)

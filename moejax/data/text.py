@@ -3,13 +3,14 @@
 B batch, W window, Le encoder length, Ld decoder length.
 """
 
-import pathlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from moejax.config import ConfigError, check
+from moejax.config import path as path_of
 from moejax.data.config import TextConfig
 
 PAD, EOS = 0, 1
@@ -49,7 +50,8 @@ class SentencePieceVocabulary:
 
   def __init__(self, path: str):
     key = 'data.text.vocabulary'
-    check(pathlib.Path(path).is_file(), key, path, "'bytes' or an existing SentencePiece model",
+    path = str(path_of(key, path))
+    check(os.path.isfile(path), key, path, "'bytes' or an existing SentencePiece model",
           'Give the path of a .model file.')
     try:
       import sentencepiece

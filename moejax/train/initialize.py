@@ -6,7 +6,6 @@ run of moejax. The default step is the parent's trunk, the last step before its 
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 from moejax import trees
 from moejax.checkpoints import orbax
 from moejax.config import check, renamed
+from moejax.config import path as path_of
 from moejax.surgery import expert_init, upcycle
 from moejax.surgery.config import END, TRUNK, InitConfig
 from moejax.surgery.receipt import Receipt
@@ -53,7 +53,7 @@ def open_run(path: str, key: str, step: int) -> Parent:
   Raises:
     ConfigError: there is no such run or checkpoint, or its files are damaged.
   """
-  directory, is_parent = pathlib.Path(path), key == 'config.init.parent'
+  directory, is_parent = path_of(key, path), key == 'config.init.parent'
   config = renamed(read_json(directory / 'config.json', key))
   name = {TRUNK: 'trunk_step', END: 'end_step'}.get(step)
   run = read_json(directory / 'run.json', key, needs=(name,) if name else ())

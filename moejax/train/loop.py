@@ -66,13 +66,13 @@ def run(config: run_config.RunConfig, path: str, hosts: Hosts | None = None) -> 
     hosts.same('data', trainer.run.fingerprint, 'Install the same versions on all hosts.')
     hosts.moved('compiling')
     trainer.compile()
-    return train(trainer, workdir, hosts)
+    with workdir.claimed(config):
+      return train(trainer, workdir, hosts)
 
 
 def train(trainer: 'Trainer', workdir: Workdir, hosts: Hosts) -> int:
-  """Trains a run whose programs are compiled, in its workdir; returns the exit code."""
+  """Trains a run whose programs are compiled, in its claimed workdir; returns the exit code."""
   config, plan, path = trainer.config, trainer.plan, workdir.path
-  workdir.claim(config)
   hosts.same('workdir', str(workdir.seen()), SHARED)
   writer = orbax.Writer(path, config.keep_checkpoints, plan.kept)
   done = writer.latest_step()

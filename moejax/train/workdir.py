@@ -7,8 +7,12 @@
   timing.jsonl    seconds of train steps and of evaluations
   receipt.json/.txt   what surgery did to every leaf, and the step-0 gap
   checkpoints/    Orbax, by step          tensorboard/
+  run.lock        host and process that train the run, or trained it last
 """
 
+import contextlib
+import errno
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -16,21 +20,23 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, TextIO
 
 import jax
 
 from moejax.config import ConfigError, check, fail, renamed
+from moejax.config import path as path_of
 from moejax.train import config as run_config
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections',
             'numpy', 'tensorflow-datasets', 'moejax')
+LOCK = 'run.lock'
 AGAIN = 'Delete that file and start that run again: it is written anew.'
 
 
 class Workdir:
-  """Paths and small files of one run; only process 0 writes.
+  """Paths and small files of one run; only process 0 writes, and holds the lock.
 
   Raises:
     ConfigError: the path is that of a bucket, not of a file system.
@@ -39,12 +45,16 @@ class Workdir:
   def __init__(self, path: str | os.PathLike):
     check('://' not in str(path), 'workdir', str(path), 'a folder',
           'Mount the bucket (gcsfuse; see docs/scale.md) and name the folder there.')
-    self.path = pathlib.Path(path)
+    self.path = path_of('workdir', path)
     self.writes = jax.process_index() == 0
     self._began, self._before = time.process_time(), None
 
   def check(self, config: run_config.RunConfig) -> None:
-    """Raises ConfigError if a run of another config is here, or config.json is damaged."""
+    """Raises ConfigError: another config's run is here, one that trains, or config.json is damaged.
+    """
+    if (self.path / LOCK).exists():
+      with open(self.path / LOCK, encoding='utf-8') as file:
+        self._lock(file, fcntl.LOCK_SH)   # released again when the file is closed
     if not (self.path / 'config.json').exists():
       return
     saved = renamed(self.read(
@@ -55,14 +65,43 @@ class Workdir:
       raise ConfigError(f'workdir: {self.path} holds a run of another config; give a new --workdir '
                         f'or undo these changes (there -> now):\n  {keys}')
 
-  def claim(self, config: run_config.RunConfig) -> None:
-    """Makes the directory and writes config.json. Raises ConfigError if it cannot be written."""
+  @contextlib.contextmanager
+  def claimed(self, config: run_config.RunConfig) -> Iterator[None]:
+    """Makes the directory, holds its lock in a with block, and writes config.json.
+
+    The kernel releases the lock when the process ends, however it ends.
+
+    Raises:
+      ConfigError: the directory cannot be written, or another process holds the lock.
+    """
+    with contextlib.ExitStack() as held:
+      try:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.writes:
+          file = held.enter_context(open(self.path / LOCK, 'a+', encoding='utf-8'))
+          self._lock(file, fcntl.LOCK_EX)
+          file.truncate(0)
+          file.write(f'{platform.node()} {os.getpid()}\n')
+          file.flush()
+        self.write('config.json', run_config.to_json(config))
+      except OSError as error:
+        fail('workdir', str(self.path), 'a directory that can be written',
+             f'{type(error).__name__}: {error.strerror}. Choose another --workdir.')
+      yield
+
+  def _lock(self, file: TextIO, how: int) -> None:
+    """Locks an open LOCK file, where its file system can. Raises ConfigError: it is locked."""
     try:
-      self.path.mkdir(parents=True, exist_ok=True)
-      self.write('config.json', run_config.to_json(config))
+      fcntl.flock(file, how | fcntl.LOCK_NB)
     except OSError as error:
-      fail('workdir', str(self.path), 'a directory that can be written',
-           f'{type(error).__name__}: {error.strerror}. Choose another --workdir.')
+      if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        file.seek(0)
+        host, _, process = file.read().strip().partition(' ')
+        fail('workdir', str(self.path), 'a directory in which no other process trains',
+             f'Process {process or "(unknown)"} on {host or "another host"} trains there. Wait for '
+             'its end, or stop it; or give another --workdir.')
+      if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        raise
 
   def seen(self, seconds: float = 60) -> bool:
     """Waits for the config.json of process 0; network file systems may take a while.

@@ -1,8 +1,12 @@
 """Who may write into a run's directory, and what then stands in it."""
 
 import dataclasses
+import errno
 import json
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -18,15 +22,20 @@ DAMAGED = {'empty': b'', 'cut': b'{"first_step": 1', 'zeros': bytes(20), 'no tex
 OTHER = dataclasses.replace(CONFIG, seed=7, mesh=MeshConfig(fsdp=2), eval_splits=())
 
 
+def claim(there):
+  with there.claimed(CONFIG):
+    pass
+
+
 def test_claim_writes_every_key_and_check_accepts_the_same_config(tmp_path):
   there = Workdir(tmp_path / 'deep' / 'run')
   there.check(CONFIG)                      # nothing is here yet
   assert not there.path.exists()           # and check makes nothing
-  there.claim(CONFIG)
+  claim(there)
   assert run_config.from_dict(json.loads((there.path / 'config.json').read_text())) == CONFIG
   there.check(CONFIG)
-  there.claim(CONFIG)
-  assert [p.name for p in there.path.iterdir()] == ['config.json']
+  claim(there)
+  assert sorted(p.name for p in there.path.iterdir()) == ['config.json', 'run.lock']
 
 
 def test_a_bucket_is_no_folder():
@@ -37,13 +46,13 @@ def test_a_bucket_is_no_folder():
 def test_a_claim_is_seen_or_not(tmp_path):
   there = Workdir(tmp_path)
   assert not there.seen(seconds=0)
-  there.claim(CONFIG)
+  claim(there)
   assert there.seen(seconds=0)
 
 
 def test_another_config_is_refused_with_exactly_the_differing_keys(tmp_path):
   there = Workdir(tmp_path)
-  there.claim(CONFIG)
+  claim(there)
   with pytest.raises(ConfigError) as error:
     there.check(OTHER)
   first, *lines = str(error.value).splitlines()
@@ -55,6 +64,44 @@ def test_another_config_is_refused_with_exactly_the_differing_keys(tmp_path):
   there.write('config.json', saved)
   with pytest.raises(ConfigError, match=r"sed: 3 -> '\(absent\)'\n  seed: '\(absent\)' -> 0$"):
     there.check(CONFIG)
+
+
+HOLD = '''
+import sys
+from moejax.train.workdir import Workdir
+from tests.train.test_workdir import CONFIG
+with Workdir(sys.argv[1]).claimed(CONFIG):
+  print('held', flush=True)
+  sys.stdin.read()
+'''
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
+  there = Workdir(tmp_path)
+  claim(there)   # the lock of a run that has ended
+  process = subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path)], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+  assert process.stdout.readline() == 'held\n'
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  refused = (rf"^workdir: got '{tmp_path}', allowed: a directory in which no other process trains. "
+             rf'Process {process.pid} on {platform.node()} trains there. Wait for its end')
+  with pytest.raises(ConfigError, match=refused):
+    there.check(CONFIG)
+  with pytest.raises(ConfigError, match=refused):
+    claim(there)
+  assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+  process.kill()   # what it locked is free
+  process.wait()
+  there.check(CONFIG)
+  claim(there)
+
+
+def test_a_file_system_without_locks_is_no_reason_to_refuse(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+  monkeypatch.setattr(workdir.fcntl, 'flock', refuse)
+  claim(Workdir(tmp_path))
+  Workdir(tmp_path).check(CONFIG)
 
 
 def test_a_damaged_config_is_said_to_be_so(tmp_path):
@@ -70,7 +117,7 @@ def test_a_damaged_config_is_said_to_be_so(tmp_path):
 def test_a_directory_that_cannot_be_made(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ConfigError, match='^workdir: .*a directory that can be written.*--workdir'):
-    Workdir(tmp_path / 'file' / 'run').claim(CONFIG)
+    claim(Workdir(tmp_path / 'file' / 'run'))
 
 
 def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
@@ -78,7 +125,7 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
     raise PermissionError(13, 'Permission denied')
   monkeypatch.setattr(workdir.pathlib.Path, 'write_text', refuse)
   with pytest.raises(ConfigError, match='workdir: .*PermissionError: Permission denied'):
-    Workdir(tmp_path / 'run').claim(CONFIG)
+    claim(Workdir(tmp_path / 'run'))
 
 
 def test_write_replaces_at_once_or_not_at_all(tmp_path, monkeypatch):
