@@ -10,7 +10,7 @@ PYTEST := .venv/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 help:
 	@echo 'make quickstart  dense training, sparse upcycling and their controls; a table and a plot'
-	@echo 'make test        ruff and all tests that guard behaviour; at most 12 minutes on 2 cores'
+	@echo 'make test        ruff and all tests that guard behaviour; about 20 minutes on 2 cores'
 	@echo 'make test-quick  without trained runs, suites and processes; at most 3 minutes'
 	@echo 'make mutations   breaks the code on purpose, and asks which test notices; an hour'
 	@echo 'make parity      compares T5 and ViT with transformers and torch, in a venv of its own'
