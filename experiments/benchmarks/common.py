@@ -194,7 +194,7 @@ def add_measurement_flags(parser: argparse.ArgumentParser, folder: pathlib.Path,
 
 def folder_of(args: argparse.Namespace, folder: pathlib.Path, smoke: pathlib.Path
               ) -> pathlib.Path:
-  """The folder of the measurements; a tiny scale replaces no real one unless it is told to."""
+  """The folder of the measurements. By default, a tiny scale writes to a folder of its own."""
   return args.results or (smoke if args.scale == 'smoke' else folder)
 
 
